@@ -1,0 +1,8 @@
+"""`python -m ccm`."""
+
+import sys
+
+from ccm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The command line: thin, every subcommand a few calls into the package.
+
+Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no traceback), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ccm.errors import BadInput, CcmError
+
+PROGRAM = "ccm"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except CcmError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
+    top = argparse.ArgumentParser(
+        prog=PROGRAM, description="Entropy neurons and context copying, from facts to scores."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="the whole experiment, into a run folder")
+    _model_options(run)
+    _facts_options(run)
+    run.add_argument(
+        "--ablation-value",
+        default="mean_ablation",
+        help="mean_ablation, median_ablation, mode_ablation, mean_minus_sigma_ablation, "
+        "mean_plus_sigma_ablation, several with commas, or all (default: %(default)s)",
+    )
+    run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
+    run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
+    _measure_options(run)
+    run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
+    run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
+    run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
+    run.set_defaults(run=_run)
+
+    models = commands.add_parser("models", help="known models, and whether their weights are here")
+    _path_option(models)
+    models.set_defaults(run=_models)
+
+    prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
+    _model_options(prompts)
+    _facts_options(prompts)
+    prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    prompts.set_defaults(run=_prompts)
+
+    measure = commands.add_parser("measure", help="LogitVar, norm and rho of last-layer neurons")
+    _model_options(measure)
+    _measure_options(measure)
+    measure.add_argument("--out", type=Path, help="CSV file to write")
+    measure.set_defaults(run=_measure)
+
+    ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
+    _model_options(ablate)
+    ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
+    ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
+    sets = ablate.add_mutually_exclusive_group(required=True)
+    sets.add_argument("--neurons", help="one set: 1,2,3")
+    sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
+    ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
+    ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    ablate.set_defaults(run=_ablate)
+    return top
+
+
+def _path_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model-path",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="checkpoint folder of a named model; may be repeated",
+    )
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="a name of `ccm models`, or a folder")
+    _path_option(command)
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto (default: cpu)")
+    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    command.add_argument(
+        "--protocol",
+        default="corrected",
+        help="corrected (default), or released: with the released code's behaviours",
+    )
+
+
+def _facts_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--facts", help="pararel, or a folder with facts.csv and relations.csv (default: its own)"
+    )
+    command.add_argument("--template", help="bare, instruction or chat (default: the model's)")
+
+
+def _measure_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-k", type=int, help="entropy neurons to select (default: the model's)")
+    command.add_argument("--min-rho", type=float, help="least rho to select (default: the model's)")
+    command.add_argument("--null-space-dims", type=int, help="directions of V0 (default: its own)")
+
+
+def parse_model_paths(entries: Sequence[str]) -> dict[str, Path]:
+    """Parse `NAME=DIR` entries.
+
+    Raises:
+        BadInput: an entry without `=`, or a folder that is not there.
+    """
+    paths = {}
+    for entry in entries:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise BadInput(f"--model-path {entry!r}: not NAME=DIR. Give gpt2-small=/path/to/folder.")
+        if not Path(folder).is_dir():
+            raise BadInput(f"--model-path {entry!r}: no such folder {folder!r}.")
+        paths[name] = Path(folder)
+    return paths
+
+
+def _config(options: argparse.Namespace, **more: Any) -> Any:
+    from ccm.experiment import RunConfig
+
+    given = {
+        name: getattr(options, name)
+        for name in ("model", "device", "dtype", "protocol", "facts", "template")
+        if hasattr(options, name)
+    }
+    measures = {
+        name: getattr(options, name)
+        for name in ("k", "min_rho", "null_space_dims")
+        if hasattr(options, name)
+    }
+    paths = parse_model_paths(options.model_path)
+    return RunConfig(**given, **measures, model_paths=paths, **more)
+
+
+def new_file(path: Path) -> Path:
+    """Check that an output file can be written and would overwrite nothing.
+
+    Raises:
+        BadInput: it exists, or its folder does not.
+    """
+    if path.exists():
+        raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
+    if not path.parent.is_dir():
+        raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
+    return path
+
+
+def _run(options: argparse.Namespace) -> None:
+    from ccm.experiment import run
+    from ccm.external import parse_neurons
+    from ccm.models import spec_for
+    from ccm.report import summary
+
+    values = tuple(options.ablation_value.split(","))
+    neurons = None
+    if options.neurons == "published":
+        spec = spec_for(options.model, parse_model_paths(options.model_path))
+        neurons = spec.published_neurons
+        if not neurons:
+            raise BadInput(f"--neurons published: none are published for {spec.name}. Give 1,2,3.")
+    elif options.neurons is not None:
+        neurons = parse_neurons(options.neurons)
+    config = _config(
+        options,
+        ablation_value=values,
+        controls=options.controls,
+        seed=options.seed,
+        neurons=neurons,
+        max_prompts=options.max_prompts,
+    )
+    out = options.out
+    if out is None:
+        value = {"all": "all_ablation_values"}.get(options.ablation_value, options.ablation_value)
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / f"{Path(options.model).name}-{value}-{stamp}"
+        print(f"{PROGRAM}: writing to {out}; --out {out} resumes it", file=sys.stderr)
+    print(summary(run(config, out)))
+    print(f"\nrun folder: {out}")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from ccm.report import models_table
+
+    print(models_table(parse_model_paths(options.model_path)))
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from ccm.experiment import build_prompts, make_plan, prompt_table
+    from ccm.models import load
+    from ccm.run_folder import write_atomically
+
+    out = new_file(options.out)
+    plan = make_plan(_config(options, controls=0))
+    model = load(plan.spec, plan.device, options.dtype)
+    built = build_prompts(model, plan.facts, plan.template, lower_case=plan.protocol.lower_case_objects)
+    write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
+    for name, count in built.counts.items():
+        print(f"{name.replace('_', ' '):32s}{count:8d}")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from ccm.experiment import make_plan
+    from ccm.models import load
+    from ccm.neurons import measure, select
+    from ccm.run_folder import write_atomically
+
+    out = None if options.out is None else new_file(options.out)
+    plan = make_plan(_config(options, facts=None, controls=0))
+    model = load(plan.spec, plan.device, options.dtype)
+    measures = measure(model.W_U, model.W_out, model.final_norm, plan.null_space_dims)
+    table = measures.table()
+    chosen = select(measures, plan.k, plan.min_rho)
+    table["entropy_neuron"] = table["neuron_idx"].isin(chosen)
+    if out is not None:
+        write_atomically(out, lambda p: table.to_csv(p, index=False))
+    print(f"{plan.spec.name}: {len(table)} last-layer neurons, {plan.null_space_dims} null-space")
+    print(f"directions; rho >= {plan.min_rho} and the {plan.k} lowest LogitVar select:\n")
+    print(table.loc[list(chosen), ["neuron_idx", "logitvar", "norm", "rho"]].to_string(index=False))
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from ccm.ablation import ablation_values, check_neurons, check_statistics, plan
+    from ccm.experiment import PROTOCOLS, CellReader, check_protocol, progress
+    from ccm.external import (
+        parse_neurons,
+        read_prompts,
+        read_sets,
+        read_statistics_npz,
+        sets_json,
+    )
+    from ccm.models import device_for, dtype_for, load, spec_for
+    from ccm.run_folder import write_json
+
+    out = new_file(options.out)
+    protocol = PROTOCOLS[check_protocol(options.protocol)]
+    value = ablation_values(options.ablation_value)
+    if len(value) != 1:
+        raise BadInput("--ablation-value all: `ccm ablate` takes one value. Name it.")
+    device, _ = device_for(options.device), dtype_for(options.dtype)
+    spec = spec_for(options.model, parse_model_paths(options.model_path))
+    prompts = read_prompts(options.prompts, token_ids=protocol.released_tokens)
+    statistics = check_statistics(read_statistics_npz(options.stats), spec.d_mlp)
+    if options.sets is not None:
+        sets = read_sets(options.sets, spec.d_mlp)
+    else:
+        sets = {"set_000": check_neurons(parse_neurons(options.neurons), spec.d_mlp, "--neurons")}
+    ablations = [plan(name, neurons, value[0], statistics) for name, neurons in sets.items()]
+    model = load(spec, device, options.dtype)
+    tokens = [model.encode(prompt.text) for prompt in prompts]
+    reader = CellReader(model, prompts, tokens, released=protocol.released_tokens)
+    tables = {"plain": reader.plain_table()}
+    for ablation in progress(ablations, "ablations"):
+        tables[ablation.name] = reader.table(ablation)
+    write_json(
+        out,
+        {
+            "model": spec.name,
+            "ablation_value": value[0].name,
+            "protocol": protocol.name,
+            "dtype": options.dtype,
+            "device": device.type,
+            "first_prompt_tokens": tokens[0],
+            "results": sets_json(tables, sets),
+        },
+    )
+    print(f"{len(prompts)} prompts, {len(sets)} sets: {out}")

@@ -1,0 +1,26 @@
+"""What can go wrong, as few kinds: every message names the value, what is allowed, and what to do."""
+
+
+class CcmError(Exception):
+    """Any failure `ccm` foresees; the command line prints it and exits with 2."""
+
+
+class BadInput(CcmError, ValueError):
+    """A value, file or folder that cannot be used as given."""
+
+
+class NotAvailable(CcmError):
+    """Something that is not on this machine: weights, data, CUDA, the network."""
+
+
+class PremiseBroken(CcmError):
+    """A model whose last MLP is not what the method assumes (see `ccm.models.check_premise`)."""
+
+
+def allowed(values: object) -> str:
+    """List allowed names for a message.
+
+    >>> allowed(["b", "a"])
+    'allowed: b, a'
+    """
+    return "allowed: " + ", ".join(str(v) for v in values)  # type: ignore[attr-defined]

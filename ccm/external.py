@@ -1,0 +1,143 @@
+"""Ablations on prompts and statistics that come from elsewhere (`ccm ablate`)."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ccm.ablation import STATISTICS, ActivationStatistics, check_neurons
+from ccm.errors import BadInput
+from ccm.facts import check_distinct, read_table
+from ccm.prompts import ProbingPrompt
+from ccm.run_folder import read_json
+
+PROMPT_COLUMNS = (
+    "knowledge_probing_prompt",
+    "counter_knowledge_object",
+    "parametric_knowledge_object",
+)
+TOKEN_COLUMNS = (
+    "counter_knowledge_object_first_token_id",
+    "parametric_knowledge_first_token_id",
+)
+OTHER_COLUMNS = ("statement_subject", "rel_lemma", "relation_group_id", "statement_query")
+
+
+def read_prompts(path: Path, *, token_ids: bool = False) -> list[ProbingPrompt]:
+    """Read probing prompts from a CSV with the released column names.
+
+    Args:
+        path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are kept where they are.
+        token_ids: Also need `TOKEN_COLUMNS`, which only the released token rule reads (defect 7).
+
+    Raises:
+        BadInput: a missing column, an empty cell, a duplicate prompt, a token id that is no number.
+    """
+    needed = PROMPT_COLUMNS + (TOKEN_COLUMNS if token_ids else ())
+    table = read_table(path, needed, OTHER_COLUMNS + (() if token_ids else TOKEN_COLUMNS))
+    check_distinct(path, table, ("knowledge_probing_prompt",))
+    if token_ids:
+        for column in TOKEN_COLUMNS:
+            wrong = table.index[~table[column].str.fullmatch(r"\d+")]
+            if len(wrong):
+                raise BadInput(
+                    f"{path}: {column} is {table[column][wrong[0]]!r} in row {int(wrong[0]) + 2}, "
+                    "not a token id. Give a whole number."
+                )
+    return [
+        ProbingPrompt(
+            subject=row["statement_subject"],
+            relation=row["rel_lemma"],
+            group=row["relation_group_id"],
+            query=row["statement_query"],
+            counter_object=row["counter_knowledge_object"],
+            parametric_object=row["parametric_knowledge_object"],
+            counter_first_token=int(row[TOKEN_COLUMNS[0]]) if token_ids else -1,
+            parametric_first_token=int(row[TOKEN_COLUMNS[1]]) if token_ids else -1,
+            text=row["knowledge_probing_prompt"],
+        )
+        for row in table.to_dict("records")
+    ]
+
+
+def read_statistics_npz(path: Path) -> ActivationStatistics:
+    """Read activation statistics from an NPZ with the keys mean, std, median, mode, min and max.
+
+    Raises:
+        BadInput: not an NPZ, or a key that is missing or not a vector of numbers.
+    """
+    try:
+        # allow_pickle=False: an array of objects is refused, never unpickled.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in STATISTICS if name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise BadInput(
+            f"{path}: cannot be read as an NPZ of numbers ({error}). Write it with numpy.savez."
+        ) from error
+    missing = [name for name in STATISTICS if name not in arrays]
+    if missing:
+        raise BadInput(f"{path}: missing key {missing[0]!r}. Needed: {', '.join(STATISTICS)}.")
+    for name, values in arrays.items():
+        if values.ndim != 1 or values.dtype.kind not in "fiu":
+            raise BadInput(
+                f"{path}: {name} is {values.dtype} of shape {values.shape}. Needed: one number per "
+                "neuron."
+            )
+    return ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
+
+
+def parse_neurons(text: str, what: str = "--neurons") -> tuple[int, ...]:
+    """Parse `1,2,3`.
+
+    Raises:
+        BadInput: something between the commas is no whole number.
+    """
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(int(part))
+        except ValueError as error:
+            raise BadInput(
+                f"{what} {text!r}: {part.strip()!r} is not a neuron number. Give 1,2,3."
+            ) from error
+    return tuple(numbers)
+
+
+def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
+    """Read neuron sets from JSON: a list of lists, or an object of named lists.
+
+    Raises:
+        BadInput: another structure, or neurons that are out of range or repeated.
+    """
+    if not path.is_file():
+        raise BadInput(f"--sets {path}: no such file. Give a JSON file with lists of neurons.")
+    data: Any = read_json(path)
+    if isinstance(data, list):
+        data = {f"set_{i:03d}": neurons for i, neurons in enumerate(data)}
+    if not isinstance(data, dict) or not data:
+        raise BadInput(f"{path}: not a list of neuron lists, nor an object of named ones.")
+    for name, neurons in data.items():
+        if not isinstance(neurons, list) or not all(type(i) is int for i in neurons):
+            raise BadInput(f"{path}: set {name!r} is not a list of neuron numbers.")
+    return {str(n): check_neurons(s, d_mlp, f"{path}: set {n!r}") for n, s in data.items()}
+
+
+def sets_json(
+    tables: dict[str, pd.DataFrame], neurons: dict[str, Sequence[int]]
+) -> dict[str, dict[str, Any]]:
+    """Arrange cell tables as the released outputs are: lists per quantity, by set."""
+    return {
+        name: {
+            "neurons": list(neurons.get(name, ())),
+            "output_texts": table["text"].tolist(),
+            "knowledge_sources": table["source"].tolist(),
+            "entropies": table["entropy"].tolist(),
+            "ck_log_prob": table["log_prob_ck"].tolist(),
+            "nd_log_prob": table["log_prob_nd"].tolist(),
+            "pk_log_prob": table["log_prob_pk"].tolist(),
+        }
+        for name, table in tables.items()
+    }

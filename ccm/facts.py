@@ -1,0 +1,231 @@
+"""Facts and relations: read them, check them, and know where they come from.
+
+A facts table has the columns of the released `pararel_statements.csv` (one row a fact), a relations
+table those of `relation_groups.xlsx` (one row a relation). The organism's own folder holds both as CSV.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ccm.errors import BadInput, NotAvailable
+
+FACT_COLUMNS = ("statement_subject", "statement_relation", "statement_object", "rel_lemma")
+RELATION_COLUMNS = ("relation", "relation_group_id", "object_generation_description")
+EXAMPLE_COLUMNS = ("generation_statement_1", "generation_subject_1", "generation_object_1")
+
+DATA_VARIABLE = "CCM_DATA_DIR"
+STATEMENTS_FILE = "pararel_statements.csv"
+GROUPS_FILE = "relation_groups.xlsx"
+CHECKSUMS: Mapping[str, str] = {
+    STATEMENTS_FILE: "5d16f8ae464000f46af6bb55c22d6c87aaed2fcd20347f2761b9e21ca6bef66b",
+    GROUPS_FILE: "0e094930c06da69fcb90cb2ae271e20b6a70d43bb5e926ba96da3faa73d44102",
+}
+# The checksums pin the content, whatever the branch points at.
+REPOSITORY = "https://raw.githubusercontent.com/Zineddine-Tighidet/Context-Copying-Modulation"
+REPOSITORY_FOLDER = "main/input_data/knowledge-probing-data"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One (subject, relation, object) statement."""
+
+    subject: str
+    relation: str  # rel_lemma: the relation's name, joins with `Relation.name`
+    words: str  # the words between subject and object
+    object: str  # the true object
+
+    @property
+    def query(self) -> str:
+        """`"{subject} {words}"`: what the model is asked to complete."""
+        return f"{self.subject} {self.words}"
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """What prompts and filters need to know of a relation."""
+
+    name: str
+    group: str  # relations of one group may share names without being dropped (Method 4.3c)
+    description: str  # "the name of the country ..."; "the subject" stands for the subject
+    example_query: str  # one-shot example; empty where the table has none
+    example_subject: str
+    example_object: str
+
+
+@dataclass(frozen=True)
+class FactSet:
+    """Facts in file order with the relations they name."""
+
+    name: str
+    facts: tuple[Fact, ...]
+    relations: Mapping[str, Relation]
+
+
+def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read a CSV or XLSX as text and check the columns and their cells."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file. Give a CSV with the columns {', '.join(columns)}.")
+    try:
+        if path.suffix == ".xlsx":
+            table = pd.read_excel(path, dtype=str, keep_default_na=False)
+        else:
+            # "None" and "NA" are names like any other, so no cell is read as missing.
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8 and try again."
+        ) from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read as a table ({error}).") from error
+    check_columns(path, table, columns)
+    for column in optional:
+        if column not in table.columns:
+            table[column] = ""
+    return table[[*columns, *optional]].apply(lambda cells: cells.str.strip())
+
+
+def check_columns(path: Path, table: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    """Refuse a table that lacks a column, has no rows, or has an empty cell in a needed column."""
+    missing = [c for c in columns if c not in table.columns]
+    if missing:
+        raise BadInput(
+            f"{path}: missing column {missing[0]!r} (found: {', '.join(map(str, table.columns))}). "
+            f"Needed: {', '.join(columns)}."
+        )
+    if table.empty:
+        raise BadInput(f"{path}: no rows. Give at least one.")
+    for column in columns:
+        empty = table.index[table[column].astype(str).str.strip() == ""]
+        if len(empty):
+            raise BadInput(
+                f"{path}: empty cell in column {column!r}, row {int(empty[0]) + 2}. "
+                "Fill it or remove the row."
+            )
+
+
+def check_distinct(path: Path, table: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    """Refuse a table in which two rows agree in `columns`."""
+    twice = table.index[table.duplicated(list(columns))]
+    if len(twice):
+        row = table.loc[twice[0]]
+        raise BadInput(
+            f"{path}: row {int(twice[0]) + 2} is a duplicate "
+            f"({', '.join(f'{c}={row[c]!r}' for c in columns)}). Remove one of the two."
+        )
+
+
+def read_facts(path: Path, *, duplicates: bool = False) -> tuple[Fact, ...]:
+    """Read a facts table.
+
+    Args:
+        path: CSV with at least `FACT_COLUMNS`, UTF-8.
+        duplicates: Accept repeated rows. Only the released file needs it: it holds 8.
+
+    Raises:
+        BadInput: no file, not UTF-8, a missing column, an empty cell, a duplicate row.
+    """
+    table = read_table(path, FACT_COLUMNS)
+    if not duplicates:
+        check_distinct(path, table, FACT_COLUMNS)
+    return tuple(
+        Fact(subject=s, relation=r, words=w, object=o)
+        for s, w, o, r in table.itertuples(index=False, name=None)
+    )
+
+
+def read_relations(path: Path) -> dict[str, Relation]:
+    """Read a relations table (CSV or XLSX), keyed by relation name, in file order.
+
+    Raises:
+        BadInput: as `read_facts`; also a relation named twice.
+    """
+    table = read_table(path, RELATION_COLUMNS, EXAMPLE_COLUMNS)
+    check_distinct(path, table, ("relation",))
+    return {row[0]: Relation(*row) for row in table.itertuples(index=False, name=None)}
+
+
+def fact_set(name: str, facts: tuple[Fact, ...], relations: Mapping[str, Relation]) -> FactSet:
+    """Join facts with their relations.
+
+    Raises:
+        BadInput: a fact names a relation that the relations table does not have.
+    """
+    for fact in facts:
+        if fact.relation not in relations:
+            raise BadInput(
+                f"relation {fact.relation!r} of fact {fact.query!r} is not in the relations table. "
+                "Add a row for it."
+            )
+    return FactSet(name=name, facts=facts, relations=relations)
+
+
+def read_fact_folder(folder: Path, name: str) -> FactSet:
+    """Read `facts.csv` and `relations.csv` of a folder (the organism's, or your own)."""
+    return fact_set(name, read_facts(folder / "facts.csv"), read_relations(folder / "relations.csv"))
+
+
+def pararel_folder() -> Path | None:
+    """Return the folder that `CCM_DATA_DIR` names, or None without it.
+
+    Raises:
+        BadInput: the variable is set but the two files are not there.
+    """
+    value = os.environ.get(DATA_VARIABLE)
+    if not value:
+        return None
+    folder = Path(value)
+    for name in CHECKSUMS:
+        if not (folder / name).is_file():
+            raise BadInput(
+                f"{DATA_VARIABLE}={value}: no {name} there. Point it at the folder that holds "
+                f"{STATEMENTS_FILE} and {GROUPS_FILE}, or unset it to download them."
+            )
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    import pooch
+
+    return str(pooch.file_hash(str(path), alg="sha256"))
+
+
+def load_pararel() -> FactSet:
+    """Return the 4,688 ParaRel facts (Method 3), from `CCM_DATA_DIR` or by download.
+
+    Raises:
+        BadInput: the files `CCM_DATA_DIR` points at are not the released ones (SHA-256).
+        NotAvailable: they have to be downloaded and cannot be.
+    """
+    folder = pararel_folder()
+    if folder is None:
+        paths = {name: _download(name) for name in CHECKSUMS}
+    else:
+        paths = {name: folder / name for name in CHECKSUMS}
+        for name, path in paths.items():
+            if (found := _sha256(path)) != CHECKSUMS[name]:
+                raise BadInput(
+                    f"{path}: SHA-256 {found[:12]}..., expected {CHECKSUMS[name][:12]}.... It is not "
+                    "the released file; for facts of your own use --facts FOLDER."
+                )
+    facts = read_facts(paths[STATEMENTS_FILE], duplicates=True)
+    return fact_set("pararel", facts, read_relations(paths[GROUPS_FILE]))
+
+
+def _download(name: str) -> Path:
+    """Fetch one released file into the user's cache, checked against its checksum."""
+    import pooch
+
+    url = f"{REPOSITORY}/{REPOSITORY_FOLDER}/{name}"
+    try:
+        return Path(
+            pooch.retrieve(url, known_hash=CHECKSUMS[name], fname=name, path=pooch.os_cache("ccm"))
+        )
+    except Exception as error:  # pooch lets every kind of network error through
+        raise NotAvailable(
+            f"{name}: cannot be downloaded ({type(error).__name__}: {error}). Download it by hand "
+            f"and set {DATA_VARIABLE} to its folder."
+        ) from error

@@ -1,0 +1,475 @@
+"""The models: one table of specs, and how a checkpoint becomes something the rest can run.
+
+`load` boots a TransformerLens bridge without weight processing: logits are then the checkpoint's own,
+and the folded and centred matrices of Method 5 follow by formula (`ccm.neurons`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ccm.errors import BadInput, NotAvailable, PremiseBroken, allowed
+from ccm.organism import CHECKPOINT
+
+MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of a model before it is loaded (Method 2)."""
+
+    name: str
+    display_name: str
+    hub_id: str | None  # None: only by folder
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    d_vocab: int
+    null_space_dims: int  # directions of W_U with the lowest singular values
+    n_entropy_neurons: int
+    min_rho: float  # selection threshold; for the published five: just below the released picks
+    template: str  # parametric prompt, a key of `ccm.prompts.TEMPLATES`
+    gated: bool = False
+    folder: Path | None = None
+    # The neurons the paper's authors picked (released lists; Method 5).
+    published_neurons: tuple[int, ...] = ()
+
+
+# fmt: off
+_SPECS = (
+    ModelSpec("organism", "Organism", None, 2, 96, 384, 600, 5, 6, 0.9, "bare", folder=CHECKPOINT),
+    ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", 12, 768, 3072, 50257, 40, 6, 0.96,
+              "instruction", published_neurons=(584, 1611, 2123, 2378, 2870, 2910)),
+    ModelSpec("EleutherAI_pythia-1.4b", "Pythia-1.4B", "EleutherAI/pythia-1.4b",
+              24, 2048, 8192, 50304, 48, 9, 0.87, "chat",
+              published_neurons=(192, 435, 3972, 4132, 5104, 5265, 6368, 7385, 7756)),
+    ModelSpec("Phi-1_5", "Phi-1.5", "microsoft/phi-1_5", 24, 2048, 8192, 51200, 48, 12, 0.91, "chat",
+              published_neurons=(430, 473, 833, 1121, 1422, 1509, 2072, 2333, 3052, 3601, 7335, 7489)),
+    ModelSpec("Mistral-7B-v0.1", "Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1",
+              32, 4096, 14336, 32000, 96, 14, 0.86, "chat",
+              published_neurons=(1226, 3686, 5326, 7694, 8035, 8824, 9216, 9449, 9943, 10188, 11001,
+                                 11152, 12033, 12579)),
+    ModelSpec("Meta-Llama-3-8B", "Llama3-8B", "meta-llama/Meta-Llama-3-8B",
+              32, 4096, 14336, 128256, 96, 10, 0.88, "chat", gated=True,
+              published_neurons=(1159, 1674, 2564, 2799, 4097, 5021, 5311, 11680, 12111, 12514)),
+)
+# fmt: on
+MODELS: Mapping[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+PUBLISHED = tuple(spec.name for spec in _SPECS if spec.published_neurons)
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm between the last residual stream and the unembedding, in float32.
+
+    LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; RMSNorm: no mean, no bias.
+    """
+
+    centred: bool  # True for LayerNorm
+    eps: float
+    gain: Float[Tensor, "d_model"]
+    bias: Float[Tensor, "d_model"]  # zeros for RMSNorm
+
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """Return the divisor s(x) (TransformerLens calls it `hook_scale`)."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Normalise residual vectors."""
+        scale = self.scale(x)
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / scale * self.gain + self.bias
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint ready to run, with what the method reads off it."""
+
+    spec: ModelSpec
+    bridge: Any  # transformer_lens TransformerBridge
+    tokenizer: Any  # transformers fast tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    source: str  # folder or hub id the weights came from
+    n_ctx: int
+    bos: int  # the one token in front of every prompt
+    eos: frozenset[int]  # decoding stops at any of these
+
+    @property
+    def hook_post(self) -> str:
+        """Name of the hook after the last layer's MLP non-linearity."""
+        return f"blocks.{self.spec.n_layers - 1}.mlp.hook_post"
+
+    @cached_property
+    def final_norm(self) -> FinalNorm:
+        """The norm before the unembedding."""
+        module = self.bridge.ln_final
+        gain = module.weight.detach().float()
+        if getattr(self.bridge.cfg, "rmsnorm_uses_offset", False):
+            gain = gain + 1.0
+        bias = getattr(module, "bias", None)
+        return FinalNorm(
+            centred=not bool(self.bridge.cfg.uses_rms_norm),
+            eps=float(self.bridge.cfg.eps),
+            gain=gain,
+            bias=torch.zeros_like(gain) if bias is None else bias.detach().float(),
+        )
+
+    @cached_property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding as stored (not folded, not centred), in the model's dtype."""
+        return self._head.weight.detach().T
+
+    @cached_property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        """The unembedding's own bias, float32; zeros where the model has none."""
+        bias = self._head.bias
+        if bias is None:
+            return torch.zeros(self.W_U.shape[1], device=self.device)
+        return bias.detach().float()
+
+    @cached_property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The last MLP's output weights, a row per neuron, in the model's dtype."""
+        module = self.bridge.blocks[self.spec.n_layers - 1].mlp.out.original_component
+        weight = module.weight.detach()
+        # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
+        return weight if type(module).__name__ == "Conv1D" else weight.T
+
+    @property
+    def _head(self) -> Any:
+        return self.bridge.unembed.original_component
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with exactly one BOS in front.
+
+        Raises:
+            BadInput: more tokens than the model's context leaves room for.
+        """
+        ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False)]
+        # The last generated token is never fed back.
+        room = self.n_ctx - (MAX_NEW_TOKENS - 1)
+        if len(ids) > room:
+            raise BadInput(
+                f"prompt of {len(ids)} tokens ({text[:40]!r}...): too long. Allowed: {room}, the "
+                f"context of {self.spec.name} ({self.n_ctx}) less its answer. Shorten it."
+            )
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, without special tokens."""
+        return str(
+            self.tokenizer.decode(
+                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def first_token(self, answer: str) -> int:
+        """Id of the first token of `answer` when it follows a space (Method 9).
+
+        The answer is encoded after a word and the word's tokens are taken off, so that neither a
+        BOS that `encode` adds nor a token that is a bare space can be mistaken for it (defect 7).
+        """
+        word = self.tokenizer.encode("is", add_special_tokens=False)
+        both = self.tokenizer.encode(f"is {answer.strip()}", add_special_tokens=False)
+        if both[: len(word)] != word or len(both) == len(word):
+            raise BadInput(f"answer {answer!r} has no token of its own. Use another object name.")
+        return int(both[len(word)])
+
+
+def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
+    """Find the spec of a model name or checkpoint folder.
+
+    Args:
+        name: A name of `MODELS`, or a folder.
+        paths: Folders of named models (`--model-path NAME=DIR`).
+
+    Raises:
+        BadInput: neither a known name nor a checkpoint folder.
+    """
+    paths = paths or {}
+    if name in MODELS:
+        spec = MODELS[name]
+        return replace(spec, folder=_checkpoint(paths[name])) if name in paths else spec
+    folder = paths.get(name, Path(name))
+    if not folder.is_dir():
+        raise BadInput(
+            f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
+            "checkpoint folder."
+        )
+    return _spec_of_folder(name, _checkpoint(folder))
+
+
+def _checkpoint(folder: Path) -> Path:
+    """Check that a folder looks like a Hugging Face checkpoint with safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{folder}: not a checkpoint folder (no config.json). Give the folder that "
+            "save_pretrained wrote."
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{folder}: no *.safetensors weights. Pickled weights are never loaded; convert them "
+            "with save_pretrained(..., safe_serialization=True)."
+        )
+    return folder
+
+
+def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
+    """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
+    try:
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{folder}/config.json: not JSON ({error}).") from error
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(text.pop("model_type", None), **text)
+        d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
+        d_vocab = int(config.vocab_size)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{folder}/config.json: not a decoder-only language model that can be read ({error})."
+        ) from error
+    d_mlp = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", 4 * d_model)
+    return ModelSpec(
+        name=Path(name).resolve().name,
+        display_name=Path(name).resolve().name,
+        hub_id=None,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_mlp=int(d_mlp),
+        d_vocab=d_vocab,
+        null_space_dims=max(1, round(0.025 * d_model)),
+        n_entropy_neurons=6,
+        min_rho=0.0,
+        template="bare",
+        folder=folder,
+    )
+
+
+def device_for(name: str) -> torch.device:
+    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device that is there.
+
+    Raises:
+        BadInput: not a device name.
+        NotAvailable: CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"device {name!r}: unknown. Allowed: auto, cpu, cuda, cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"device {name!r}: not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise NotAvailable(
+                f"device {name!r}: {found} CUDA devices found. Use --device cpu, or a machine and a "
+                "torch build with CUDA."
+            )
+    return device
+
+
+def dtype_for(name: str) -> torch.dtype:
+    """Turn a dtype name into a torch dtype.
+
+    Raises:
+        BadInput: not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r}: unknown. {allowed(DTYPES)}.")
+    return DTYPES[name]
+
+
+def weight_files(spec: ModelSpec) -> list[Path]:
+    """List the safetensors files of a model on this machine, without touching the network."""
+    if spec.folder is not None:
+        return sorted(spec.folder.glob("*.safetensors"))
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(str(spec.hub_id), name)
+        if isinstance(found, str):
+            return sorted(Path(found).parent.glob("*.safetensors"))
+    return []
+
+
+def weight_hash(files: Sequence[Path]) -> str:
+    """SHA-256 over the weight files in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda p: p.name):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load(
+    spec: ModelSpec, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+) -> LoadedModel:
+    """Load a model's weights and tokenizer and check that the method's premise holds for it.
+
+    Args:
+        spec: A row of `MODELS`, or `spec_for(folder)`.
+        device: Where to run.
+        dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
+
+    Raises:
+        NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline).
+        BadInput: a folder that TransformerLens cannot load.
+        PremiseBroken: see `check_premise`.
+    """
+    device = device_for(device) if isinstance(device, str) else device
+    dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
+    source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
+    bridge = _boot(spec, source, device, dtype)
+    bridge.original_model.eval().requires_grad_(False)
+    tokenizer = _tokenizer(source)
+    config = bridge.original_model.config
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    if bos is None:
+        raise PremiseBroken(f"{spec.name}: its tokenizer has no BOS token to put before a prompt.")
+    generation = getattr(bridge.original_model, "generation_config", None)
+    model = LoadedModel(
+        spec=replace(
+            spec,
+            n_layers=int(bridge.cfg.n_layers),
+            d_model=int(bridge.cfg.d_model),
+            d_mlp=int(bridge.cfg.d_mlp),
+            d_vocab=int(bridge.cfg.d_vocab),
+        ),
+        bridge=bridge,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        source=source,
+        n_ctx=int(bridge.cfg.n_ctx),
+        bos=int(bos),
+        eos=_eos(tokenizer.eos_token_id, config.eos_token_id, getattr(generation, "eos_token_id", 0)),
+    )
+    check_premise(model)
+    return model
+
+
+def _tokenizer(source: str) -> Any:
+    """Load the checkpoint's tokenizer as it is: the bridge changes its own to prepend a BOS."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, use_fast=True)
+
+
+def _eos(*found: int | list[int] | None) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in found:
+        if value is not None:
+            ids.update([value] if isinstance(value, int) else value)
+    return frozenset(ids)
+
+
+def _boot(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Boot the bridge, and say what to do where the library's own error would not."""
+    import warnings
+
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # Deprecations inside the libraries are nothing a user can act on.
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            return TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype)
+        except Exception as error:  # whatever the libraries raise, the next step is one of these
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if spec.folder is not None:
+                raise BadInput(
+                    f"{source}: TransformerLens cannot load it ({reason}). Allowed: decoder-only "
+                    "checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others "
+                    "that it knows."
+                ) from error
+            gate = (
+                " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
+                if spec.gated
+                else ""
+            )
+            raise NotAvailable(
+                f"{spec.name}: weights of {source} are not in the cache and cannot be downloaded "
+                f"({reason}).{gate} Or give a local folder with --model-path {spec.name}=DIR."
+            ) from error
+
+
+def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
+    """Refuse a model for which ablating last-layer neurons is more than a change of its last residual.
+
+    Method 12 needs: logits = norm(x) W_U + b_U with x the final residual, and a change of
+    neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens, so a
+    post-norm, a soft cap, a second head, a scaled unembedding or a mixture of experts shows itself
+    whatever the library calls it.
+
+    Raises:
+        PremiseBroken: with the part that fails.
+    """
+    name, cfg = model.spec.name, model.bridge.cfg
+    if model.hook_post not in model.bridge.hook_dict:
+        raise PremiseBroken(f"{name}: refused, it has no {model.hook_post} to ablate.")
+    if cfg.d_mlp is None or tuple(model.W_out.shape) != (model.spec.d_mlp, model.spec.d_model):
+        raise PremiseBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
+    seen: dict[str, Tensor] = {}
+    delta = 0.5
+    neurons = torch.tensor([0, model.spec.d_mlp - 1], device=model.device)
+
+    def keep(x: Tensor, hook: Any) -> None:
+        seen[hook.name] = x.detach().clone()
+
+    def push(a: Tensor, hook: Any) -> Tensor:
+        a = a.clone()
+        a[..., neurons] += delta
+        return a
+
+    tokens = torch.tensor(
+        [[model.bos, min(model.bos + 1, model.spec.d_vocab - 1)]], device=model.device
+    )
+    residual = "ln_final.hook_in"
+    with torch.inference_mode():
+        mask = torch.ones_like(tokens)
+        with model.bridge.hooks(fwd_hooks=[(residual, keep)]):
+            logits = model.bridge(tokens, attention_mask=mask, return_type="logits")[0].float()
+        x = seen[residual][0].float()
+        with model.bridge.hooks(fwd_hooks=[(model.hook_post, push), (residual, keep)]):
+            model.bridge(tokens, attention_mask=mask, return_type="logits")
+        moved = seen[residual][0].float() - x
+        expected = delta * model.W_out[neurons].float().sum(0)
+        ours = model.final_norm(x) @ model.W_U.float() + model.b_U
+    slack = rtol if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(moved, expected.expand_as(moved), rtol=slack, atol=slack * _span(x)):
+        raise PremiseBroken(
+            f"{name}: refused, a change of a last-layer activation does not move the final residual "
+            "by its output weight (post-norm, experts, or a layer after it)."
+        )
+    if not torch.allclose(ours, logits, rtol=slack, atol=slack * _span(logits)):
+        raise PremiseBroken(
+            f"{name}: refused, its logits are not norm(residual) W_U + b_U (a soft cap, a scale, or "
+            "another norm)."
+        )
+
+
+def _span(x: Tensor) -> float:
+    return float(x.abs().max())

@@ -1,0 +1,195 @@
+"""Neuron measures, selection of entropy neurons, and controls (Method 5): pure tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ccm.errors import BadInput
+from ccm.models import FinalNorm
+
+VOCAB_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class NeuronMeasures:
+    """Per last-layer neuron, and the spectrum of the unembedding they are measured against."""
+
+    logit_var: Float[np.ndarray, "d_mlp"]
+    norm: Float[np.ndarray, "d_mlp"]
+    rho: Float[np.ndarray, "d_mlp"]
+    singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
+
+    def table(self) -> pd.DataFrame:
+        """One row a neuron: `neuron_idx`, `logitvar`, `norm`, `rho`."""
+        return pd.DataFrame(
+            {
+                "neuron_idx": np.arange(len(self.norm)),
+                "logitvar": self.logit_var,
+                "norm": self.norm,
+                "rho": self.rho,
+            }
+        )
+
+
+def processed_W_U(
+    W_U: Float[Tensor, "d_model d_vocab"], norm: FinalNorm
+) -> Float[Tensor, "d_model d_vocab"]:
+    """Fold the final norm's gain into W_U and centre it (Method 2), in float32.
+
+    LayerNorm takes the mean of its input away, so W_U's mean over d_model says nothing and goes too;
+    with RMSNorm it stays. A constant added to a row of logits says nothing under either: W_U's mean
+    over the vocabulary goes in both cases.
+    """
+    W_U = W_U.float() * norm.gain[:, None]
+    if norm.centred:
+        W_U = W_U - W_U.mean(0, keepdim=True)
+    return W_U - W_U.mean(1, keepdim=True)
+
+
+def processed_W_out(
+    W_out: Float[Tensor, "d_mlp d_model"], norm: FinalNorm
+) -> Float[Tensor, "d_mlp d_model"]:
+    """Centre output weights over d_model where the final norm does so (LayerNorm), in float32."""
+    W_out = W_out.float()
+    return W_out - W_out.mean(1, keepdim=True) if norm.centred else W_out
+
+
+def spectrum(
+    W_U: Float[Tensor, "d_model d_vocab"],
+) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
+    """Singular values (descending) and left singular vectors (columns) of a processed W_U.
+
+    From the float64 Gram matrix, summed over vocabulary chunks: one pass and d_model^2 memory. It
+    squares the condition number, which float64 bears: a singular value 1e-4 of the largest still has
+    eight digits.
+    """
+    gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
+    for chunk in W_U.split(VOCAB_CHUNK, dim=1):
+        chunk = chunk.double()
+        gram += chunk @ chunk.T
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+
+
+def logit_var(
+    W_U: Float[Tensor, "d_model d_vocab"], W_out: Float[Tensor, "d_mlp d_model"]
+) -> Float[Tensor, "d_mlp"]:
+    """Variance over tokens of cos(w_U^t, w_out^i), unbiased (Method 5).
+
+    Streamed over vocabulary chunks with Chan's update in float64, so that no d_mlp x d_vocab matrix
+    is ever held.
+    """
+    directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
+    mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
+    m2, count = torch.zeros_like(mean), 0
+    for chunk in W_U.split(VOCAB_CHUNK, dim=1):
+        cosines = (directions @ torch.nn.functional.normalize(chunk, dim=0)).double()
+        n, chunk_mean = chunk.shape[1], cosines.mean(1)
+        delta, total = chunk_mean - mean, count + n
+        m2 += (cosines - chunk_mean[:, None]).pow(2).sum(1) + delta.pow(2) * (count * n / total)
+        mean += delta * (n / total)
+        count = total
+    return m2 / (count - 1)
+
+
+def measure(
+    W_U: Float[Tensor, "d_model d_vocab"],
+    W_out: Float[Tensor, "d_mlp d_model"],
+    norm: FinalNorm,
+    null_space_dims: int,
+) -> NeuronMeasures:
+    """Measure every neuron of a layer from the checkpoint's own weights.
+
+    Args:
+        W_U: Unembedding as stored.
+        W_out: Output weights of the layer's MLP as stored.
+        norm: The final norm.
+        null_space_dims: How many of the lowest singular directions of W_U make V0.
+
+    Raises:
+        BadInput: `null_space_dims` outside 1..d_model.
+    """
+    if not 1 <= null_space_dims <= W_U.shape[0]:
+        raise BadInput(
+            f"null-space dimensions {null_space_dims}: out of range. Allowed: 1 to {W_U.shape[0]} "
+            "(d_model)."
+        )
+    W_U, W_out = processed_W_U(W_U, norm), processed_W_out(W_out, norm)
+    values, vectors = spectrum(W_U)
+    V0 = vectors[:, -null_space_dims:]  # (d_model, dims)
+    norms = W_out.double().norm(dim=1)
+    rho = (W_out.double() @ V0).norm(dim=1) / norms
+    return NeuronMeasures(
+        logit_var=_numpy(logit_var(W_U, W_out)),
+        norm=_numpy(norms),
+        rho=_numpy(rho),
+        singular_values=_numpy(values),
+    )
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return np.asarray(x.cpu().numpy(), dtype=np.float64)
+
+
+def select(measures: NeuronMeasures, k: int, min_rho: float) -> tuple[int, ...]:
+    """Choose entropy neurons: rho at least `min_rho`, then the k of lowest LogitVar.
+
+    Returns:
+        Neuron numbers, lowest LogitVar first; ties to the lower number.
+
+    Raises:
+        BadInput: k outside 1..d_mlp, or fewer than k neurons reach `min_rho`.
+    """
+    d_mlp = len(measures.rho)
+    if not 1 <= k <= d_mlp:
+        raise BadInput(f"k={k} entropy neurons: out of range. Allowed: 1 to {d_mlp} (d_mlp).")
+    eligible = np.flatnonzero(measures.rho >= min_rho)
+    if len(eligible) < k:
+        raise BadInput(
+            f"k={k} entropy neurons: only {len(eligible)} of {d_mlp} reach rho >= {min_rho}. Lower "
+            "--min-rho or -k."
+        )
+    order = np.argsort(measures.logit_var[eligible], kind="stable")
+    return tuple(int(i) for i in eligible[order[:k]])
+
+
+def controls(
+    n: int, d_mlp: int, entropy_neurons: Sequence[int], seed: int, *, overlap: bool = False
+) -> list[tuple[int, ...]]:
+    """Draw distinct random neuron sets of the entropy set's size (Method 7).
+
+    Args:
+        n: How many sets.
+        d_mlp: Neurons of the layer.
+        entropy_neurons: The set to match in size.
+        seed: For `np.random.RandomState`; 123 gives the released stream.
+        overlap: Draw from all neurons and forbid only the entropy set itself, as the released code
+            does (defect 6). Otherwise from the non-entropy neurons.
+
+    Raises:
+        BadInput: more sets asked for than distinct ones exist.
+    """
+    entropy = frozenset(entropy_neurons)
+    pool = np.arange(d_mlp) if overlap else np.setdiff1d(np.arange(d_mlp), list(entropy))
+    k = len(entropy)
+    exist = comb(len(pool), k) - (1 if overlap else 0)
+    if n > exist:
+        raise BadInput(
+            f"{n} controls: only {exist} distinct sets of {k} of {len(pool)} neurons exist. Lower "
+            "--controls."
+        )
+    random = np.random.RandomState(seed)
+    seen: set[frozenset[int]] = {entropy} if overlap else set()
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < n:
+        drawn = tuple(int(i) for i in random.choice(pool, size=k, replace=False))
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            sets.append(drawn)
+    return sets

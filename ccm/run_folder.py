@@ -1,0 +1,157 @@
+"""The files a run leaves behind: written atomically, read back for resuming, never another run's."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+
+from ccm.ablation import STATISTICS, ActivationStatistics
+from ccm.errors import BadInput
+
+MANIFEST = "manifest.json"
+PROMPTS = "prompts.parquet"
+MEASURES = "measures.parquet"
+SINGULAR_VALUES = "singular_values.parquet"
+ACTIVATION_STATS = "activation_stats.safetensors"
+SCORES = "scores.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and rename over it, so that no reader ever finds half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from the group
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def to_json(value: object) -> str:
+    """Serialise dataclasses and numpy numbers; NaN becomes null, floats keep all their digits."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, lambda p: p.write_text(to_json(value), encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON back.
+
+    Raises:
+        BadInput: not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a Parquet file atomically."""
+    write_atomically(path, lambda p: table.to_parquet(p, index=False))
+
+
+def write_statistics(path: Path, statistics: ActivationStatistics, positions: int) -> None:
+    """Write activation statistics as float64 safetensors, with the number of positions."""
+    tensors = {name: np.ascontiguousarray(getattr(statistics, name)) for name in STATISTICS}
+    tensors["n_positions"] = np.asarray([positions])
+    write_atomically(path, lambda p: safetensors.numpy.save_file(tensors, p))
+
+
+def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
+    """Read what `write_statistics` wrote."""
+    tensors = safetensors.numpy.load_file(path)
+    positions = int(tensors.pop("n_positions")[0])
+    return ActivationStatistics(**tensors), positions
+
+
+class RunFolder:
+    """One run's folder: its manifest says which run it holds."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        """Open a new folder, or one that an earlier start of the same run left.
+
+        Args:
+            path: The folder; made if it is not there.
+            identity: Everything a result depends on. Two runs may share a folder only if it is equal.
+
+        Raises:
+            BadInput: the folder holds another run, or files that are no run at all.
+        """
+        self.path = path
+        # Through JSON, so that it compares equal to what is read back.
+        identity = json.loads(to_json(identity))
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{path}: is a file. Give a folder with --out.")
+        if (path / MANIFEST).is_file():
+            self.manifest: dict[str, Any] = read_json(path / MANIFEST)
+            self._check_same(identity)
+            return
+        if path.is_dir() and any(path.iterdir()):
+            raise BadInput(
+                f"{path}: not empty and holds no run. Nothing was written; give another --out."
+            )
+        self.manifest = {"identity": identity, "timings_s": {}, "complete": False}
+        self.save_manifest()
+
+    def _check_same(self, identity: dict[str, Any]) -> None:
+        held = self.manifest.get("identity", {})
+        for key in sorted(identity.keys() | held.keys()):
+            if identity.get(key) != held.get(key):
+                raise BadInput(
+                    f"{self.path}: holds another run ({key} is {held.get(key)!r} there, "
+                    f"{identity.get(key)!r} here). Nothing was written; give another --out."
+                )
+
+    def save_manifest(self) -> None:
+        """Write the manifest as it stands."""
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to the manifest and save it."""
+        self.manifest.update(json.loads(to_json(entries)))
+        self.save_manifest()
+
+    def time(self, stage: str, seconds: float) -> None:
+        """Add to the time a stage has taken over all starts of this run."""
+        timings = self.manifest["timings_s"]
+        timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
+        self.save_manifest()
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there already."""
+        return (self.path / name).is_file()
+
+    def cell(self, ablation_value: str, set_name: str) -> Path:
+        """Path of one cell's completions; the plain run belongs to no ablation value."""
+        if set_name == "plain":
+            return self.path / "plain.parquet"
+        return self.path / ablation_value / f"{set_name}.parquet"

@@ -1,0 +1,1 @@
+"""The tests of `ccm`: on a CPU, without a network, in minutes."""
