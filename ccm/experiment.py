@@ -74,6 +74,7 @@ from ccm.run_folder import (
     SCORES,
     SINGULAR_VALUES,
     RunFolder,
+    read_json,
     read_statistics,
     to_json,
     write_json,
@@ -239,7 +240,7 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     files = weight_files(plan_.spec)
     folder = RunFolder(out, identity(plan_, files))
     if folder.has(SCORES):
-        return scores_of_run(folder, plan_.protocol.nd_ratio_of_pk)
+        return read_scores(folder)
     clock = _Clock(folder)
     model = load(plan_.spec, plan_.device, config.dtype)
     clock("load")
@@ -260,10 +261,15 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     )
     ablations_step(folder, plan_, model, prompts, tokens, statistics, entropy_neurons, control_sets)
     clock("ablations")
-    scores = scores_of_run(folder, plan_.protocol.nd_ratio_of_pk)
-    write_json(folder.path / SCORES, scores)
+    write_json(folder.path / SCORES, scores_of_run(folder, plan_.protocol.nd_ratio_of_pk))
     clock("scores")
     folder.note(complete=True)
+    return read_scores(folder)
+
+
+def read_scores(folder: RunFolder) -> dict[str, Any]:
+    """Read the scores back, so that a caller sees what the file says and nothing else."""
+    scores: dict[str, Any] = read_json(folder.path / SCORES)
     return scores
 
 

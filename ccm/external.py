@@ -1,7 +1,7 @@
 """Ablations on prompts and statistics that come from elsewhere (`ccm ablate`)."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
 
 
 def sets_json(
-    tables: dict[str, pd.DataFrame], neurons: dict[str, Sequence[int]]
+    tables: dict[str, pd.DataFrame], neurons: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
     """Arrange cell tables as the released outputs are: lists per quantity, by set."""
     return {

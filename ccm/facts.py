@@ -85,7 +85,8 @@ def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] =
     for column in optional:
         if column not in table.columns:
             table[column] = ""
-    return table[[*columns, *optional]].apply(lambda cells: cells.str.strip())
+    wanted = table[[*columns, *optional]]
+    return pd.DataFrame({column: wanted[column].str.strip() for column in wanted.columns})
 
 
 def check_columns(path: Path, table: pd.DataFrame, columns: tuple[str, ...]) -> None:

@@ -132,12 +132,13 @@ class LoadedModel:
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding as stored (not folded, not centred), in the model's dtype."""
-        return self._head.weight.detach().T
+        weight: Tensor = self._head.weight
+        return weight.detach().T
 
     @cached_property
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         """The unembedding's own bias, float32; zeros where the model has none."""
-        bias = self._head.bias
+        bias: Tensor | None = self._head.bias
         if bias is None:
             return torch.zeros(self.W_U.shape[1], device=self.device)
         return bias.detach().float()
@@ -146,7 +147,7 @@ class LoadedModel:
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """The last MLP's output weights, a row per neuron, in the model's dtype."""
         module = self.bridge.blocks[self.spec.n_layers - 1].mlp.out.original_component
-        weight = module.weight.detach()
+        weight: Tensor = module.weight.detach()
         # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
         return weight if type(module).__name__ == "Conv1D" else weight.T
 
@@ -237,6 +238,7 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
         raise BadInput(f"{folder}/config.json: not JSON ({error}).") from error
     from transformers import AutoConfig
 
+    config: Any
     try:
         config = AutoConfig.for_model(text.pop("model_type", None), **text)
         d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
@@ -245,14 +247,15 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({error})."
         ) from error
-    d_mlp = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", 4 * d_model)
+    n_inner = getattr(config, "n_inner", None)  # GPT-2's word for d_mlp; None means 4 d_model
+    d_mlp: int = n_inner or getattr(config, "intermediate_size", None) or 4 * d_model
     return ModelSpec(
         name=Path(name).resolve().name,
         display_name=Path(name).resolve().name,
         hub_id=None,
         n_layers=n_layers,
         d_model=d_model,
-        d_mlp=int(d_mlp),
+        d_mlp=d_mlp,
         d_vocab=d_vocab,
         null_space_dims=max(1, round(0.025 * d_model)),
         n_entropy_neurons=6,

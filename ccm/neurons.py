@@ -70,7 +70,7 @@ def spectrum(
     eight digits.
     """
     gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
-    for chunk in W_U.split(VOCAB_CHUNK, dim=1):
+    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
         chunk = chunk.double()
         gram += chunk @ chunk.T
     values, vectors = torch.linalg.eigh(gram)
@@ -88,7 +88,7 @@ def logit_var(
     directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
     mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
     m2, count = torch.zeros_like(mean), 0
-    for chunk in W_U.split(VOCAB_CHUNK, dim=1):
+    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
         cosines = (directions @ torch.nn.functional.normalize(chunk, dim=0)).double()
         n, chunk_mean = chunk.shape[1], cosines.mean(1)
         delta, total = chunk_mean - mean, count + n

@@ -8,16 +8,11 @@ from ccm.knowledge import SOURCES
 from ccm.models import MODELS, spec_for, weight_files
 
 
-def share(ratio: Any) -> str:
+def share(r: Mapping[str, Any]) -> str:
     """`12.3 % (37/300; 8.8-16.6)`: percent, count, denominator and 95 % interval."""
-    r = ratio if isinstance(ratio, Mapping) else vars(ratio)
     if r["percent"] is None:
         return "- (0/0)"
     return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {r['low']:.1f}-{r['high']:.1f})"
-
-
-def _get(value: Any, name: str) -> Any:
-    return value[name] if isinstance(value, Mapping) else getattr(value, name)
 
 
 def summary(scores: Mapping[str, Any]) -> str:
@@ -37,14 +32,14 @@ def summary(scores: Mapping[str, Any]) -> str:
             f"{name:28s}{share(own['gts']):34s}"
             f"{_range(controls['gts']):24s}{_digits(own['q_value'], 1):>7s}"
             f"{_digits(own['permutation_p'], 4):>9s}  {share(ck)} "
-            f"({_digits(_get(controls['conversion_ratios']['CK'], 'high'), 1)} %)"
+            f"({_digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
         )
     lines.append("\nIn brackets: count/denominator; exact 95 % interval in percent.")
     return "\n".join(lines)
 
 
-def _range(control: Any) -> str:
-    mean, high = _get(control, "mean"), _get(control, "high")
+def _range(control: Mapping[str, Any]) -> str:
+    mean, high = control["mean"], control["high"]
     return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"
 
 

@@ -104,7 +104,7 @@ def _scores_of_value(
             "n": len(others),
             "gts": summarise(_percent(gts["entropy"]), [_percent(gts[n]) for n in others]),
             "transition_scores": _square(
-                lambda i, j: summarise(ts["entropy"][i, j], [ts[n][i, j] for n in others])
+                lambda i, j: summarise(float(ts["entropy"][i, j]), [float(ts[n][i, j]) for n in others])
             ),
             "conversion_ratios": {
                 k: summarise(_percent(cr["entropy"][k]), [_percent(cr[n][k]) for n in others])

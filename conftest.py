@@ -1,0 +1,111 @@
+"""Options, header and fixtures for every test of the project."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccm.ablation import ablation_values
+from ccm.cli import parse_model_paths
+from ccm.errors import CcmError
+from ccm.facts import DATA_VARIABLE, pararel_folder
+from ccm.models import MODELS, device_for, dtype_for, spec_for, weight_files
+
+SEED = 123
+
+
+@dataclass(frozen=True)
+class Options:
+    """The pytest options that say what is reproduced and how."""
+
+    models: tuple[str, ...]
+    ablation_values: tuple[str, ...]
+    model_paths: dict[str, Path]
+    device: str
+    dtype: str
+    artifacts: Path | None
+    require_gpu: bool
+    require_weights: bool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ccm", "what to reproduce")
+    group.addoption("--models", default="all", help="models to reproduce: names with commas, or all")
+    group.addoption("--ablation-values", default="all", help="names with commas, or all")
+    group.addoption("--model-path", action="append", default=[], metavar="NAME=DIR")
+    group.addoption("--device", default="auto", help="for GPU pairs: cuda, cuda:N, auto")
+    group.addoption("--dtype", default="float32", help="float32, bfloat16, float16")
+    group.addoption("--artifacts", default=None, help="keep run folders here, and resume from them")
+    group.addoption("--require-gpu", action="store_true", help="fail where a GPU is missing")
+    group.addoption("--require-weights", action="store_true", help="fail where weights are missing")
+
+
+def _options(config: pytest.Config) -> Options:
+    """Check the options once, so that a wrong one is a usage error and not a hundred failures."""
+    try:
+        paths = parse_model_paths(config.getoption("--model-path"))
+        named = config.getoption("--models")
+        models = tuple(MODELS) if named == "all" else tuple(named.split(","))
+        for name in models:
+            spec_for(name, paths)
+        values = ablation_values(config.getoption("--ablation-values").split(","))
+        device_for(config.getoption("--device"))
+        dtype_for(config.getoption("--dtype"))
+    except CcmError as error:
+        raise pytest.UsageError(str(error)) from error
+    artifacts = config.getoption("--artifacts")
+    return Options(
+        models=models,
+        ablation_values=tuple(v.name for v in values),
+        model_paths=paths,
+        device=config.getoption("--device"),
+        dtype=config.getoption("--dtype"),
+        artifacts=None if artifacts is None else Path(artifacts),
+        require_gpu=config.getoption("--require-gpu"),
+        require_weights=config.getoption("--require-weights"),
+    )
+
+
+OPTIONS = pytest.StashKey[Options]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[OPTIONS] = _options(config)
+    # Toy matrices are too small to share: a second thread only waits for the first.
+    torch.set_num_threads(1)
+    # syrupy would delete the goldens of every test that a narrower selection leaves out.
+    if any("::" in argument for argument in config.invocation_params.args):
+        config.option.no_cleanup = True
+        config.option.warn_unused_snapshots = True
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    options = config.stash[OPTIONS]
+    found = [name for name in MODELS if weight_files(spec_for(name, options.model_paths))]
+    try:
+        data = pararel_folder() or f"none ({DATA_VARIABLE} not set)"
+    except CcmError as error:
+        data = str(error)
+    packages = ("ccm", "torch", "transformers", "transformer_lens", "numpy")
+    return [
+        f"ccm: device {options.device} ({device_for(options.device)}), dtype {options.dtype}, "
+        f"seed {SEED}",
+        f"ccm: python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in packages),
+        f"ccm: weights found: {', '.join(found) or 'none'}; data folder: {data}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def options(request: pytest.FixtureRequest) -> Options:
+    """The checked command-line options; read-only."""
+    return request.config.stash[OPTIONS]
+
+
+@pytest.fixture(scope="session")
+def run_root(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for run folders: `--artifacts`, or one that goes away; read-only for tests."""
+    return options.artifacts or tmp_path_factory.mktemp("runs")

@@ -1,0 +1,71 @@
+"""Goldens: JSON by syrupy, numbers with the tolerance they were stored with.
+
+A number that may differ between machines is stored as `{"value": ..., "tolerance": ...}`; everything
+else (names, neuron numbers, totals) must be equal. Inside its tolerance a golden is left as it is,
+also by `--snapshot-update`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from syrupy.extensions.json import JSONSnapshotExtension
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def measured(value: float | None, tolerance: float) -> dict[str, float] | None:
+    """A number with its two-sided tolerance, in the number's own unit; None stays None."""
+    return None if value is None else {"value": float(value), "tolerance": tolerance}
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"value", "tolerance"}
+
+
+def differences(found: Any, golden: Any, where: str = "") -> Iterator[str]:
+    """Yield a line for every place where `found` is not what the golden allows."""
+    if _is_measured(golden):
+        if not _is_measured(found):
+            yield f"{where}={found!r}, expected a number"
+        elif not abs(found["value"] - golden["value"]) <= golden["tolerance"]:
+            yield (
+                f"{where}={found['value']:.6g}, expected {golden['value']:.6g} +- "
+                f"{golden['tolerance']:g}"
+            )
+    elif isinstance(golden, dict) and isinstance(found, dict):
+        for key in [*golden, *(k for k in found if k not in golden)]:
+            if key not in found or key not in golden:
+                yield f"{where}.{key}: only in the {'golden' if key in golden else 'result'}"
+            else:
+                yield from differences(found[key], golden[key], f"{where}.{key}")
+    elif isinstance(golden, list) and isinstance(found, list) and len(golden) == len(found):
+        for i, (a, b) in enumerate(zip(found, golden, strict=True)):
+            yield from differences(a, b, f"{where}[{i}]")
+    elif found != golden or type(found) is not type(golden):
+        yield f"{where}={found!r}, expected {golden!r}"
+
+
+class GoldenExtension(JSONSnapshotExtension):
+    """Compares within stored tolerances, in `golden/<test file>/<test>[<id>].json`."""
+
+    def serialize(self, data: Any, **_: Any) -> str:
+        """Write plain JSON with all digits."""
+        return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def matches(self, *, serialized_data: Any, snapshot_data: Any) -> bool:
+        """Whether the result lies within what the golden allows."""
+        return not any(differences(json.loads(serialized_data), json.loads(snapshot_data)))
+
+    def diff_lines(self, serialized_data: Any, snapshot_data: Any) -> Iterator[str]:
+        """Say which values are out, by how much."""
+        if not snapshot_data:
+            yield "no golden: measure it with --snapshot-update"
+            return
+        yield from differences(json.loads(serialized_data), json.loads(snapshot_data or "null"))
+
+    @classmethod
+    def dirname(cls, *, test_location: Any) -> str:
+        """The golden folder of a test file."""
+        return str(GOLDEN / Path(test_location.filepath).stem)

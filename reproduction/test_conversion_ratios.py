@@ -1,0 +1,46 @@
+"""Conversion ratios to CK, ND and PK (Figures 4b and 8)."""
+
+from typing import Any
+
+import pytest
+from syrupy.assertion import SnapshotAssertion
+
+from ccm.knowledge import SOURCES
+from reproduction.goldens import measured
+from reproduction.pairs import Pair
+
+POINTS = 0.3  # percentage points: two near ties of some 800 prompts
+
+
+def test_conversion_ratios(pair: Pair, scores: dict[str, Any], golden: SnapshotAssertion) -> None:
+    # 1: it runs
+    result = scores["ablations"][pair.ablation_value]
+    own, controls = result["entropy"], result["controls"]
+    # 2: shapes and types
+    assert list(own["conversion_ratios"]) == list(SOURCES)
+    # 3: invariants
+    for k in SOURCES:
+        found = own["conversion_ratios"][k]
+        assert found["total"] == scores["n_prompts"] - scores["sources"][k]["count"]
+        to_k = sum(own["transition_counts"][j][k] for j in SOURCES if j != k)
+        assert found["count"] == to_k, f"CR({k}) counts {found['count']}, the table {to_k} [{pair.id}]"
+        assert found["percent"] == pytest.approx(100 * to_k / found["total"])
+        assert 0 <= found["low"] <= found["percent"] <= found["high"] <= 100
+    # 4: values
+    assert {
+        k: {
+            "entropy_set": measured(own["conversion_ratios"][k]["percent"], POINTS),
+            "controls_mean": measured(controls["conversion_ratios"][k]["mean"], POINTS),
+        }
+        for k in SOURCES
+    } == golden
+
+
+def test_organism_copies_more_without_its_entropy_neurons(pair: Pair, scores: dict[str, Any]) -> None:
+    """The planted effect: more non-CK prompts turn to CK than under any control."""
+    if (pair.model, pair.ablation_value) != ("organism", "mean_ablation"):
+        pytest.skip("planted effect: known only for the organism under mean ablation")
+    result = scores["ablations"][pair.ablation_value]
+    own = result["entropy"]["conversion_ratios"]["CK"]["percent"]
+    highest = result["controls"]["conversion_ratios"]["CK"]["high"]
+    assert own > highest, f"CR(CK)={own:.1f} %, highest control {highest:.1f} % [{pair.id}]"

@@ -1,0 +1,46 @@
+"""Global transition scores and Q-values, ablation value by ablation value (Table 6)."""
+
+from typing import Any
+
+import pytest
+from syrupy.assertion import SnapshotAssertion
+
+from reproduction.goldens import measured
+from reproduction.pairs import Pair
+
+POINTS = 0.3  # percentage points: a few near ties of some 1,300 prompts
+RANKS = 2.0  # of Q, percent: a control or two may trade places with the entropy set
+
+
+def test_global_transition_score(pair: Pair, scores: dict[str, Any], golden: SnapshotAssertion) -> None:
+    # 1: it runs
+    result = scores["ablations"][pair.ablation_value]
+    own, controls = result["entropy"], result["controls"]
+    # 2: shapes and types
+    assert controls["n"] == len(controls["sets"]) == 100
+    # 3: invariants
+    counts = own["transition_counts"]
+    changed = sum(n for k, row in counts.items() for j, n in row.items() if j != k)
+    assert own["gts"]["count"] == changed, f"GTS counts {own['gts']['count']}, the table {changed}"
+    assert own["gts"]["total"] == scores["n_prompts"]
+    assert 0 <= own["q_value"] <= 100
+    # (1 + n) / 101: with 100 controls it cannot fall below 0.0099.
+    assert 1 / 101 <= own["permutation_p"] <= 1
+    at_least = sum(c["gts"] >= own["gts"]["percent"] for c in controls["sets"])
+    assert own["permutation_p"] == pytest.approx((1 + at_least) / 101)
+    # 4: values
+    assert {
+        "gts": measured(own["gts"]["percent"], POINTS),
+        "q_value": measured(own["q_value"], RANKS),
+        "controls_mean": measured(controls["gts"]["mean"], POINTS),
+        "controls_max": measured(controls["gts"]["high"], POINTS),
+    } == golden
+
+
+def test_organism_changes_most_without_its_entropy_neurons(pair: Pair, scores: dict[str, Any]) -> None:
+    """The planted effect: a GTS above every one of the 100 controls."""
+    if (pair.model, pair.ablation_value) != ("organism", "mean_ablation"):
+        pytest.skip("planted effect: known only for the organism under mean ablation")
+    result = scores["ablations"][pair.ablation_value]
+    own, highest = result["entropy"]["gts"]["percent"], result["controls"]["gts"]["high"]
+    assert own > highest, f"GTS={own:.1f} %, highest control {highest:.1f} % [{pair.id}]"
