@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ccm import hooked
 from ccm.ablation import ActivationStatistics
-from ccm.decoding import Completions, Observer, Tokens
+from ccm.completions import Completions, Observer, Tokens
 from ccm.errors import CcmError
 from ccm.models import LoadedModel
 

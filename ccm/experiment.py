@@ -31,7 +31,7 @@ from ccm.ablation import (
     plan,
 )
 from ccm.activations import collect, float16_sigma
-from ccm.decoding import Completions
+from ccm.completions import Completions
 from ccm.errors import BadInput, allowed
 from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.knowledge import (

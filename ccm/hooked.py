@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
-from ccm.decoding import (
+from ccm.completions import (
     Completions,
     FirstToken,
     Observer,

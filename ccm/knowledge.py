@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from ccm.decoding import FirstToken
+from ccm.completions import FirstToken
 from ccm.models import LoadedModel
 from ccm.prompts import ProbingPrompt, answer_object, same_name
 

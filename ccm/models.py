@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken, allowed
@@ -95,12 +95,15 @@ class FinalNorm:
         return x / scale * self.gain + self.bias
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedModel:
     """A checkpoint ready to run, with what the method reads off it."""
 
     spec: ModelSpec
-    bridge: Any  # transformer_lens TransformerBridge
+    bridge: Any  # transformer_lens TransformerBridge: hooks, the reference path
+    body: Any  # the same weights as a plain transformers model without its head: the fast path
+    mlp_out: Any  # `body`'s last down-projection; its input is `hook_post`
+    norm: Any  # `body`'s final norm; its input is the final residual
     tokenizer: Any  # transformers fast tokenizer
     device: torch.device
     dtype: torch.dtype
@@ -108,6 +111,7 @@ class LoadedModel:
     n_ctx: int
     bos: int  # the one token in front of every prompt
     eos: frozenset[int]  # decoding stops at any of these
+    splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `ccm.decoding` when needed
 
     @property
     def hook_post(self) -> str:
@@ -342,8 +346,7 @@ def load(
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
     source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
-    bridge = _boot(spec, source, device, dtype)
-    bridge.original_model.eval().requires_grad_(False)
+    bridge, twin, names = _boot(spec, source, device, dtype)
     tokenizer = _tokenizer(source)
     config = bridge.original_model.config
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
@@ -359,6 +362,9 @@ def load(
             d_vocab=int(bridge.cfg.d_vocab),
         ),
         bridge=bridge,
+        body=twin.base_model,
+        mlp_out=twin.get_submodule(names["mlp_out"]),
+        norm=twin.get_submodule(names["norm"]),
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
@@ -386,10 +392,18 @@ def _eos(*found: int | list[int] | None) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _boot(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Boot the bridge, and say what to do where the library's own error would not."""
+def _boot(
+    spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Any, dict[str, str]]:
+    """Load a checkpoint once and make a bridge and a plain twin of it that share every weight.
+
+    Returns:
+        The bridge, the twin, and the twin's names of the last down-projection and the final norm.
+    """
+    import copy
     import warnings
 
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -399,24 +413,49 @@ def _boot(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
-            return TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype)
-        except Exception as error:  # whatever the libraries raise, the next step is one of these
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            if spec.folder is not None:
-                raise BadInput(
-                    f"{source}: TransformerLens cannot load it ({reason}). Allowed: decoder-only "
-                    "checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others "
-                    "that it knows."
-                ) from error
-            gate = (
-                " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
-                if spec.gated
-                else ""
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            loaded = loaded.to(device).eval().requires_grad_(False)
+            # The bridge wraps the modules it is given, so the twin is copied first: new modules
+            # around the same tensors.
+            shared = {id(t): t for t in [*loaded.parameters(), *loaded.buffers()]}
+            twin = copy.deepcopy(loaded, shared)
+            names = {id(module): name for name, module in loaded.named_modules()}
+            bridge = TransformerBridge.boot_transformers(
+                source, hf_model=loaded, device=str(device), dtype=dtype
             )
-            raise NotAvailable(
-                f"{spec.name}: weights of {source} are not in the cache and cannot be downloaded "
-                f"({reason}).{gate} Or give a local folder with --model-path {spec.name}=DIR."
-            ) from error
+        except Exception as error:  # whatever the libraries raise, the next step is one of these
+            raise _cannot_load(spec, source, error) from error
+    try:
+        last = bridge.blocks[int(bridge.cfg.n_layers) - 1]
+        found = {
+            "mlp_out": names[id(last.mlp.out.original_component)],
+            "norm": names[id(bridge.ln_final.original_component)],
+        }
+    except (AttributeError, KeyError, IndexError) as error:
+        raise PremiseBroken(
+            f"{spec.name}: refused, it has no last MLP with one output matrix before a final norm "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return bridge, twin, found
+
+
+def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
+    """Say what to do where the libraries' own errors do not."""
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if spec.folder is not None:
+        return BadInput(
+            f"{source}: TransformerLens cannot load it ({reason}). Allowed: decoder-only checkpoints "
+            "of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others that it knows."
+        )
+    gate = (
+        " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
+        if spec.gated
+        else ""
+    )
+    return NotAvailable(
+        f"{spec.name}: weights of {source} are not in the cache and cannot be downloaded "
+        f"({reason}).{gate} Or give a local folder with --model-path {spec.name}=DIR."
+    )
 
 
 def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
