@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ccm import hooked
 from ccm.ablation import ActivationStatistics
+from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Observer, Tokens
 from ccm.errors import CcmError
-from ccm.models import LoadedModel
 
 MODE_BINS = 256  # the mode is the centre of the fullest of these
 FINE = 16  # fine bins per mode bin, for the median

@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
     _measure_options(run)
     run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
+    _engine_options(run)
+    run.add_argument(
+        "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
+    )
     run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
     run.set_defaults(run=_run)
@@ -77,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     sets.add_argument("--neurons", help="one set: 1,2,3")
     sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
     ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
+    _engine_options(ablate)
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=_ablate)
     return top
@@ -102,6 +107,27 @@ def _model_options(command: argparse.ArgumentParser) -> None:
         default="corrected",
         help="corrected (default), or released: with the released code's behaviours",
     )
+
+
+def _engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--engine",
+        default="shared",
+        help="shared (default): one decode for all sets; hooked: the slow reference, a pass a set",
+    )
+    command.add_argument(
+        "--memory-budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="what a shard may use, like 500M or 8G (default: half of what is free)",
+    )
+
+
+def _bytes(text: str) -> int:
+    """Parse a size: `500M`, `8G` or plain bytes."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    return int(float(number) * unit)
 
 
 def _facts_options(command: argparse.ArgumentParser) -> None:
@@ -186,6 +212,9 @@ def _run(options: argparse.Namespace) -> None:
         seed=options.seed,
         neurons=neurons,
         max_prompts=options.max_prompts,
+        engine=options.engine,
+        full_texts=options.full_texts,
+        memory_budget=options.memory_budget,
     )
     out = options.out
     if out is None:
@@ -204,8 +233,8 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> None:
+    from ccm.checkpoint import load
     from ccm.experiment import build_prompts, make_plan, prompt_table
-    from ccm.models import load
     from ccm.run_folder import write_atomically
 
     out = new_file(options.out)
@@ -218,8 +247,8 @@ def _prompts(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from ccm.checkpoint import load
     from ccm.experiment import make_plan
-    from ccm.models import load
     from ccm.neurons import measure, select
     from ccm.run_folder import write_atomically
 
@@ -239,7 +268,10 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from ccm.ablation import ablation_values, check_neurons, check_statistics, plan
-    from ccm.experiment import PROTOCOLS, CellReader, check_protocol, progress
+    from ccm.cells import CellReader, check_engine, decode_hooked, decode_shared
+    from ccm.checkpoint import load
+    from ccm.completions import Work
+    from ccm.experiment import PROTOCOLS, check_protocol
     from ccm.external import (
         parse_neurons,
         read_prompts,
@@ -247,11 +279,13 @@ def _ablate(options: argparse.Namespace) -> None:
         read_statistics_npz,
         sets_json,
     )
-    from ccm.models import device_for, dtype_for, load, spec_for
+    from ccm.knowledge import object_tokens
+    from ccm.models import device_for, dtype_for, spec_for
     from ccm.run_folder import write_json
 
     out = new_file(options.out)
     protocol = PROTOCOLS[check_protocol(options.protocol)]
+    engine = check_engine(options.engine)
     value = ablation_values(options.ablation_value)
     if len(value) != 1:
         raise BadInput("--ablation-value all: `ccm ablate` takes one value. Name it.")
@@ -266,16 +300,29 @@ def _ablate(options: argparse.Namespace) -> None:
     ablations = [plan(name, neurons, value[0], statistics) for name, neurons in sets.items()]
     model = load(spec, device, options.dtype)
     tokens = [model.encode(prompt.text) for prompt in prompts]
-    reader = CellReader(model, prompts, tokens, released=protocol.released_tokens)
-    tables = {"plain": reader.plain_table()}
-    for ablation in progress(ablations, "ablations"):
-        tables[ablation.name] = reader.table(ablation)
+    released = protocol.released_tokens
+    objects = object_tokens(model, prompts, released=released)
+    work = Work()
+    if engine == "hooked":
+        runs = list(decode_hooked(model, tokens, ablations, objects))
+    else:
+        budget = options.memory_budget
+        runs = list(
+            decode_shared(
+                model, tokens, ablations, objects, own_top=released, memory_budget=budget, work=work
+            )
+        )
+    reader = CellReader(prompts, objects, runs[0], released=released)
+    names = ["plain", *(a.name for a in ablations)]
+    tables = {name: reader.table(run) for name, run in zip(names, runs, strict=True)}
     write_json(
         out,
         {
             "model": spec.name,
             "ablation_value": value[0].name,
             "protocol": protocol.name,
+            "engine": engine,
+            "work": work.as_dict(),
             "dtype": options.dtype,
             "device": device.type,
             "first_prompt_tokens": tokens[0],

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.models import LoadedModel
+from ccm.checkpoint import LoadedModel
 
 N_TOP = 3  # enough to name the best token that is neither of two others
 
@@ -106,3 +106,95 @@ def completions(
 def no_targets(n: int) -> Int[Tensor, "prompt target"]:
     """Targets for a caller who asks for no log-probabilities."""
     return torch.zeros((n, 0), dtype=torch.long)
+
+
+@dataclass
+class Work:
+    """What a decode cost, counted exactly."""
+
+    prompts: int = 0
+    forward_tokens: int = 0  # positions run through the transformer
+    nodes: int = 0  # distinct prefixes, prompts included
+    certified: int = 0  # (node, set) pairs whose argmax provably stayed
+    shortlisted: int = 0  # pairs settled among a few likely tokens
+    low_rank: int = 0  # pairs that needed their whole row, by its low-rank form
+    first_rows: int = 0  # rows for first-token entropies and log-probabilities, low-rank too
+    full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
+    refereed: int = 0  # near ties settled alone
+    halved: int = 0  # chunks that ran out of memory
+    peak_bytes: int = 0  # CUDA only: the allocator's peak
+
+    def add(self, other: "Work") -> None:
+        """Add another decode's counts."""
+        for f in fields(self):
+            mine, its = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, its) if f.name == "peak_bytes" else mine + its)
+
+    def as_dict(self) -> dict[str, int]:
+        """For manifests."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Results of some prompts under all sets; set 0 is the plain run."""
+
+    prompts: Int[np.ndarray, "prompt"]  # which prompts
+    leaves: tuple[tuple[int, ...], ...]  # distinct continuations of any of them
+    leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
+    entropy: Float[np.ndarray, "prompt set"]  # nats; of the next token at the last prompt position
+    asked: Int[np.ndarray, "prompt target"]  # tokens asked for, then the plain run's top ones
+    log_probs: Float[np.ndarray, "prompt set target"]
+    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
+    top_log_probs: Float[np.ndarray, "prompt topped top"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Results of all prompts under all sets; set 0 is the plain run."""
+
+    leaves: tuple[tuple[int, ...], ...]  # continuations, without the EOS that ended them
+    texts: tuple[str, ...]  # theirs
+    leaf: Int[np.ndarray, "prompt set"]
+    entropy: Float[np.ndarray, "prompt set"]
+    asked: Int[np.ndarray, "prompt target"]
+    log_probs: Float[np.ndarray, "prompt set target"]
+    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
+    top_log_probs: Float[np.ndarray, "prompt topped top"]
+
+    def completions(self, index: int) -> Completions:
+        """One set's continuations; without top tokens where they were not read."""
+        leaves = self.leaf[:, index]
+        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
+        return Completions(
+            tokens=tuple(self.leaves[i] for i in leaves),
+            texts=tuple(self.texts[i] for i in leaves),
+            first=FirstToken(
+                entropy=self.entropy[:, index].astype(np.float64),
+                asked=self.asked,
+                log_probs=self.log_probs[:, index].astype(np.float64),
+                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
+                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
+            ),
+        )
+
+
+def merge(shards: Sequence[Shard], model: LoadedModel) -> Decoded:
+    """Put shards together in prompt order and decode each distinct continuation once."""
+    order = np.argsort(np.concatenate([s.prompts for s in shards]))
+    starts = np.cumsum([0, *(len(s.leaves) for s in shards[:-1])])
+
+    def joined(name: str) -> np.ndarray:
+        return np.asarray(np.concatenate([getattr(s, name) for s in shards])[order])
+
+    leaves = tuple(leaf for s in shards for leaf in s.leaves)
+    numbers = [s.leaf + start for s, start in zip(shards, starts, strict=True)]
+    return Decoded(
+        leaves=leaves,
+        texts=tuple(model.decode(leaf) for leaf in leaves),
+        leaf=np.concatenate(numbers)[order],
+        **{
+            name: joined(name)
+            for name in ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs")
+        },
+    )

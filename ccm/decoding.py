@@ -5,17 +5,20 @@ prefilled once; at every step the next token of *all* sets follows from the fina
 activations (`ccm.screening`); sets that choose the same token share a node of a prefix tree; and the
 transformer runs once per distinct node, on cache rows gathered from its parent.
 
-Results do not depend on batches. Prompts share a batch only with prompts of their own length, so there
-are no pads. Rounding still differs between batch shapes, and could settle a near tie either way: every
-choice whose lead is below the slack of `ccm.screening` is made again by a referee, which runs that one
-prefix alone. A choice above the slack is the same under any rounding, so tokens are the same alone, in
-any batch, in any order and at any memory budget. (float32; in lower precision rounding moves x itself
-by more than a referee could repair, and near ties stand as they fall.)
+Prompts of one length are prefilled together, so no pad ever enters the transformer. Their caches are
+then joined, shorter ones filled up on the left, under an explicit mask and explicit positions: one
+forward a step for all lengths.
+
+Results do not depend on batches. Rounding differs between batch shapes and could settle a near tie
+either way; so every choice whose lead is below the slack of `ccm.screening` is made again by a referee,
+which runs that one prefix alone. A choice above the slack is the same under any rounding, so tokens are
+the same alone, in any batch, in any order and at any memory budget. (float32; in lower precision
+rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +27,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
+from ccm.checkpoint import LoadedModel
 from ccm.completions import (
     Completions,
-    FirstToken,
     Observer,
+    Shard,
     Tokens,
+    Work,
     equal_length_batches,
+    merge,
     no_targets,
     read_first_token,
 )
 from ccm.errors import CcmError
-from ccm.models import MAX_NEW_TOKENS, LoadedModel
+from ccm.forward import join_caches, run_body
+from ccm.models import MAX_NEW_TOKENS
 from ccm.prompts import SPLITTER
 from ccm.screening import (
     Nodes,
@@ -48,49 +55,7 @@ from ccm.screening import (
     shortlisted,
 )
 
-MAX_BATCH = 512  # prompts; larger batches gain nothing on any device measured
-ROW_BYTES = 2 << 20  # logit rows held at once on a CPU: what its caches can still serve
-
-
-@dataclass
-class Work:
-    """What a decode cost, counted exactly."""
-
-    prompts: int = 0
-    forward_tokens: int = 0  # positions run through the transformer
-    nodes: int = 0  # distinct prefixes, prompts included
-    certified: int = 0  # (node, set) pairs whose argmax provably stayed
-    shortlisted: int = 0  # pairs settled among a few likely tokens
-    low_rank: int = 0  # pairs that needed their whole row, by its low-rank form
-    first_rows: int = 0  # rows for first-token entropies and log-probabilities, low-rank too
-    full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
-    refereed: int = 0  # near ties settled alone
-    halved: int = 0  # chunks that ran out of memory
-    peak_bytes: int = 0  # CUDA only: the allocator's peak
-
-    def add(self, other: "Work") -> None:
-        """Add another decode's counts."""
-        for f in fields(self):
-            mine, its = getattr(self, f.name), getattr(other, f.name)
-            setattr(self, f.name, max(mine, its) if f.name == "peak_bytes" else mine + its)
-
-    def as_dict(self) -> dict[str, int]:
-        """For manifests."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Results of a few prompts under all sets; set 0 is the plain run."""
-
-    prompts: Int[np.ndarray, "prompt"]  # which prompts
-    leaves: tuple[tuple[int, ...], ...]  # distinct continuations of any of them
-    leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
-    entropy: Float[np.ndarray, "prompt set"]  # nats; of the next token at the last prompt position
-    asked: Int[np.ndarray, "prompt target"]  # tokens asked for, then the plain run's top ones
-    log_probs: Float[np.ndarray, "prompt set target"]
-    top_tokens: Int[np.ndarray, "prompt set top"]  # sets after the first only where asked for
-    top_log_probs: Float[np.ndarray, "prompt set top"]
+MAX_BATCH = 2048  # prompts a shard; more would only make resuming coarser
 
 
 def decode(
@@ -105,42 +70,17 @@ def decode(
 ) -> Completions:
     """Decode under one neuron set, like `ccm.hooked.decode`; arguments and result are its."""
     sets = [ablation] if ablation.neurons else []
-    shards = list(
-        decode_sets(
-            model,
-            prompts,
-            sets,
-            targets=targets,
-            max_new_tokens=max_new_tokens,
-            memory_budget=memory_budget,
-            observe=observe,
-            own_top=True,
-        )
+    shards = decode_sets(
+        model,
+        prompts,
+        sets,
+        targets=targets,
+        max_new_tokens=max_new_tokens,
+        memory_budget=memory_budget,
+        observe=observe,
+        own_top=True,
     )
-    return completions_of(model, shards, len(sets), 0 if targets is None else targets.shape[1])
-
-
-def completions_of(
-    model: LoadedModel, shards: Sequence[Shard], set_index: int, n_targets: int
-) -> Completions:
-    """Collect one set's results from all shards, in prompt order."""
-    order = np.argsort(np.concatenate([s.prompts for s in shards]))
-    tokens = [s.leaves[i] for s in shards for i in s.leaf[:, set_index]]
-
-    def joined(part: Callable[[Shard], np.ndarray]) -> np.ndarray:
-        return np.concatenate([part(s) for s in shards])[order]
-
-    return Completions(
-        tokens=tuple(tokens[i] for i in order),
-        texts=tuple(model.decode(tokens[i]) for i in order),
-        first=FirstToken(
-            entropy=joined(lambda s: s.entropy[:, set_index]).astype(np.float64),
-            asked=joined(lambda s: s.asked[:, :n_targets]),
-            log_probs=joined(lambda s: s.log_probs[:, set_index, :n_targets]).astype(np.float64),
-            top_tokens=joined(lambda s: s.top_tokens[:, set_index]),
-            top_log_probs=joined(lambda s: s.top_log_probs[:, set_index]).astype(np.float64),
-        ),
-    )
+    return merge(list(shards), model).completions(len(sets))
 
 
 def decode_sets(
@@ -155,6 +95,7 @@ def decode_sets(
     memory_budget: int | None = None,
     observe: Observer | None = None,
     work: Work | None = None,
+    done: Collection[int] = (),
 ) -> Iterator[Shard]:
     """Decode prompts under the plain run and every ablation, a shard at a time.
 
@@ -172,9 +113,11 @@ def decode_sets(
         observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
             `ablations` to be empty.
         work: Counts are added here.
+        done: Prompts whose shards are there already. Parts are cut as without them, so that what is
+            left is computed to the last bit as it would have been.
 
     Yields:
-        Shards, each of prompts of one length; together they cover every prompt once.
+        Shards; together they cover every prompt once, shorter prompts first.
 
     Raises:
         CcmError: a single prompt does not fit the memory there is.
@@ -187,19 +130,22 @@ def decode_sets(
         screen=build_screen(model, sets),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
         splits=_splitting_tokens(model),
+        at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
         observe=observe,
     )
     targets = no_targets(len(prompts)) if targets is None else targets
     budget = memory_budget or default_budget(model.device)
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     pending = [
-        part
-        for batch in equal_length_batches(prompts, MAX_BATCH)
-        for part in _fit(batch, engine.prompt_bytes(len(prompts[batch[0]])), budget)
+        [i for i in part if i not in done]
+        for part in _parts(by_length, [len(p) for p in prompts], engine.prompt_bytes, budget)
     ][::-1]
     while pending:
         indices = pending.pop()
+        if not indices:
+            continue
         counted = Work(prompts=len(indices))
         try:
             shard = engine.run([prompts[i] for i in indices], indices, targets[indices], counted)
@@ -231,10 +177,21 @@ def default_budget(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available // 2), 4 << 30)
 
 
-def _fit(batch: list[int], prompt_bytes: int, budget: int) -> list[list[int]]:
-    """Cut a batch into parts that the budget holds."""
-    n = max(1, min(len(batch), budget // prompt_bytes))
-    return [batch[i : i + n] for i in range(0, len(batch), n)]
+def _parts(
+    order: Sequence[int], lengths: Sequence[int], prompt_bytes: Callable[[int], int], budget: int
+) -> Iterator[list[int]]:
+    """Cut prompts, in order, into parts that the budget holds, one prompt at least."""
+    part: list[int] = []
+    used = 0
+    for i in order:
+        size = prompt_bytes(lengths[i])
+        if part and (used + size > budget or len(part) == MAX_BATCH):
+            yield part
+            part, used = [], 0
+        part.append(i)
+        used += size
+    if part:
+        yield part
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -260,6 +217,26 @@ def _splitting_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
     return model.splitting_tokens
 
 
+@dataclass(frozen=True)
+class AtOnce:
+    """How much is worked on at once: what a CPU's caches hold, or what keeps a GPU busy."""
+
+    pairs: int  # (node, set) pairs
+    row_bytes: int  # of logit rows
+    d_vocab: int
+
+    def rows(self, per_row: int) -> int:
+        """How many logit rows to hold, with `per_row` vectors of the vocabulary for each."""
+        return max(1, self.row_bytes // (4 * self.d_vocab * per_row))
+
+
+def at_once(model: LoadedModel) -> AtOnce:
+    """Sizes for a model's device; they change no result."""
+    if model.device.type == "cuda":
+        return AtOnce(pairs=1 << 20, row_bytes=1 << 30, d_vocab=model.spec.d_vocab)
+    return AtOnce(pairs=1 << 13, row_bytes=2 << 20, d_vocab=model.spec.d_vocab)
+
+
 @dataclass
 class _Engine:
     """One plan, run over one batch of equal-length prompts at a time."""
@@ -268,6 +245,7 @@ class _Engine:
     screen: Screen
     full: Bool[Tensor, "set"]
     splits: Bool[Tensor, "d_vocab"]
+    at_once: AtOnce
     max_new_tokens: int
     own_top: bool
     observe: Observer | None
@@ -301,12 +279,9 @@ class _Engine:
         targets: Int[Tensor, "prompt target"],
         work: Work,
     ) -> Shard:
-        from transformers.cache_utils import DynamicCache
-
         device, n_sets = self.model.device, len(self.full)
-        tokens = torch.tensor([list(p) for p in prompts], device=device)  # (prompt, position)
-        cache = DynamicCache()
-        x, a = self._forward(tokens, cache, work)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        x, a, cache = self._prefill(prompts, work)
         # Pairs still decoding: which set, on which node. Nodes: their tokens since the prompt.
         node = torch.arange(len(prompts), device=device).repeat_interleave(n_sets)  # (pair,)
         sets = torch.arange(n_sets, device=device).repeat(len(prompts))  # (pair,)
@@ -355,25 +330,46 @@ class _Engine:
             parent, paths, origin = parent[kept], grown[kept], origin[parent[kept]]
             if len(kept) != len(x) or not bool((parent == torch.arange(len(x), device=device)).all()):
                 cache.batch_select_indices(parent)
-            x, a = self._forward(paths[:, -1:], cache, work)
+            x, a = self._forward(paths[:, -1:], cache, work, lengths[origin] + step)
+            x, a = x[:, -1], a[:, -1]
         if device.type == "cuda":
             work.peak_bytes = torch.cuda.max_memory_allocated(device)
         return Shard(
-            prompts=np.asarray(indices),
+            prompts=np.asarray(indices, dtype=np.int64),
             leaves=tuple(leaves),
             leaf=leaf.view(len(prompts), n_sets).cpu().numpy().astype(np.int32),
             **first,
         )
 
+    def _prefill(
+        self, prompts: list[Tokens], work: Work
+    ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"], Any]:
+        """Run prompts through the transformer, length by length, and join their caches."""
+        from transformers.cache_utils import DynamicCache
+
+        xs, activations, caches = [], [], []
+        # `decode_sets` sorts prompts by length, so batches come in prompt order.
+        for batch in equal_length_batches(prompts, MAX_BATCH):
+            tokens = torch.tensor([list(prompts[i]) for i in batch], device=self.model.device)
+            caches.append(DynamicCache())
+            x, a = self._forward(tokens, caches[-1], work)
+            xs.append(x[:, -1])
+            activations.append(a[:, -1])
+        return torch.cat(xs), torch.cat(activations), join_caches(caches)
+
     def _forward(
-        self, tokens: Int[Tensor, "node position"], cache: Any, work: Work
-    ) -> tuple[Float[Tensor, "node d_model"], Float[Tensor, "node d_mlp"]]:
-        """Run the transformer; return final residual and last activations at the last position."""
+        self,
+        tokens: Int[Tensor, "node position"],
+        cache: Any,
+        work: Work,
+        positions: Int[Tensor, "node"] | None = None,
+    ) -> tuple[Float[Tensor, "node position d_model"], Float[Tensor, "node position d_mlp"]]:
+        """Run the transformer; count, and show what is to be observed."""
         work.forward_tokens += tokens.numel()
-        x, a = run_body(self.model, tokens, cache)
+        x, a = run_body(self.model, tokens, cache, positions)
         if self.observe is not None:
             self.observe(a.reshape(-1, a.shape[-1]).float())
-        return x[:, -1], a[:, -1]
+        return x, a
 
     def _choose(
         self,
@@ -384,31 +380,33 @@ class _Engine:
         work: Work,
     ) -> Int[Tensor, "pair"]:
         """Next token of every pair: certified, shortlisted, by its whole row, or by the referee."""
-        c = changes(self.screen, nodes, node, sets)
-        sure = certified(self.screen, nodes, node, sets, c)
         chosen = nodes.likely[node, 0]
-        rest = torch.nonzero(~sure)[:, 0]
-        work.certified += len(node) - len(rest)
-        c = c[rest]
-        scale = ablated_scale(self.screen, nodes, node[rest], sets[rest], c)
-        sure, chosen[rest] = shortlisted(self.screen, nodes, node[rest], sets[rest], c, scale)
-        work.shortlisted += int(sure.sum())
-        rest, c, scale = rest[~sure], c[~sure], scale[~sure]
-        work.low_rank += len(rest)
+        every = torch.arange(len(node), device=node.device)
         near: list[Tensor] = []
-        every = torch.arange(len(rest), device=rest.device)
-        for part in torch.split(every, self._rows_at_once(per_row=2 + c.shape[1])):
-            at = node[rest[part]]
-            rows = low_rank_rows(
-                self.screen,
-                nodes.sz[at][:, None],
-                c[part][:, None],
-                scale[part][:, None],
-                self.screen.slots[sets[rest[part]]],
-            )[:, 0]
-            best = rows.topk(2)
-            chosen[rest[part]] = best.indices[:, 0]
-            near.append(rest[part[best.values[:, 0] - best.values[:, 1] <= nodes.slack[at]]])
+        for part in torch.split(every, self.at_once.pairs):
+            at, of = node[part], sets[part]
+            c = changes(self.screen, nodes, at, of)
+            sure = certified(self.screen, nodes, at, of, c)
+            work.certified += int(sure.sum())
+            rest = torch.nonzero(~sure)[:, 0]
+            part, at, of, c = part[rest], at[rest], of[rest], c[rest]
+            scale = ablated_scale(self.screen, nodes, at, of, c)
+            sure, chosen[part] = shortlisted(self.screen, nodes, at, of, c, scale)
+            work.shortlisted += int(sure.sum())
+            rest = torch.nonzero(~sure)[:, 0]
+            work.low_rank += len(rest)
+            for i in torch.split(rest, self.at_once.rows(2 + c.shape[1])):
+                rows = low_rank_rows(
+                    self.screen,
+                    nodes.sz[at[i]][:, None],
+                    c[i][:, None],
+                    scale[i][:, None],
+                    self.screen.slots[of[i]],
+                )[:, 0]
+                best = rows.topk(2)
+                chosen[part[i]] = best.indices[:, 0]
+                close = best.values[:, 0] - best.values[:, 1] <= nodes.slack[at[i]]
+                near.append(part[i[close]])
         if near and self.model.dtype == torch.float32:
             self._referee(torch.cat(near), chosen, node, sets, alone, work)
         return chosen
@@ -426,7 +424,7 @@ class _Engine:
         at = node[near]
         for i in sorted(set(at.tolist())):
             prefix = torch.tensor([alone(i)], device=self.model.device)
-            x, a = run_body(self.model, prefix, None)
+            x, a = run_body(self.model, prefix)
             work.forward_tokens += prefix.numel()
             mine = near[at == i]
             work.refereed += len(mine)
@@ -453,27 +451,27 @@ class _Engine:
         n_top = plain.top_tokens.shape[1]
         tops = torch.zeros((n_sets, n, n_top if self.own_top else 0), dtype=torch.long, device=device)
         top_log_probs = torch.empty(tops.shape, device=device)
-        every = torch.arange(n_sets, device=device)
         work.first_rows += n * n_sets
-        every = torch.arange(n_sets, device=device)
-        for part in torch.split(every, max(1, self._rows_at_once() // n)):
-            node = torch.arange(n, device=device).repeat(len(part))
-            sets = part.repeat_interleave(n)
-            c = changes(self.screen, nodes, node, sets)
-            scale = ablated_scale(self.screen, nodes, node, sets, c)
-            shape = (len(part), n)
-            rows = low_rank_rows(
-                self.screen,
-                nodes.sz[None],
-                c.view(*shape, -1),
-                scale.view(shape),
-                self.screen.slots[part],
-            ).log_softmax(-1)  # (set, node, d_vocab)
-            log_probs[part] = rows.gather(-1, asked.expand(*shape, -1))
-            entropy[part] = -torch.linalg.vecdot(rows.exp(), rows)
-            if self.own_top:
-                tops[part] = _top(rows, n_top)
-                top_log_probs[part] = rows.gather(-1, tops[part])
+        width = max(1, min(n, self.at_once.rows(2) // 8))  # nodes at once, some sets of each
+        for at in torch.split(torch.arange(n, device=device), width):
+            for of in torch.split(torch.arange(n_sets, device=device), self.at_once.rows(2 * len(at))):
+                shape = (len(of), len(at))
+                node, sets = at.repeat(len(of)), of.repeat_interleave(len(at))
+                c = changes(self.screen, nodes, node, sets)
+                scale = ablated_scale(self.screen, nodes, node, sets, c)
+                rows = low_rank_rows(
+                    self.screen,
+                    nodes.sz[at][None],
+                    c.view(*shape, -1),
+                    scale.view(shape),
+                    self.screen.slots[of],
+                ).log_softmax(-1)  # (set, node, d_vocab)
+                cell = (of[:, None], at)
+                log_probs[cell] = rows.gather(-1, asked[at].expand(*shape, -1))
+                entropy[cell] = -torch.linalg.vecdot(rows.exp(), rows)
+                if self.own_top:
+                    tops[cell] = _top(rows, n_top)
+                    top_log_probs[cell] = rows.gather(-1, tops[cell])
         if not self.own_top:
             tops = torch.from_numpy(plain.top_tokens).to(device)[None]
             top_log_probs = torch.from_numpy(plain.top_log_probs).to(device)[None]
@@ -485,16 +483,14 @@ class _Engine:
             "top_log_probs": top_log_probs.transpose(0, 1).cpu().numpy(),
         }
 
-    def _rows_at_once(self, per_row: int = 2) -> int:
-        """How many logit rows to hold at once, `per_row` vectors of the vocabulary for each."""
-        held = ROW_BYTES if self.model.device.type == "cpu" else 32 * ROW_BYTES
-        return max(1, held // (4 * self.model.spec.d_vocab * per_row))
-
 
 def _distinct(
     keys: Int[Tensor, "pair"], n_keys: int
 ) -> tuple[Int[Tensor, "distinct"], Int[Tensor, "pair"]]:
-    """Distinct keys, ascending, and each pair's place among them: `unique` by counting, not sorting."""
+    """Distinct keys below `n_keys`, ascending, and each pair's place among them."""
+    if n_keys > 32 * len(keys):
+        return torch.unique(keys, return_inverse=True)  # type: ignore[no-any-return]
+    # Counting beats sorting where the table is no larger than the pairs are many.
     there = torch.zeros(n_keys, dtype=torch.bool, device=keys.device)
     there[keys] = True
     place = there.cumsum(0) - 1
@@ -508,37 +504,3 @@ def _top(rows: Float[Tensor, "set node d_vocab"], n: int) -> Int[Tensor, "set no
         found.append(rest.argmax(-1, keepdim=True))
         rest.scatter_(-1, found[-1], -torch.inf)
     return torch.cat(found, dim=-1)
-
-
-def run_body(
-    model: LoadedModel, tokens: Int[Tensor, "node position"], cache: Any
-) -> tuple[Float[Tensor, "node position d_model"], Float[Tensor, "node position d_mlp"]]:
-    """Run the transformer without its head and read the two tensors that matter off it.
-
-    Args:
-        model: The model.
-        tokens: New tokens of every node; none is a pad.
-        cache: A transformers cache that grows by them, or None.
-
-    Returns:
-        Final residual (the final norm's input) and `hook_post` (the down-projection's input).
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
-
-        return hook
-
-    hooks = [
-        model.norm.register_forward_pre_hook(keep("x")),
-        model.mlp_out.register_forward_pre_hook(keep("a")),
-    ]
-    try:
-        model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert seen["a"].shape == (*tokens.shape, model.spec.d_mlp), seen["a"].shape
-    return seen["x"], seen["a"]

@@ -17,13 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
-from tqdm import tqdm
 
-from ccm import hooked
 from ccm.ablation import (
     PLAIN,
-    Ablation,
     AblationValue,
     ActivationStatistics,
     ablation_values,
@@ -31,28 +27,16 @@ from ccm.ablation import (
     plan,
 )
 from ccm.activations import collect, float16_sigma
-from ccm.completions import Completions
+from ccm.cells import ENGINES, CellReader, check_engine, decode_hooked, decode_shared
+from ccm.checkpoint import LoadedModel, load
+from ccm.completions import Completions, Work
+from ccm.decoding import default_budget
 from ccm.errors import BadInput, allowed
 from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.knowledge import (
-    SOURCES,
-    AnswerTokens,
-    Source,
-    answer_log_probs,
-    answer_tokens,
-    knowledge_sources,
     object_tokens,
 )
-from ccm.models import (
-    LoadedModel,
-    ModelSpec,
-    device_for,
-    dtype_for,
-    load,
-    spec_for,
-    weight_files,
-    weight_hash,
-)
+from ccm.models import ModelSpec, device_for, dtype_for, spec_for, weight_files, weight_hash
 from ccm.neurons import controls, measure, select
 from ccm.prompts import (
     TEMPLATES,
@@ -74,6 +58,7 @@ from ccm.run_folder import (
     SCORES,
     SINGULAR_VALUES,
     RunFolder,
+    ShardStore,
     read_json,
     read_statistics,
     to_json,
@@ -131,6 +116,9 @@ class RunConfig:
     null_space_dims: int | None = None
     neurons: tuple[int, ...] | None = None  # a fixed entropy set instead of the selection rule
     max_prompts: int | None = None
+    engine: str = "shared"
+    full_texts: bool = False  # decode controls to the end too, not only their answers
+    memory_budget: int | None = None  # bytes; None: from what is free. Changes no text or source
     model_paths: dict[str, Path] = field(default_factory=dict)
 
 
@@ -160,6 +148,11 @@ def make_plan(config: RunConfig) -> Plan:
     protocol = PROTOCOLS[check_protocol(config.protocol)]
     values = tuple(ablation_values(config.ablation_value))
     spec = spec_for(config.model, config.model_paths)
+    check_engine(config.engine)
+    if config.memory_budget is not None and config.memory_budget < 1 << 20:
+        raise BadInput(
+            f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
+        )
     device = device_for(config.device)
     dtype_for(config.dtype)
     template = config.template or spec.template
@@ -311,6 +304,8 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "null_space_dims": plan_.null_space_dims,
         "neurons": config.neurons,
         "max_prompts": config.max_prompts,
+        "engine": config.engine,
+        "full_texts": config.full_texts,
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("ccm", "torch", "transformers", "transformer_lens", "numpy")},
@@ -330,7 +325,12 @@ class PromptSet:
 
 
 def build_prompts(
-    model: LoadedModel, facts: FactSet, template: str, *, lower_case: bool = False
+    model: LoadedModel,
+    facts: FactSet,
+    template: str,
+    *,
+    lower_case: bool = False,
+    decode: Callable[..., Completions] = ENGINES["shared"],
 ) -> PromptSet:
     """Ask for every parametric object, filter, and contradict what is left (Method 4).
 
@@ -339,13 +339,14 @@ def build_prompts(
         facts: Facts and relations.
         template: A key of `ccm.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
+        decode: Engine.
 
     Raises:
         BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.
     """
     asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
     tokens = [model.encode(text) for text in asked]
-    said = hooked.decode(model, tokens)
+    said = decode(model, tokens)
     answers = [
         ParametricAnswer(row, fact, prompt, text, answer_object(text), int(first))
         for row, (fact, prompt, text, first) in enumerate(
@@ -363,7 +364,7 @@ def build_prompts(
     prompts: list[ProbingPrompt] = []
     if kept:
         rows = [tokens[a.row] for a in kept]
-        log_probs = hooked.decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
+        log_probs = decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
         for answer, own in zip(kept, log_probs, strict=True):
             of_relation = candidates[answer.fact.relation]
             chosen = counter_objects(answer, of_relation, own[1 : 1 + len(of_relation)].tolist())
@@ -417,7 +418,11 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
     """Build the probing prompts, or read them back."""
     if not folder.has(PROMPTS):
         built = build_prompts(
-            model, plan_.facts, plan_.template, lower_case=plan_.protocol.lower_case_objects
+            model,
+            plan_.facts,
+            plan_.template,
+            lower_case=plan_.protocol.lower_case_objects,
+            decode=ENGINES[plan_.config.engine],
         )
         prompts = list(built.prompts)
         if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
@@ -456,7 +461,7 @@ def statistics_step(
 ) -> ActivationStatistics:
     """Collect activation statistics over the probing prompts, or read them back."""
     if not folder.has(ACTIVATION_STATS):
-        statistics, positions = collect(model, tokens)
+        statistics, positions = collect(model, tokens, ENGINES[plan_.config.engine])
         write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
     statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics
@@ -480,86 +485,45 @@ def ablations_step(
     sets |= {f"control_{i:03d}": tuple(neurons) for i, neurons in enumerate(control_sets)}
     folder.note(sets=sets)
     # All cells are planned first, so that a value that is not finite is found before any decoding.
-    cells = [
-        (value.name, plan(name, neurons, value, statistics))
-        for value in plan_.values
-        for name, neurons in sets.items()
-    ]
-    reader = CellReader(model, prompts, tokens, released=plan_.protocol.released_tokens)
-    path = folder.cell("", "plain")
-    if not path.is_file():
-        write_table(path, reader.plain_table())
-    todo = [(v, a) for v, a in cells if not folder.cell(v, a.name).is_file()]
-    for value, ablation in progress(todo, "ablations", initial=len(cells) - len(todo)):
-        write_table(folder.cell(value, ablation.name), reader.table(ablation))
-
-
-class CellReader:
-    """Decodes prompts under an ablation and reads off texts, sources and first-token numbers."""
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        prompts: Sequence[ProbingPrompt],
-        tokens: Sequence[Sequence[int]],
-        *,
-        released: bool = False,
-    ) -> None:
-        """Decode the plain run, whose answer tokens all others are read at.
-
-        Args:
-            model: The model.
-            prompts: The probing prompts.
-            tokens: Their token ids.
-            released: Name answer tokens by each run's own sources and most likely tokens, with the
-                released token rule (defect 7). Otherwise they are those of the plain run, so that a
-                difference before - after is one of the same token.
-        """
-        self.model, self.prompts, self.tokens, self.released = model, prompts, tokens, released
-        self.objects = object_tokens(model, prompts, released=released)
-        self.plain = self._decode(PLAIN, self.objects)
-        self.plain_sources = knowledge_sources(self.plain.texts, prompts)
-        self.plain_tokens = answer_tokens(self.plain_sources, self.objects, self.plain.first)
-
-    def _decode(self, ablation: Ablation, targets: Int[np.ndarray, "prompt target"]) -> Completions:
-        return hooked.decode(self.model, self.tokens, ablation, targets=torch.from_numpy(targets))
-
-    def plain_table(self) -> pd.DataFrame:
-        """The run without ablation."""
-        return self._table(self.plain, self.plain_sources, self.plain_tokens, self.objects)
-
-    def table(self, ablation: Ablation) -> pd.DataFrame:
-        """One cell: a row per prompt, in prompt order."""
-        if self.released:
-            done = self._decode(ablation, self.objects)
-            sources = knowledge_sources(done.texts, self.prompts)
-            at = answer_tokens(sources, self.objects, done.first)
-            return self._table(done, sources, at, self.objects)
-        at = self.plain_tokens
-        asked = np.stack([at.CK, at.ND, at.PK], axis=1)
-        done = self._decode(ablation, asked)
-        return self._table(done, knowledge_sources(done.texts, self.prompts), at, asked)
-
-    def _table(
-        self,
-        done: Completions,
-        sources: Sequence[Source],
-        at: AnswerTokens,
-        asked: Int[np.ndarray, "prompt target"],
-    ) -> pd.DataFrame:
-        log_probs = answer_log_probs(at, asked, done.first)
-        return pd.DataFrame(
-            {
-                "text": done.texts,
-                "source": sources,
-                "tokens": [list(t) for t in done.tokens],
-                "entropy": done.first.entropy,
-                **{f"log_prob_{s.lower()}": log_probs[s] for s in SOURCES},
-            }
+    cells = [(PLAIN, folder.cell("", "plain"))]
+    for value in plan_.values:
+        for name, neurons in sets.items():
+            cells.append((plan(name, neurons, value, statistics), folder.cell(value.name, name)))
+    store = ShardStore(folder.path)
+    missing = {path for _, path in cells if not path.is_file()}
+    if not missing:
+        store.clear()
+        return
+    objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
+    if plan_.config.engine == "hooked":
+        # One pass a set: only the missing ones, after the plain run that all are read against.
+        cells = [c for c in cells if c[0] is PLAIN or c[1] in missing]
+        runs = decode_hooked(model, tokens, [a for a, _ in cells[1:]], objects)
+    else:
+        if "memory_budget" not in folder.manifest:
+            # Kept, because shards cut otherwise would round otherwise when the run is resumed.
+            budget = plan_.config.memory_budget or default_budget(model.device)
+            folder.note(memory_budget=budget, work=Work())
+        work = Work(**folder.manifest["work"])
+        runs = decode_shared(
+            model,
+            tokens,
+            [a for a, _ in cells[1:]],
+            objects,
+            # A control's source needs its answer, not what comes after (Method 8).
+            full=[plan_.config.full_texts or not a.name.startswith("control") for a, _ in cells],
+            own_top=plan_.protocol.released_tokens,
+            memory_budget=folder.manifest["memory_budget"],
+            store=store,
+            work=work,
         )
-
-
-def progress(items: Sequence[Any], what: str, initial: int = 0) -> Iterable[Any]:
-    """Show progress and the time left on stderr."""
-    bar: Callable[..., Iterable[Any]] = tqdm
-    return bar(items, desc=what, unit="set", total=initial + len(items), initial=initial)
+    reader: CellReader | None = None
+    for (_, path), done in zip(cells, runs, strict=True):
+        if reader is None:  # the plain run comes first
+            released = plan_.protocol.released_tokens
+            reader = CellReader(prompts, objects, done, released=released)
+            if plan_.config.engine == "shared":
+                folder.note(work=work)
+        if path in missing:
+            write_table(path, reader.table(done))
+    store.clear()

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
+from ccm.checkpoint import LoadedModel
 from ccm.completions import (
     Completions,
     FirstToken,
@@ -23,7 +24,7 @@ from ccm.completions import (
     no_targets,
     read_first_token,
 )
-from ccm.models import MAX_NEW_TOKENS, LoadedModel
+from ccm.models import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
 

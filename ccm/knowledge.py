@@ -5,13 +5,14 @@ Method 8 (source) and section 9 (tokens and ratios).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ccm.checkpoint import LoadedModel
 from ccm.completions import FirstToken
-from ccm.models import LoadedModel
 from ccm.prompts import ProbingPrompt, answer_object, same_name
 
 Source = Literal["CK", "ND", "PK"]
@@ -25,6 +26,7 @@ def _names(text: str, object_: str) -> bool:
     return same_name(answer_object(text)).split(" ")[: len(words)] == words
 
 
+@lru_cache(maxsize=1 << 16)  # many sets give a prompt the same answer
 def knowledge_source(text: str, counter_object: str, parametric_object: str) -> Source:
     """Classify a continuation: CK if it names the counter-object, else PK, else ND.
 
@@ -107,27 +109,20 @@ def answer_tokens(
 
 
 def answer_log_probs(
-    tokens: AnswerTokens, asked: Int[np.ndarray, "prompt target"], first: FirstToken
+    tokens: AnswerTokens, first: FirstToken
 ) -> dict[Source, Float[np.ndarray, "prompt"]]:
     """Look up the log-probability of each answer token among those that were read, nats.
-
-    Args:
-        tokens: The answer tokens.
-        asked: Token ids behind `first.log_probs`.
-        first: First-token readings of the run.
 
     Raises:
         ValueError: a token that was neither asked for nor among the top ones.
     """
-    ids = np.concatenate([asked, first.top_tokens], axis=1)
+    ids = np.concatenate([first.asked, first.top_tokens], axis=1)
     values = np.concatenate([first.log_probs, first.top_log_probs], axis=1)
     found: dict[Source, Float[np.ndarray, "prompt"]] = {}
     for source in SOURCES:
         match = ids == getattr(tokens, source)[:, None]
         if not match.any(1).all():
-            raise ValueError(
-                f"the {source} token of prompt {int((~match.any(1)).argmax())} was not read"
-            )
+            raise ValueError(f"the {source} token of prompt {int(match.any(1).argmin())} was not read")
         found[source] = values[np.arange(len(ids)), match.argmax(1)]
     return found
 

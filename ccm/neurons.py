@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ccm.checkpoint import FinalNorm
 from ccm.errors import BadInput
-from ccm.models import FinalNorm
 
 VOCAB_CHUNK = 8192
 

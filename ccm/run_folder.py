@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 import safetensors.numpy
 
 from ccm.ablation import STATISTICS, ActivationStatistics
+from ccm.completions import Shard
 from ccm.errors import BadInput
 
 MANIFEST = "manifest.json"
@@ -21,6 +23,7 @@ MEASURES = "measures.parquet"
 SINGULAR_VALUES = "singular_values.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
+SHARDS = "shards"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -155,3 +158,39 @@ class RunFolder:
         if set_name == "plain":
             return self.path / "plain.parquet"
         return self.path / ablation_value / f"{set_name}.parquet"
+
+
+class ShardStore:
+    """Finished shards of a shared decode, kept until the cells made of them are written."""
+
+    def __init__(self, run: Path) -> None:
+        """Name the folder; nothing is made before the first shard."""
+        self.path = run / SHARDS
+
+    def write(self, shard: Shard) -> None:
+        """Keep a shard, named after its first prompt."""
+        arrays = {
+            f.name: np.ascontiguousarray(getattr(shard, f.name))
+            for f in fields(shard)
+            if f.name != "leaves"
+        }
+        # Ragged: all continuations end to end, and their lengths.
+        arrays["leaf_tokens"] = np.asarray([t for leaf in shard.leaves for t in leaf], dtype=np.int64)
+        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in shard.leaves], dtype=np.int64)
+        name = f"shard_{int(shard.prompts[0]):06d}.safetensors"
+        write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
+
+    def read(self) -> list[Shard]:
+        """Read every shard that is there."""
+        shards = []
+        for path in sorted(self.path.glob("shard_*.safetensors")):
+            arrays = safetensors.numpy.load_file(path)
+            tokens, lengths = arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths")
+            parts = np.split(tokens, np.cumsum(lengths)[:-1])
+            shards.append(Shard(leaves=tuple(tuple(p.tolist()) for p in parts), **arrays))
+        return shards
+
+    def clear(self) -> None:
+        """Remove the shards."""
+        if self.path.is_dir():
+            shutil.rmtree(self.path)

@@ -36,7 +36,7 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
    If the best of the m exceeds that bound by more than tau, it is the argmax; that settles flips too.
    Only what is left needs a row over the whole vocabulary.
 6. tau is relative to the row: rounding moves a float32 logit by a few 1e-7 of the row's span, and
-   another batch shape moves x by as much. Whatever leads by less than tau = 3e-5 spans is called a near
+   another batch shape moves x by as much. Whatever leads by less than tau = 1e-5 spans is called a near
    tie, is never certified, and is settled by a referee that does not depend on the batch (see
    `ccm.decoding`). Exact ties therefore go to the lowest token id, as argmax does.
 """
@@ -49,11 +49,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.ablation import Ablation
-from ccm.models import LoadedModel
+from ccm.checkpoint import LoadedModel
 
 SHORTLIST = 8  # m of paragraph 5
 # Of the span of a logit row; see paragraph 6. Lower precisions round x itself.
-SLACK = {torch.float32: 3e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SLACK = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)

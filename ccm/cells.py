@@ -1,0 +1,143 @@
+"""From decoding to cells: one table per ablation value and neuron set, by either engine."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from tqdm import tqdm
+
+from ccm import decoding, hooked
+from ccm.ablation import Ablation
+from ccm.checkpoint import LoadedModel
+from ccm.completions import Completions, Tokens, Work, merge
+from ccm.errors import BadInput, allowed
+from ccm.knowledge import (
+    SOURCES,
+    answer_log_probs,
+    answer_tokens,
+    knowledge_sources,
+)
+from ccm.prompts import ProbingPrompt
+from ccm.run_folder import ShardStore
+
+# How to decode one set; both give the same texts, tokens and sources.
+ENGINES: dict[str, Callable[..., Completions]] = {"shared": decoding.decode, "hooked": hooked.decode}
+
+
+def check_engine(name: str) -> str:
+    """Check an engine name.
+
+    Raises:
+        BadInput: not one of `ENGINES`.
+    """
+    if name not in ENGINES:
+        raise BadInput(f"engine {name!r}: unknown. {allowed(ENGINES)}.")
+    return name
+
+
+class CellReader:
+    """Reads texts, sources and first-token numbers of one set off its completions."""
+
+    def __init__(
+        self,
+        prompts: Sequence[ProbingPrompt],
+        objects: Int[np.ndarray, "prompt 2"],
+        plain: Completions,
+        *,
+        released: bool = False,
+    ) -> None:
+        """Fix the tokens that log-probabilities are read at.
+
+        Args:
+            prompts: The probing prompts.
+            objects: First tokens of their counter- and parametric objects.
+            plain: Completions of the plain run.
+            released: Name answer tokens by each run's own sources and most likely tokens. Otherwise
+                they are those of the plain run, so that a difference before - after is one of the
+                same token.
+        """
+        self.prompts, self.objects, self.released = prompts, objects, released
+        sources = knowledge_sources(plain.texts, prompts)
+        self.plain_tokens = answer_tokens(sources, objects, plain.first)
+
+    def table(self, done: Completions) -> pd.DataFrame:
+        """One cell: a row per prompt, in prompt order."""
+        sources = knowledge_sources(done.texts, self.prompts)
+        at = self.plain_tokens
+        if self.released:
+            at = answer_tokens(sources, self.objects, done.first)
+        log_probs = answer_log_probs(at, done.first)
+        return pd.DataFrame(
+            {
+                "text": done.texts,
+                "source": sources,
+                "tokens": [list(t) for t in done.tokens],
+                "entropy": done.first.entropy,
+                **{f"log_prob_{s.lower()}": log_probs[s] for s in SOURCES},
+            }
+        )
+
+
+def decode_hooked(
+    model: LoadedModel,
+    tokens: Sequence[Tokens],
+    ablations: Sequence[Ablation],
+    objects: Int[np.ndarray, "prompt 2"],
+) -> Iterator[Completions]:
+    """Decode the plain run, then each ablation when it is asked for, one pass each."""
+    plain = hooked.decode(model, tokens, targets=torch.from_numpy(objects))
+    yield plain
+    # Any answer token of the plain run is an object's first token or one of its top tokens.
+    asked = torch.from_numpy(np.concatenate([objects, plain.first.top_tokens], axis=1))
+    for ablation in tqdm(ablations, desc="ablations", unit="set"):
+        yield hooked.decode(model, tokens, ablation, targets=asked)
+
+
+def decode_shared(
+    model: LoadedModel,
+    tokens: Sequence[Tokens],
+    ablations: Sequence[Ablation],
+    objects: Int[np.ndarray, "prompt 2"],
+    *,
+    full: Sequence[bool] | None = None,
+    own_top: bool = False,
+    memory_budget: int | None = None,
+    store: ShardStore | None = None,
+    work: Work | None = None,
+) -> Iterator[Completions]:
+    """Decode the plain run and all ablations in one pass, then hand them out one by one.
+
+    Args:
+        model: The model.
+        tokens: Prompts.
+        ablations: Neuron sets with their values.
+        objects: Tokens whose log-probabilities are wanted, with the plain run's top ones.
+        full: See `ccm.decoding.decode_sets`.
+        own_top: Likewise.
+        memory_budget: Likewise.
+        store: Where finished shards are kept; those already there are not computed again.
+        work: Counts are added here.
+    """
+    shards = [] if store is None else store.read()
+    done = {int(i) for shard in shards for i in shard.prompts}
+    with tqdm(total=len(tokens), initial=len(done), desc="ablations", unit="prompt") as bar:
+        for shard in decoding.decode_sets(
+            model,
+            tokens,
+            ablations,
+            targets=torch.from_numpy(objects),
+            full=full,
+            own_top=own_top,
+            memory_budget=memory_budget,
+            work=work,
+            done=done,
+        ):
+            if store is not None:
+                store.write(shard)
+            shards.append(shard)
+            bar.update(len(shard.prompts))
+    decoded = merge(shards, model)
+    for index in range(1 + len(ablations)):
+        yield decoded.completions(index)
