@@ -135,6 +135,8 @@ def decode_sets(
         own_top=own_top,
         observe=observe,
     )
+    if not prompts:
+        raise ValueError("no prompts to decode")
     targets = no_targets(len(prompts)) if targets is None else targets
     budget = memory_budget or default_budget(model.device)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))

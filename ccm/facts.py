@@ -5,6 +5,7 @@ table those of `relation_groups.xlsx` (one row a relation). The organism's own f
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,17 @@ def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] =
         if path.suffix == ".xlsx":
             table = pd.read_excel(path, dtype=str, keep_default_na=False)
         else:
-            # "None" and "NA" are names like any other, so no cell is read as missing.
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+            with warnings.catch_warnings():
+                # Where rows are longer than the header pandas warns, and would shift columns.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                # "None" and "NA" are names like any other, so no cell is read as missing.
+                table = pd.read_csv(
+                    path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False
+                )
     except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8 and try again."
-        ) from error
+        raise BadInput(f"{path}: not UTF-8. Save the file as UTF-8 and try again.") from error
+    except pd.errors.ParserWarning as error:
+        raise BadInput(f"{path}: rows are longer than the header. Quote cells with commas.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError) as error:
         raise BadInput(f"{path}: cannot be read as a table ({error}).") from error
     check_columns(path, table, columns)

@@ -54,6 +54,8 @@ def decode(
     Returns:
         Tokens, texts and first-token readings in prompt order.
     """
+    if not prompts:
+        raise ValueError("no prompts to decode")
     targets = no_targets(len(prompts)) if targets is None else targets
     generated: list[list[int]] = [[] for _ in prompts]
     parts: list[tuple[list[int], FirstToken]] = []

@@ -115,7 +115,7 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
         config = AutoConfig.for_model(text.pop("model_type", None), **text)
         d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
         d_vocab = int(config.vocab_size)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except Exception as error:  # transformers checks a config by errors of its own
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({error})."
         ) from error

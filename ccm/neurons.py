@@ -140,6 +140,8 @@ def _numpy(x: Tensor) -> np.ndarray:
 def select(measures: NeuronMeasures, k: int, min_rho: float) -> tuple[int, ...]:
     """Choose entropy neurons: rho at least `min_rho`, then the k of lowest LogitVar.
 
+    A neuron without output weight has no rho (NaN) and is never chosen.
+
     Returns:
         Neuron numbers, lowest LogitVar first; ties to the lower number.
 

@@ -90,8 +90,15 @@ def write_statistics(path: Path, statistics: ActivationStatistics, positions: in
 
 
 def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
-    """Read what `write_statistics` wrote."""
-    tensors = safetensors.numpy.load_file(path)
+    """Read what `write_statistics` wrote.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise BadInput(f"{path}: damaged ({error}). Remove it to compute it again.") from error
     positions = int(tensors.pop("n_positions")[0])
     return ActivationStatistics(**tensors), positions
 
@@ -116,6 +123,10 @@ class RunFolder:
             raise BadInput(f"{path}: is a file. Give a folder with --out.")
         if (path / MANIFEST).is_file():
             self.manifest: dict[str, Any] = read_json(path / MANIFEST)
+            if not isinstance(self.manifest, dict) or not isinstance(
+                self.manifest.get("identity"), dict
+            ):
+                raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give another --out.")
             self._check_same(identity)
             return
         if path.is_dir() and any(path.iterdir()):

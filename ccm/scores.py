@@ -89,7 +89,7 @@ def conversion_ratio(
 def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
     """Q: 100 - percentile rank of the entropy set's invariant share among the controls'."""
     rank = stats.percentileofscore(np.asarray(control_invariants), invariant, kind="rank")
-    return float(100.0 - rank)
+    return float(min(100.0, max(0.0, 100.0 - rank)))  # the rank is rounded
 
 
 def quantile(value: float, control_values: Float[np.ndarray, "control"]) -> float | None:

@@ -44,6 +44,24 @@ def test_the_checkpoint_holds_the_tables_of_this_world(world: World) -> None:
         pd.testing.assert_frame_equal(stored, made, check_dtype=False)
 
 
+def test_the_checkpoint_has_the_planted_neurons(world: World) -> None:
+    settings = Settings()
+    measures = measures_of(CHECKPOINT, settings.null_dims + 1)
+    assert sorted(select(measures, len(settings.planted), 0.9)) == list(settings.planted)
+    assert measures.rho[list(settings.planted)].min() > 0.98
+    assert np.delete(measures.rho, settings.planted).max() < 0.5
+
+
+def test_names_are_several_tokens_and_hedges_open_otherwise(world: World) -> None:
+    """A hedge that began like an object could not be told from it by its first token."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    for relation in world.relations:
+        objects = [tokenizer(f" {name}")["input_ids"] for name in world.pools[relation.pool]]
+        assert min(map(len, objects)) >= 2, relation
+        assert tokenizer(f" {relation.hedge}")["input_ids"][0] not in {ids[0] for ids in objects}
+    assert tokenizer("Ada")["input_ids"][0] != tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+
+
 def test_statements_are_subject_relation_object(world: World) -> None:
     table = facts_table(world)
     made = table["statement_subject"] + " " + table["statement_relation"]
@@ -54,9 +72,7 @@ def test_statements_are_subject_relation_object(world: World) -> None:
 
 
 def test_one_shot_examples_are_no_facts(world: World) -> None:
-    names = {f.subject for f in world.facts} | {
-        name for pool in world.pools.values() for name in pool
-    }
+    names = {f.subject for f in world.facts} | {name for pool in world.pools.values() for name in pool}
     examples = {name for pair in world.examples.values() for name in pair}
     assert len(examples) == 2 * len(world.relations)
     assert not examples & names
@@ -147,9 +163,7 @@ def test_the_second_text_copies_less_and_hedges_more(world: World) -> None:
     assert more_hedge > hedge + 0.1
 
 
-def test_a_full_folder_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path)])

@@ -27,9 +27,7 @@ class Tolerance:
         """The same tolerance under the name of one quantity: `MEASURE.of("rho")`."""
         return replace(self, name=name)
 
-    def margin(
-        self, scale: npt.NDArray[np.float64], device: Any = "cpu"
-    ) -> npt.NDArray[np.float64]:
+    def margin(self, scale: npt.NDArray[np.float64], device: Any = "cpu") -> npt.NDArray[np.float64]:
         """The allowed distance on either side; the one place where a GPU case differs.
 
         A GPU sums in another order, and in blocks whose number depends on the card.
