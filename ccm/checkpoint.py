@@ -48,6 +48,7 @@ class LoadedModel:
     spec: ModelSpec
     bridge: Any  # transformer_lens TransformerBridge: hooks, the reference path
     body: Any  # the same weights as a plain transformers model without its head: the fast path
+    mlp: Any  # `body`'s last MLP
     mlp_out: Any  # `body`'s last down-projection; its input is `hook_post`
     norm: Any  # `body`'s final norm; its input is the final residual
     tokenizer: Any  # transformers fast tokenizer
@@ -179,6 +180,7 @@ def load(
         ),
         bridge=bridge.requires_grad_(False),  # again: it made parameters of its own
         body=twin.base_model,
+        mlp=twin.get_submodule(names["mlp"]),
         mlp_out=twin.get_submodule(names["mlp_out"]),
         norm=twin.get_submodule(names["norm"]),
         tokenizer=tokenizer,
@@ -245,6 +247,7 @@ def _boot(
     try:
         last = bridge.blocks[int(bridge.cfg.n_layers) - 1]
         found = {
+            "mlp": names[id(last.mlp.original_component)],
             "mlp_out": names[id(last.mlp.out.original_component)],
             "norm": names[id(bridge.ln_final.original_component)],
         }

@@ -4,34 +4,60 @@ Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no tracebac
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NoReturn
 
-from ccm.errors import BadInput, CcmError
+from ccm.errors import BadInput, CcmError, allowed
 
 PROGRAM = "ccm"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
     try:
+        _check_not_empty(given)
         options.run(options)
     except CcmError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"{PROGRAM}: {error}. Nothing half-written is left.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command goes on from here.", file=sys.stderr)
+        resumes = options.run is _run and options.out is not None
+        next_step = (
+            f"the same command with --out {options.out} goes on from here" if resumes else "no result"
+        )
+        print(f"{PROGRAM}: interrupted; {next_step}.", file=sys.stderr)
         return 130
     return 0
 
 
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Refuse `--out ""`, most often a shell variable that is not set: no option means that."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "" or (argument.startswith("--") and argument.endswith("=")):
+            name = argument.rstrip("=") or before
+            raise BadInput(f"{name}: empty. Give a value, or leave the option out.")
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog=PROGRAM, description="Entropy neurons and context copying, from facts to scores."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -125,9 +151,15 @@ def _engine_options(command: argparse.ArgumentParser) -> None:
 
 def _bytes(text: str) -> int:
     """Parse a size: `500M`, `8G` or plain bytes."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    units = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    return int(float(number) * unit)
+    try:
+        size = float(number) * unit
+    except ValueError:
+        size = math.nan
+    if not (1 << 20) <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size. Give 1M or more, like 500M or 8G.")
+    return int(size)
 
 
 def _facts_options(command: argparse.ArgumentParser) -> None:
@@ -173,41 +205,72 @@ def _config(options: argparse.Namespace, **more: Any) -> Any:
         for name in ("k", "min_rho", "null_space_dims")
         if hasattr(options, name)
     }
+    return RunConfig(**given, **measures, model_paths=_model_paths(options), **more)
+
+
+def _model_paths(options: argparse.Namespace) -> dict[str, Path]:
+    """Parse `--model-path` and refuse a name that nothing would ever look up."""
+    from ccm.models import MODELS
+
     paths = parse_model_paths(options.model_path)
-    return RunConfig(**given, **measures, model_paths=paths, **more)
+    for name in paths:
+        if name not in (*MODELS, options.model):
+            raise BadInput(
+                f"--model-path {name}=...: no model of that name is run. {allowed(MODELS)}, or the "
+                "name that --model gives."
+            )
+    return paths
 
 
 def new_file(path: Path) -> Path:
     """Check that an output file can be written and would overwrite nothing.
 
     Raises:
-        BadInput: it exists, or its folder does not.
+        BadInput: it exists, or its folder does not or cannot be written to.
     """
     if path.exists():
         raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
+    try:
+        # Tried out now, because the results would come minutes later.
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise BadInput(
+            f"--out {path}: cannot write to {path.parent} ({error.strerror}). Give another file."
+        ) from error
     return path
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ccm.experiment import run
+    from ccm.ablation import ablation_values
     from ccm.external import parse_neurons
+
+    values = [value.strip() for value in options.ablation_value.split(",")]
+    if len(values) > 1 and "all" in values:
+        raise BadInput(
+            f"--ablation-value {options.ablation_value!r}: all are more than these. Drop one."
+        )
+    ablation_values(values)
+    neurons = None
+    if options.neurons is not None:
+        if options.k is not None:
+            raise BadInput(f"-k {options.k}: --neurons says how many there are. Drop one of the two.")
+        if options.neurons != "published":
+            neurons = parse_neurons(options.neurons)
+    # Only now, because they take seconds.
+    from ccm.experiment import make_plan, run
     from ccm.models import spec_for
     from ccm.report import summary
 
-    values = tuple(options.ablation_value.split(","))
-    neurons = None
     if options.neurons == "published":
-        spec = spec_for(options.model, parse_model_paths(options.model_path))
+        spec = spec_for(options.model, _model_paths(options))
         neurons = spec.published_neurons
         if not neurons:
             raise BadInput(f"--neurons published: none are published for {spec.name}. Give 1,2,3.")
-    elif options.neurons is not None:
-        neurons = parse_neurons(options.neurons)
     config = _config(
         options,
-        ablation_value=values,
+        ablation_value=tuple(values),
         controls=options.controls,
         seed=options.seed,
         neurons=neurons,
@@ -216,14 +279,14 @@ def _run(options: argparse.Namespace) -> None:
         full_texts=options.full_texts,
         memory_budget=options.memory_budget,
     )
-    out = options.out
-    if out is None:
-        value = {"all": "all_ablation_values"}.get(options.ablation_value, options.ablation_value)
+    if options.out is None:
+        make_plan(config)  # bad input is refused before a folder is announced
+        value = "all_ablation_values" if values == ["all"] else ",".join(values)
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        out = Path("runs") / f"{Path(options.model).name}-{value}-{stamp}"
-        print(f"{PROGRAM}: writing to {out}; --out {out} resumes it", file=sys.stderr)
-    print(summary(run(config, out)))
-    print(f"\nrun folder: {out}")
+        options.out = Path("runs") / f"{Path(options.model).name}-{value}-{stamp}"
+        print(f"{PROGRAM}: writing to {options.out}", file=sys.stderr)
+    print(summary(run(config, options.out)))
+    print(f"\nrun folder: {options.out}")
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -233,11 +296,12 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> None:
+    out = new_file(options.out)
+
     from ccm.checkpoint import load
     from ccm.experiment import build_prompts, make_plan, prompt_table
     from ccm.run_folder import write_atomically
 
-    out = new_file(options.out)
     plan = make_plan(_config(options, controls=0))
     model = load(plan.spec, plan.device, options.dtype)
     built = build_prompts(model, plan.facts, plan.template, lower_case=plan.protocol.lower_case_objects)
@@ -247,13 +311,16 @@ def _prompts(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    out = None if options.out is None else new_file(options.out)
+
     from ccm.checkpoint import load
     from ccm.experiment import make_plan
     from ccm.neurons import measure, select
+    from ccm.organism import CHECKPOINT
     from ccm.run_folder import write_atomically
 
-    out = None if options.out is None else new_file(options.out)
-    plan = make_plan(_config(options, facts=None, controls=0))
+    # No fact is used; the organism's are here without a download.
+    plan = make_plan(_config(options, facts=str(CHECKPOINT), controls=0))
     model = load(plan.spec, plan.device, options.dtype)
     measures = measure(model.W_U, model.W_out, model.final_norm, plan.null_space_dims)
     table = measures.table()
@@ -267,6 +334,8 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _ablate(options: argparse.Namespace) -> None:
+    out = new_file(options.out)
+
     from ccm.ablation import ablation_values, check_neurons, check_statistics, plan
     from ccm.cells import CellReader, check_engine, decode_hooked, decode_shared
     from ccm.checkpoint import load
@@ -283,15 +352,15 @@ def _ablate(options: argparse.Namespace) -> None:
     from ccm.models import device_for, dtype_for, spec_for
     from ccm.run_folder import write_json
 
-    out = new_file(options.out)
     protocol = PROTOCOLS[check_protocol(options.protocol)]
     engine = check_engine(options.engine)
     value = ablation_values(options.ablation_value)
     if len(value) != 1:
         raise BadInput("--ablation-value all: `ccm ablate` takes one value. Name it.")
     device, _ = device_for(options.device), dtype_for(options.dtype)
-    spec = spec_for(options.model, parse_model_paths(options.model_path))
-    prompts = read_prompts(options.prompts, token_ids=protocol.released_tokens)
+    spec = spec_for(options.model, _model_paths(options))
+    d_vocab = spec.d_vocab if protocol.released_tokens else None
+    prompts = read_prompts(options.prompts, d_vocab=d_vocab)
     statistics = check_statistics(read_statistics_npz(options.stats), spec.d_mlp)
     if options.sets is not None:
         sets = read_sets(options.sets, spec.d_mlp)

@@ -50,6 +50,7 @@ from ccm.screening import (
     build_screen,
     certified,
     changes,
+    dense_changes,
     low_rank_rows,
     read_nodes,
     shortlisted,
@@ -365,10 +366,10 @@ class _Engine:
         cache: Any,
         work: Work,
         positions: Int[Tensor, "node"] | None = None,
-    ) -> tuple[Float[Tensor, "node position d_model"], Float[Tensor, "node position d_mlp"]]:
+    ) -> tuple[Float[Tensor, "node read d_model"], Float[Tensor, "node read d_mlp"]]:
         """Run the transformer; count, and show what is to be observed."""
         work.forward_tokens += tokens.numel()
-        x, a = run_body(self.model, tokens, cache, positions)
+        x, a = run_body(self.model, tokens, cache, positions, last_only=self.observe is None)
         if self.observe is not None:
             self.observe(a.reshape(-1, a.shape[-1]).float())
         return x, a
@@ -382,16 +383,13 @@ class _Engine:
         work: Work,
     ) -> Int[Tensor, "pair"]:
         """Next token of every pair: certified, shortlisted, by its whole row, or by the referee."""
-        chosen = nodes.likely[node, 0]
-        every = torch.arange(len(node), device=node.device)
-        near: list[Tensor] = []
-        for part in torch.split(every, self.at_once.pairs):
+        chosen = nodes.likely[:, 0][node]
+        sure = certified(self.screen, nodes).reshape(-1)[node * len(self.full) + sets]
+        unsure, near = torch.nonzero(~sure)[:, 0], list[Tensor]()
+        work.certified += len(node) - len(unsure)
+        for part in torch.split(unsure, self.at_once.pairs):
             at, of = node[part], sets[part]
             c = changes(self.screen, nodes, at, of)
-            sure = certified(self.screen, nodes, at, of, c)
-            work.certified += int(sure.sum())
-            rest = torch.nonzero(~sure)[:, 0]
-            part, at, of, c = part[rest], at[rest], of[rest], c[rest]
             scale = ablated_scale(self.screen, nodes, at, of, c)
             sure, chosen[part] = shortlisted(self.screen, nodes, at, of, c, scale)
             work.shortlisted += int(sure.sum())
@@ -399,11 +397,11 @@ class _Engine:
             work.low_rank += len(rest)
             for i in torch.split(rest, self.at_once.rows(2 + c.shape[1])):
                 rows = low_rank_rows(
-                    self.screen,
+                    self.screen.beta,
                     nodes.sz[at[i]][:, None],
                     c[i][:, None],
                     scale[i][:, None],
-                    self.screen.slots[of[i]],
+                    self.screen.P[self.screen.slots[of[i]]],
                 )[:, 0]
                 best = rows.topk(2)
                 chosen[part[i]] = best.indices[:, 0]
@@ -426,7 +424,7 @@ class _Engine:
         at = node[near]
         for i in sorted(set(at.tolist())):
             prefix = torch.tensor([alone(i)], device=self.model.device)
-            x, a = run_body(self.model, prefix)
+            x, a = run_body(self.model, prefix, last_only=True)
             work.forward_tokens += prefix.numel()
             mine = near[at == i]
             work.refereed += len(mine)
@@ -454,26 +452,27 @@ class _Engine:
         tops = torch.zeros((n_sets, n, n_top if self.own_top else 0), dtype=torch.long, device=device)
         top_log_probs = torch.empty(tops.shape, device=device)
         work.first_rows += n * n_sets
-        width = max(1, min(n, self.at_once.rows(2) // 8))  # nodes at once, some sets of each
-        for at in torch.split(torch.arange(n, device=device), width):
-            for of in torch.split(torch.arange(n_sets, device=device), self.at_once.rows(2 * len(at))):
-                shape = (len(of), len(at))
-                node, sets = at.repeat(len(of)), of.repeat_interleave(len(at))
-                c = changes(self.screen, nodes, node, sets)
-                scale = ablated_scale(self.screen, nodes, node, sets, c)
-                rows = low_rank_rows(
-                    self.screen,
-                    nodes.sz[at][None],
-                    c.view(*shape, -1),
-                    scale.view(shape),
-                    self.screen.slots[of],
-                ).log_softmax(-1)  # (set, node, d_vocab)
-                cell = (of[:, None], at)
-                log_probs[cell] = rows.gather(-1, asked[at].expand(*shape, -1))
-                entropy[cell] = -torch.linalg.vecdot(rows.exp(), rows)
-                if self.own_top:
-                    tops[cell] = _top(rows, n_top)
-                    top_log_probs[cell] = rows.gather(-1, tops[cell])
+        width = max(1, min(n, self.at_once.rows(2) // 8))  # nodes at once, with some sets of each
+        height = self.at_once.rows(2 * width)
+        for group in self.screen.groups:
+            for start in range(group.sets.start, group.sets.stop, height):
+                of = slice(start, min(start + height, group.sets.stop))
+                c, scale = dense_changes(self.screen, nodes, group, of)
+                P = self.screen.P[self.screen.slots[of]]  # (set, k, d_vocab)
+                for at in (slice(i, i + width) for i in range(0, n, width)):
+                    rows = low_rank_rows(
+                        self.screen.beta,
+                        nodes.sz[at][None],
+                        c[:, :, at].transpose(1, 2),
+                        scale[:, at],
+                        P,
+                    ).log_softmax(-1)  # (set, node, d_vocab)
+                    wanted = asked[at].expand(len(rows), -1, -1)
+                    log_probs[of, at] = rows.gather(-1, wanted)
+                    entropy[of, at] = -torch.linalg.vecdot(rows.exp(), rows)
+                    if self.own_top:
+                        best = _top(rows, n_top)
+                        tops[of, at], top_log_probs[of, at] = best, rows.gather(-1, best)
         if not self.own_top:
             tops = torch.from_numpy(plain.top_tokens).to(device)[None]
             top_log_probs = torch.from_numpy(plain.top_log_probs).to(device)[None]

@@ -1,6 +1,8 @@
 """Ablations on prompts and statistics that come from elsewhere (`ccm ablate`)."""
 
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ccm.ablation import STATISTICS, ActivationStatistics, check_neurons
+from ccm.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
 from ccm.errors import BadInput
 from ccm.facts import check_distinct, read_table
 from ccm.prompts import ProbingPrompt
@@ -26,27 +28,30 @@ TOKEN_COLUMNS = (
 OTHER_COLUMNS = ("statement_subject", "rel_lemma", "relation_group_id", "statement_query")
 
 
-def read_prompts(path: Path, *, token_ids: bool = False) -> list[ProbingPrompt]:
+def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPrompt]:
     """Read probing prompts from a CSV with the released column names.
 
     Args:
         path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are kept where they are.
-        token_ids: Also need `TOKEN_COLUMNS`, which only the released token rule reads (defect 7).
+        d_vocab: Also need `TOKEN_COLUMNS`, below this number; only the released token rule reads
+            them (defect 7).
 
     Raises:
-        BadInput: a missing column, an empty cell, a duplicate prompt, a token id that is no number.
+        BadInput: a missing column, an empty cell, a duplicate prompt, a token id that there is not.
     """
+    token_ids = d_vocab is not None
     needed = PROMPT_COLUMNS + (TOKEN_COLUMNS if token_ids else ())
     table = read_table(path, needed, OTHER_COLUMNS + (() if token_ids else TOKEN_COLUMNS))
     check_distinct(path, table, ("knowledge_probing_prompt",))
-    if token_ids:
+    if d_vocab is not None:
         for column in TOKEN_COLUMNS:
-            wrong = table.index[~table[column].str.fullmatch(r"\d+")]
-            if len(wrong):
-                raise BadInput(
-                    f"{path}: {column} is {table[column][wrong[0]]!r} in row {int(wrong[0]) + 2}, "
-                    "not a token id. Give a whole number."
-                )
+            for row, text in enumerate(table[column], start=2):
+                # Nine digits at most, so that no number is too long to be read.
+                if not (re.fullmatch("[0-9]{1,9}", text) and int(text) < d_vocab):
+                    raise BadInput(
+                        f"{path}: {column} is {text!r} in row {row}, not a token id. Allowed: 0 to "
+                        f"{d_vocab - 1}."
+                    )
     return [
         ProbingPrompt(
             subject=row["statement_subject"],
@@ -67,13 +72,18 @@ def read_statistics_npz(path: Path) -> ActivationStatistics:
     """Read activation statistics from an NPZ with the keys mean, std, median, mode, min and max.
 
     Raises:
-        BadInput: not an NPZ, or a key that is missing or not a vector of numbers.
+        BadInput: not an NPZ, a key that is missing or not a vector of numbers, or vectors that do not
+            belong together: different lengths, min above max, a negative std.
     """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file. Give an NPZ with the keys {', '.join(STATISTICS)}.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip file")
         # allow_pickle=False: an array of objects is refused, never unpickled.
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in STATISTICS if name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+            arrays = {name: np.asarray(file[name]) for name in STATISTICS if name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
             f"{path}: cannot be read as an NPZ of numbers ({error}). Write it with numpy.savez."
         ) from error
@@ -86,7 +96,17 @@ def read_statistics_npz(path: Path) -> ActivationStatistics:
                 f"{path}: {name} is {values.dtype} of shape {values.shape}. Needed: one number per "
                 "neuron."
             )
-    return ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
+    statistics = ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
+    wrong = {
+        "a negative std": statistics.std < 0,
+        "min above max": statistics.min > statistics.max,
+    }
+    for what, where in wrong.items():
+        if where.any():
+            raise BadInput(
+                f"{path}: {what} for neuron {int(where.argmax())}. Recompute the statistics."
+            )
+    return statistics
 
 
 def parse_neurons(text: str, what: str = "--neurons") -> tuple[int, ...]:
@@ -110,7 +130,8 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
     """Read neuron sets from JSON: a list of lists, or an object of named lists.
 
     Raises:
-        BadInput: another structure, or neurons that are out of range or repeated.
+        BadInput: another structure, the name of the plain run, or neurons that are out of range or
+            repeated.
     """
     if not path.is_file():
         raise BadInput(f"--sets {path}: no such file. Give a JSON file with lists of neurons.")
@@ -119,6 +140,8 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
         data = {f"set_{i:03d}": neurons for i, neurons in enumerate(data)}
     if not isinstance(data, dict) or not data:
         raise BadInput(f"{path}: not a list of neuron lists, nor an object of named ones.")
+    if PLAIN.name in data:
+        raise BadInput(f"{path}: a set is named {PLAIN.name!r}, as the run without any. Rename it.")
     for name, neurons in data.items():
         if not isinstance(neurons, list) or not all(type(i) is int for i in neurons):
             raise BadInput(f"{path}: set {name!r} is not a list of neuron numbers.")

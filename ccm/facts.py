@@ -86,7 +86,8 @@ def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] =
     except pd.errors.ParserWarning as error:
         raise BadInput(f"{path}: rows are longer than the header. Quote cells with commas.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError) as error:
-        raise BadInput(f"{path}: cannot be read as a table ({error}).") from error
+        reason = " ".join(str(error).split())  # pandas breaks lines
+        raise BadInput(f"{path}: cannot be read as a table ({reason}).") from error
     check_columns(path, table, columns)
     for column in optional:
         if column not in table.columns:
@@ -233,6 +234,6 @@ def _download(name: str) -> Path:
         )
     except Exception as error:  # pooch lets every kind of network error through
         raise NotAvailable(
-            f"{name}: cannot be downloaded ({type(error).__name__}: {error}). Download it by hand "
-            f"and set {DATA_VARIABLE} to its folder."
+            f"{name}: cannot be downloaded from {url} ({type(error).__name__}). Download it by hand "
+            f"and set {DATA_VARIABLE} to its folder, or give facts of your own with --facts FOLDER."
         ) from error

@@ -15,7 +15,9 @@ def run_body(
     tokens: Int[Tensor, "node position"],
     cache: Any = None,
     positions: Int[Tensor, "node"] | None = None,
-) -> tuple[Float[Tensor, "node position d_model"], Float[Tensor, "node position d_mlp"]]:
+    *,
+    last_only: bool = False,
+) -> tuple[Float[Tensor, "node read d_model"], Float[Tensor, "node read d_mlp"]]:
     """Run the transformer without its head and read the two tensors that matter off it.
 
     Args:
@@ -24,6 +26,9 @@ def run_body(
         cache: A transformers cache that grows by them, or None.
         positions: Position of each node's one new token, where the cache is filled up on the left;
             None where every cached position is a token.
+        last_only: Read the last position only, and spare the last MLP the others: nothing later
+            attends to what it writes. Its one output then broadcasts over the residual stream, of
+            which only the last position is returned.
 
     Returns:
         Final residual (the final norm's input) and `hook_post` (the down-projection's input).
@@ -46,13 +51,16 @@ def run_body(
         model.norm.register_forward_pre_hook(keep("x")),
         model.mlp_out.register_forward_pre_hook(keep("a")),
     ]
+    if last_only:
+        hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
     try:
         model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
     finally:
         for hook in hooks:
             hook.remove()
-    assert seen["a"].shape == (*tokens.shape, model.spec.d_mlp), seen["a"].shape
-    return seen["x"], seen["a"]
+    x = seen["x"][:, -1:] if last_only else seen["x"]
+    assert seen["a"].shape == (*x.shape[:2], model.spec.d_mlp), seen["a"].shape
+    return x, seen["a"]
 
 
 def join_caches(caches: Sequence[Any]) -> Any:

@@ -24,12 +24,13 @@ SINGULAR_VALUES = "singular_values.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SHARDS = "shards"
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and rename over it, so that no reader ever finds half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     os.close(handle)
     try:
         write(Path(name))
@@ -69,17 +70,39 @@ def read_json(path: Path) -> Any:
     """Read JSON back.
 
     Raises:
-        BadInput: not JSON.
+        BadInput: not JSON, or an object that names a key twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse what JSON lets pass: of two values under one key, the first would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is there twice")
+        found[key] = value
+    return found
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a Parquet file atomically."""
     write_atomically(path, lambda p: table.to_parquet(p, index=False))
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read what `write_table` wrote.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        raise _damaged(path, error) from error
 
 
 def write_statistics(path: Path, statistics: ActivationStatistics, positions: int) -> None:
@@ -95,12 +118,21 @@ def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
     Raises:
         BadInput: the file is damaged.
     """
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise BadInput(f"{path}: damaged ({error}). Remove it to compute it again.") from error
+    tensors = _read_tensors(path)
     positions = int(tensors.pop("n_positions")[0])
     return ActivationStatistics(**tensors), positions
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(safetensors.numpy.load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> BadInput:
+    """What to say of a file of ours: they are written whole, so the damage came later."""
+    return BadInput(f"{path}: damaged ({error}). Remove it to compute it again.")
 
 
 class RunFolder:
@@ -114,30 +146,50 @@ class RunFolder:
             identity: Everything a result depends on. Two runs may share a folder only if it is equal.
 
         Raises:
-            BadInput: the folder holds another run, or files that are no run at all.
+            BadInput: the folder holds another run, or files that are no run at all, or cannot be
+                written to.
         """
         self.path = path
         # Through JSON, so that it compares equal to what is read back.
         identity = json.loads(to_json(identity))
+        try:
+            self.manifest = self._open(identity)
+        except OSError as error:
+            raise BadInput(
+                f"{path}: cannot be written to ({error.strerror}). Give another --out."
+            ) from error
+
+    def _open(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return the manifest that is there, or write a new one."""
+        path = self.path
         if path.exists() and not path.is_dir():
             raise BadInput(f"{path}: is a file. Give a folder with --out.")
         if (path / MANIFEST).is_file():
-            self.manifest: dict[str, Any] = read_json(path / MANIFEST)
-            if not isinstance(self.manifest, dict) or not isinstance(
-                self.manifest.get("identity"), dict
-            ):
+            held = read_json(path / MANIFEST)
+            parts = [held.get(p) for p in ("identity", "timings_s")] if isinstance(held, dict) else []
+            if not (parts and all(isinstance(p, dict) for p in parts)):
                 raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give another --out.")
-            self._check_same(identity)
-            return
-        if path.is_dir() and any(path.iterdir()):
+            self._check_same(identity, held["identity"])
+            if not held.get("complete"):
+                # Written again: a folder that cannot be written to is found out before the work.
+                write_json(path / MANIFEST, held)
+                self._remove_partial()
+            return dict(held)
+        if path.is_dir() and any(p.suffix != PARTIAL for p in path.iterdir()):
             raise BadInput(
                 f"{path}: not empty and holds no run. Nothing was written; give another --out."
             )
-        self.manifest = {"identity": identity, "timings_s": {}, "complete": False}
-        self.save_manifest()
+        fresh = {"identity": identity, "timings_s": {}, "complete": False}
+        write_json(path / MANIFEST, fresh)
+        self._remove_partial()
+        return fresh
 
-    def _check_same(self, identity: dict[str, Any]) -> None:
-        held = self.manifest.get("identity", {})
+    def _remove_partial(self) -> None:
+        """Remove what an earlier start was writing when it was killed."""
+        for path in self.path.rglob(f".*{PARTIAL}"):
+            path.unlink()
+
+    def _check_same(self, identity: dict[str, Any], held: dict[str, Any]) -> None:
         for key in sorted(identity.keys() | held.keys()):
             if identity.get(key) != held.get(key):
                 raise BadInput(
@@ -192,10 +244,14 @@ class ShardStore:
         write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
 
     def read(self) -> list[Shard]:
-        """Read every shard that is there."""
+        """Read every shard that is there.
+
+        Raises:
+            BadInput: one is damaged.
+        """
         shards = []
         for path in sorted(self.path.glob("shard_*.safetensors")):
-            arrays = safetensors.numpy.load_file(path)
+            arrays = _read_tensors(path)
             tokens, lengths = arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths")
             parts = np.split(tokens, np.cumsum(lengths)[:-1])
             shards.append(Shard(leaves=tuple(tuple(p.tolist()) for p in parts), **arrays))

@@ -41,7 +41,7 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
    `ccm.decoding`). Exact ties therefore go to the lowest token id, as argmax does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,20 @@ SLACK = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
+class Group:
+    """Consecutive sets in which a neuron has one replacement value: those of one ablation value."""
+
+    sets: slice
+    values: Float[Tensor, "selected"]  # v_i; any number where no set of the group holds i
+    member: Float[Tensor, "selected set"]  # 1 where the set holds the neuron
+
+
+@dataclass(frozen=True)
 class Screen:
     """Everything that depends on model and neuron sets only, built once."""
 
     selected: Int[Tensor, "selected"]  # neurons of any set, ascending
+    groups: tuple[Group, ...]  # all sets, in order
     slots: Int[Tensor, "set k"]  # each set's neurons as positions in `selected`
     values: Float[Tensor, "set k"]  # v_i
     present: Float[Tensor, "set k"]  # 1, or 0 where a smaller set is filled up to k
@@ -120,6 +130,7 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
     slots, W = slots.to(device), W.double()
     return Screen(
         selected=selected,
+        groups=tuple(_groups(ablations, slot, values, device)),
         slots=slots,
         values=values.to(device),
         present=present.to(device),
@@ -136,6 +147,33 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
         eps=norm.eps,
         slack=SLACK[model.dtype],
     )
+
+
+def _groups(
+    ablations: Sequence[Ablation],
+    slot: dict[int, int],
+    values: Float[Tensor, "set k"],
+    device: torch.device,
+) -> Iterator[Group]:
+    """Cut the sets where a neuron's value changes, so that sums over a set are matrix products."""
+    start, held = 0, dict[int, float]()
+
+    def group(stop: int) -> Group:
+        member = torch.zeros((len(slot), stop - start))
+        for j, ablation in enumerate(ablations[start:stop]):
+            member[[slot[i] for i in ablation.neurons], j] = 1.0
+        v = torch.zeros(len(slot))
+        for i, value in held.items():
+            v[slot[i]] = value
+        return Group(slice(start, stop), v.to(device), member.to(device))
+
+    for row, ablation in enumerate(ablations):
+        mine = dict(zip(ablation.neurons, values[row].tolist(), strict=False))
+        if any(held.get(i, value) != value for i, value in mine.items()):
+            yield group(row)
+            start, held = row, {}
+        held |= mine
+    yield group(len(ablations))
 
 
 def read_nodes(
@@ -178,19 +216,14 @@ def _at(
     return table.reshape(-1)[node[:, None] * table.shape[1] + column]
 
 
-def certified(
-    screen: Screen,
-    nodes: Nodes,
-    node: Int[Tensor, "pair"],
-    sets: Int[Tensor, "pair"],
-    c: Float[Tensor, "pair k"],
-) -> Bool[Tensor, "pair"]:
-    """Whether the plain argmax provably stays, by more than the slack (paragraph 4)."""
-    slots = screen.slots[sets]
-    size = c.abs()
-    tau = nodes.slack[node]
-    moved = (size * screen.q[slots]).sum(-1) + tau * (size * screen.reach[slots]).sum(-1)
-    return moved < nodes.scale[node] * (nodes.gap[node] - tau)
+def certified(screen: Screen, nodes: Nodes) -> Bool[Tensor, "node set"]:
+    """For which sets each node's plain argmax provably stays, by more than the slack (paragraph 4)."""
+    moved = []
+    for group in screen.groups:
+        size = (group.values - nodes.a).abs()  # (node, selected)
+        weight = screen.q + nodes.slack[:, None] * screen.reach
+        moved.append((size * weight) @ group.member)
+    return torch.cat(moved, dim=1) < (nodes.scale * (nodes.gap - nodes.slack))[:, None]
 
 
 def ablated_scale(
@@ -244,21 +277,43 @@ def shortlisted(
     return lead > tau, likely.gather(1, best.indices[:, :1])[:, 0]
 
 
+def dense_changes(
+    screen: Screen, nodes: Nodes, group: Group, part: slice
+) -> tuple[Float[Tensor, "part k node"], Float[Tensor, "part node"]]:
+    """c_i and s' of some sets of a group at all nodes: what `changes` and `ablated_scale` give pairwise.
+
+    Args:
+        screen: The plan.
+        nodes: Plain readings.
+        group: The group.
+        part: Which sets, counted over all groups.
+    """
+    d = nodes.x.shape[1]
+    slots, present = screen.slots[part], screen.present[part, :, None]
+    c = (group.values[:, None] - nodes.a.T)[slots] * present
+    wide = c.double()
+    linear = (wide * nodes.dots.T[slots]).sum(1)
+    square = (torch.bmm(screen.gram[part], wide) * wide).sum(1)
+    before = nodes.x.double().pow(2).sum(-1)
+    scale = ((before + 2 * linear + square).clamp_min(0) / d + screen.eps).sqrt().float()
+    return c, scale
+
+
 def low_rank_rows(
-    screen: Screen,
+    beta: Float[Tensor, "d_vocab"],
     sz: Float[Tensor, "#group node d_vocab"],
     c: Float[Tensor, "group node k"],
     scale: Float[Tensor, "group node"],
-    slots: Int[Tensor, "group k"],
+    P: Float[Tensor, "group k d_vocab"],
 ) -> Float[Tensor, "group node d_vocab"]:
     """Ablated logit rows (paragraph 1), for groups of nodes that share a neuron set.
 
     Args:
-        screen: The plan.
+        beta: From the plan.
         sz: Plain rows times their scale, once for all groups or per group.
         c: Activation changes.
         scale: s' of each.
-        slots: Neurons of each group.
+        P: Logit directions of each group's neurons.
     """
-    rows = torch.baddbmm(sz, c, screen.P[slots])
-    return torch.addcmul(screen.beta, rows, 1 / scale[..., None], out=rows)
+    rows = torch.baddbmm(sz, c, P)
+    return torch.addcmul(beta, rows, 1 / scale[..., None], out=rows)
