@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         next_step = (
             f"the same command with --out {options.out} goes on from here" if resumes else "no result"
         )
-        print(f"{PROGRAM}: interrupted; {next_step}.", file=sys.stderr)
+        print(f"\n{PROGRAM}: interrupted; {next_step}.", file=sys.stderr)  # below a progress bar
         return 130
     return 0
 
@@ -290,9 +290,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
+    paths = parse_model_paths(options.model_path)
+
     from ccm.report import models_table
 
-    print(models_table(parse_model_paths(options.model_path)))
+    print(models_table(paths))
 
 
 def _prompts(options: argparse.Namespace) -> None:

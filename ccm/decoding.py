@@ -358,7 +358,7 @@ class _Engine:
             x, a = self._forward(tokens, caches[-1], work)
             xs.append(x[:, -1])
             activations.append(a[:, -1])
-        return torch.cat(xs), torch.cat(activations), join_caches(caches)
+        return torch.cat(xs), torch.cat(activations), join_caches(caches, room=self.max_new_tokens)
 
     def _forward(
         self,

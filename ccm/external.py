@@ -14,7 +14,6 @@ from ccm.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
 from ccm.errors import BadInput
 from ccm.facts import check_distinct, read_table
 from ccm.prompts import ProbingPrompt
-from ccm.run_folder import read_json
 
 PROMPT_COLUMNS = (
     "knowledge_probing_prompt",
@@ -96,6 +95,11 @@ def read_statistics_npz(path: Path) -> ActivationStatistics:
                 f"{path}: {name} is {values.dtype} of shape {values.shape}. Needed: one number per "
                 "neuron."
             )
+        if len(values) != len(arrays["mean"]):
+            raise BadInput(
+                f"{path}: {name} has {len(values)} values, mean has {len(arrays['mean'])}. Needed: one "
+                "number per neuron."
+            )
     statistics = ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
     wrong = {
         "a negative std": statistics.std < 0,
@@ -117,12 +121,10 @@ def parse_neurons(text: str, what: str = "--neurons") -> tuple[int, ...]:
     """
     numbers = []
     for part in text.split(","):
-        try:
-            numbers.append(int(part))
-        except ValueError as error:
-            raise BadInput(
-                f"{what} {text!r}: {part.strip()!r} is not a neuron number. Give 1,2,3."
-            ) from error
+        # Nine digits at most, so that no number is too long to be read; `int` would take 1_000, too.
+        if not re.fullmatch("-?[0-9]{1,9}", part.strip()):
+            raise BadInput(f"{what} {text!r}: {part.strip()!r} is not a neuron number. Give 1,2,3.")
+        numbers.append(int(part))
     return tuple(numbers)
 
 
@@ -133,6 +135,8 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
         BadInput: another structure, the name of the plain run, or neurons that are out of range or
             repeated.
     """
+    from ccm.run_folder import read_json  # imports torch, which `parse_neurons` can do without
+
     if not path.is_file():
         raise BadInput(f"--sets {path}: no such file. Give a JSON file with lists of neurons.")
     data: Any = read_json(path)

@@ -63,22 +63,51 @@ def run_body(
     return x, seen["a"]
 
 
-def join_caches(caches: Sequence[Any]) -> Any:
-    """Join caches of several lengths into one, shorter ones filled up on the left with zeros."""
-    from transformers.cache_utils import DynamicCache
+def join_caches(caches: Sequence[Any], room: int) -> Any:
+    """Join caches of several lengths into one with room to grow, shorter ones filled up on the left.
 
-    if len(caches) == 1:
-        return caches[0]
-    longest = max(cache.get_seq_length() for cache in caches)
+    transformers' own dynamic cache is copied whole for every token it grows by.
 
-    def filled(part: Tensor) -> Tensor:  # (prompt, head, position, d_head)
-        return torch.nn.functional.pad(part, (0, 0, longest - part.shape[2], 0))
+    Args:
+        caches: transformers caches of the same layers; emptied.
+        room: Tokens that may be added.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer
 
-    joined = DynamicCache()
-    for layer in range(len(caches[0].layers)):
-        keys = torch.cat([filled(cache.layers[layer].keys) for cache in caches])
-        values = torch.cat([filled(cache.layers[layer].values) for cache in caches])
-        joined.update(keys, values, layer)
-        for cache in caches:  # both copies of a layer, never of the whole cache
-            cache.layers[layer].keys = cache.layers[layer].values = None
-    return joined
+    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+        """Keys and values (prompt, head, position, d_head) at the front of larger buffers."""
+
+        def __init__(self, parts: Sequence[Any]) -> None:
+            super().__init__()
+            self.length: int = max(part.get_seq_length() for part in parts)
+            self.is_initialized = True
+            self.dtype, self.device = parts[0].keys.dtype, parts[0].keys.device
+            self.keys = self._filled([part.keys for part in parts])
+            self.values = self._filled([part.values for part in parts])
+            for part in parts:  # both copies of a layer, never of the whole cache
+                part.keys = part.values = None
+
+        def _filled(self, parts: Sequence[Tensor]) -> Tensor:
+            rows, first = sum(len(part) for part in parts), parts[0]
+            heads, d_head = first.shape[1], first.shape[3]
+            buffer = first.new_zeros((rows, heads, self.length + room, d_head))
+            row = 0
+            for part in parts:
+                start = self.length - part.shape[2]
+                buffer[row : row + len(part), :, start : self.length] = part
+                row += len(part)
+            return buffer
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            new = slice(self.length, self.length + key_states.shape[2])
+            self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
+            self.length = new.stop
+            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    layers = [RoomyLayer(parts) for parts in zip(*(c.layers for c in caches), strict=True)]
+    return Cache(layers=layers)

@@ -280,7 +280,7 @@ def shortlisted(
 def dense_changes(
     screen: Screen, nodes: Nodes, group: Group, part: slice
 ) -> tuple[Float[Tensor, "part k node"], Float[Tensor, "part node"]]:
-    """c_i and s' of some sets of a group at all nodes: what `changes` and `ablated_scale` give pairwise.
+    """c_i and s' of some sets of a group at all nodes, as `changes` and `ablated_scale` of pairs.
 
     Args:
         screen: The plan.

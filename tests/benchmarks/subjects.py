@@ -1,0 +1,71 @@
+"""What is benchmarked: the organism's own prompts, and random weights of real dimensions."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ccm.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
+from ccm.activations import collect
+from ccm.checkpoint import LoadedModel, load
+from ccm.experiment import build_prompts
+from ccm.facts import read_fact_folder
+from ccm.models import MODELS, spec_for
+from ccm.neurons import controls
+from ccm.organism import CHECKPOINT
+
+SEED = 123
+PLANTED = (29, 97, 168, 211, 307, 352)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with prompts, and all that is needed to plan ablations."""
+
+    model: LoadedModel
+    prompts: list[list[int]]
+    statistics: ActivationStatistics
+    entropy: tuple[int, ...]
+
+    def ablations(self, n_values: int, n_controls: int) -> list[Ablation]:
+        """Entropy set and controls under the first so many ablation values."""
+        drawn = controls(n_controls, self.model.spec.d_mlp, self.entropy, SEED)
+        return [
+            plan("entropy" if i == 0 else f"control_{i - 1:03d}", neurons, value, self.statistics)
+            for value in list(ABLATION_VALUES.values())[:n_values]
+            for i, neurons in enumerate([self.entropy, *drawn])
+        ]
+
+
+@cache
+def organism() -> Subject:
+    """The embedded organism with its own 1,326 prompts."""
+    model = load(MODELS["organism"])
+    built = build_prompts(model, read_fact_folder(CHECKPOINT, "organism"), "bare")
+    prompts = [model.encode(p.text) for p in built.prompts]
+    return Subject(model, prompts, collect(model, prompts)[0], PLANTED)
+
+
+@cache
+def gpt2_dimensions() -> Subject:
+    """Random weights of GPT-2 small's dimensions, and 128 random prompts of 14 to 26 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(CHECKPOINT / name, folder)
+        model = load(spec_for(str(folder)))
+    finally:
+        shutil.rmtree(folder)
+    random = torch.Generator().manual_seed(SEED)
+    prompts = [
+        [0, *torch.randint(1, 50257, (13 + i % 13,), generator=random).tolist()] for i in range(128)
+    ]
+    return Subject(model, prompts, collect(model, prompts)[0], (1, 20, 300, 1000, 2000, 3000))
