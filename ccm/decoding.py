@@ -17,8 +17,9 @@ rounding moves x itself by more than a referee could repair, and near ties stand
 """
 
 import gc
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,12 @@ from ccm.screening import (
     changes,
     dense_changes,
     low_rank_rows,
+    pair_slack,
     read_nodes,
     shortlisted,
 )
 
+BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 MAX_BATCH = 2048  # prompts a shard; more would only make resuming coarser
 
 
@@ -134,7 +137,7 @@ def decode_sets(
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
-        observe=observe,
+        observing=observe is not None,
     )
     if not prompts:
         raise ValueError("no prompts to decode")
@@ -160,12 +163,17 @@ def decode_sets(
                     f"prompt {indices[0]} under {len(sets)} sets does not fit the memory of "
                     f"{model.device}. Lower --controls or run one ablation value at a time."
                 ) from error
+            engine.seen.clear()
             _free(model.device)
             half = len(indices) // 2
             pending += [indices[half:], indices[:half]]
             if work is not None:
                 work.halved += 1
             continue
+        for rows in engine.seen:
+            assert observe is not None
+            observe(rows)
+        engine.seen.clear()
         if work is not None:
             work.add(counted)
         yield shard
@@ -208,15 +216,24 @@ def _free(device: torch.device) -> None:
 
 
 def _splitting_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
-    """Mark tokens whose own text holds a splitter match: with one, the answer is complete.
+    """Mark tokens whose text holds a splitter match wherever they stand: the answer ends there.
 
-    A match that only forms across two tokens (`\\` and `n`) is not seen, which costs steps, no result.
+    Special tokens have no text, and a byte-fallback token has one only together with its neighbours. A
+    match that forms across tokens (`\\` and `n`) is not seen, which costs steps and changes no result.
     """
     if model.splitting_tokens is None:
-        ids = [[i] for i in range(model.spec.d_vocab)]
-        texts = model.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        marks = torch.tensor([bool(SPLITTER.search(text)) for text in texts], device=model.device)
-        model.splitting_tokens = marks
+        ids = range(model.spec.d_vocab)
+        pieces = model.tokenizer.convert_ids_to_tokens(list(ids))
+        texts = model.tokenizer.batch_decode(
+            [[i] for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        model.splitting_tokens = torch.tensor(
+            [
+                bool(SPLITTER.search(text)) and not BYTE_FALLBACK.fullmatch(piece or "")
+                for piece, text in zip(pieces, texts, strict=True)
+            ],
+            device=model.device,
+        )
     return model.splitting_tokens
 
 
@@ -251,7 +268,9 @@ class _Engine:
     at_once: AtOnce
     max_new_tokens: int
     own_top: bool
-    observe: Observer | None
+    observing: bool
+    # Observed rows of the part at work, shown once it is done: a part that fails is run again.
+    seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
 
     def prompt_bytes(self, length: int) -> int:
         """Rough bytes a prompt takes: cache and rows of some nodes, prefill, and its pairs."""
@@ -369,9 +388,9 @@ class _Engine:
     ) -> tuple[Float[Tensor, "node read d_model"], Float[Tensor, "node read d_mlp"]]:
         """Run the transformer; count, and show what is to be observed."""
         work.forward_tokens += tokens.numel()
-        x, a = run_body(self.model, tokens, cache, positions, last_only=self.observe is None)
-        if self.observe is not None:
-            self.observe(a.reshape(-1, a.shape[-1]).float())
+        x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
+        if self.observing:
+            self.seen.append(a.reshape(-1, a.shape[-1]).float())
         return x, a
 
     def _choose(
@@ -391,7 +410,8 @@ class _Engine:
             at, of = node[part], sets[part]
             c = changes(self.screen, nodes, at, of)
             scale = ablated_scale(self.screen, nodes, at, of, c)
-            sure, chosen[part] = shortlisted(self.screen, nodes, at, of, c, scale)
+            tau = pair_slack(self.screen, nodes, at, of, c, scale)
+            sure, chosen[part] = shortlisted(self.screen, nodes, at, of, c, scale, tau)
             work.shortlisted += int(sure.sum())
             rest = torch.nonzero(~sure)[:, 0]
             work.low_rank += len(rest)
@@ -405,7 +425,7 @@ class _Engine:
                 )[:, 0]
                 best = rows.topk(2)
                 chosen[part[i]] = best.indices[:, 0]
-                close = best.values[:, 0] - best.values[:, 1] <= nodes.slack[at[i]]
+                close = best.values[:, 0] - best.values[:, 1] <= tau[i]
                 near.append(part[i[close]])
         if near and self.model.dtype == torch.float32:
             self._referee(torch.cat(near), chosen, node, sets, alone, work)

@@ -21,13 +21,19 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
    s gap - |s' - s| R - 2 sum_i |c_i| h_i.
 3. |s' - s| needs no s'. s is the Euclidean norm of the vector (x^, sqrt(d eps)) / sqrt(d), so by the
    triangle inequality |s' - s| <= |sum_i c_i w_i| / sqrt(d) <= sum_i |c_i| |w_i| / sqrt(d).
-4. We want l'_top - l'_t > tau, with tau the slack of this arithmetic: enough is s gap - (...) >
-   tau s', and s' <= s + |s' - s|. Collecting terms, the plain argmax stays, by more than tau, when
+4. We want the lead to exceed the rounding of this arithmetic, tau. Rounding moves each side of the line
+   in paragraph 2 by a small multiple u of the vectors multiplied, so with B = max |beta| and M the
+   longest column of gain * W_U
 
-       sum_i |c_i| q_i  <  s (gap - tau),       q_i = 2 h_i + (R + tau) |w_i| / sqrt(d)
+       s' tau = u (M (|x^| + sum_i |c_i| |w_i|) + s' B)
 
-   a test of |S| multiplications with q_i known beforehand. It holds with and without norm bias, b_U
-   and centring; RMSNorm without b_U has R = 0.
+   which also says what a residual that c all but cancels leaves: s' small, tau large. With paragraph 3
+   for s' on the right, the plain argmax stays, by more than tau, when
+
+       sum_i |c_i| q_i  <  s (gap - tau_0),     q_i = 2 h_i + (R + u B) |w_i| / sqrt(d) + u M |w_i|
+
+   and tau_0 = u (M |x^| / s + B): a test of |S| multiplications with q_i known beforehand. It holds
+   with and without norm bias, b_U and centring; RMSNorm without b_U has R = B = 0.
 5. The shortlist, for pairs that fail the certificate. l' is computed exactly for the m most likely
    plain tokens. Any other t has l_t <= l_(m+1), and with P_i,t <= mid_i + h_i sgn c_i
 
@@ -35,10 +41,10 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 
    If the best of the m exceeds that bound by more than tau, it is the argmax; that settles flips too.
    Only what is left needs a row over the whole vocabulary.
-6. tau is relative to the row: rounding moves a float32 logit by a few 1e-7 of the row's span, and
-   another batch shape moves x by as much. Whatever leads by less than tau = 1e-5 spans is called a near
-   tie, is never certified, and is settled by a referee that does not depend on the batch (see
-   `ccm.decoding`). Exact ties therefore go to the lowest token id, as argmax does.
+6. u is 4e-6 in float32: some thirty roundings, ten times what another batch shape was seen to do to x.
+   Whatever leads by less than tau is called a near tie, is never certified nor taken from a shortlist,
+   and is settled by a referee that does not depend on the batch (see `ccm.decoding`). Exact ties
+   therefore go to the lowest token id, as argmax does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,8 +58,8 @@ from ccm.ablation import Ablation
 from ccm.checkpoint import LoadedModel
 
 SHORTLIST = 8  # m of paragraph 5
-# Of the span of a logit row; see paragraph 6. Lower precisions round x itself.
-SLACK = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# u of paragraph 4. Lower precisions round x itself.
+SLACK = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,14 @@ class Screen:
     P: Float[Tensor, "selected d_vocab"]
     mid: Float[Tensor, "selected"]  # centre of P_i's range
     half: Float[Tensor, "selected"]  # h_i
-    q: Float[Tensor, "selected"]  # twice h_i plus R |w_i| / sqrt(d); tau's part depends on the row
+    q: Float[Tensor, "selected"]  # of paragraph 4
     reach: Float[Tensor, "selected"]  # |w_i| / sqrt(d)
     beta: Float[Tensor, "d_vocab"]
     W_U: Float[Tensor, "d_model d_vocab"]  # float32, gain folded in
     centred: bool
     eps: float
-    slack: float
+    noise: float  # u M
+    offset_noise: float  # u B
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Nodes:
     likely: Int[Tensor, "node m"]  # most likely plain tokens, first first
     gap: Float[Tensor, "node"]  # lead of the first over the second
     beyond: Float[Tensor, "node"]  # l_(m+1), or -inf where the vocabulary ends before it
-    slack: Float[Tensor, "node"]  # tau
+    slack: Float[Tensor, "node"]  # tau_0
 
 
 def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
@@ -125,7 +132,10 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
     beta = norm.bias @ W_U + model.b_U
     W_U = W_U * norm.gain[:, None]
     P = W @ W_U
-    reach = W.norm(dim=1) / W.shape[1] ** 0.5
+    norms = W.norm(dim=1)
+    reach = norms / W.shape[1] ** 0.5
+    noise = SLACK[model.dtype] * float(W_U.norm(dim=0).max())
+    offset_noise = SLACK[model.dtype] * float(beta.abs().max())
     half = (P.amax(1) - P.amin(1)) / 2
     slots, W = slots.to(device), W.double()
     return Screen(
@@ -139,13 +149,14 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
         P=P,
         mid=(P.amax(1) + P.amin(1)) / 2,
         half=half,
-        q=2 * half + (beta.max() - beta.min()) * reach,
+        q=2 * half + (beta.max() - beta.min() + offset_noise) * reach + noise * norms,
         reach=reach,
         beta=beta,
         W_U=W_U,
         centred=norm.centred,
         eps=norm.eps,
-        slack=SLACK[model.dtype],
+        noise=noise,
+        offset_noise=offset_noise,
     )
 
 
@@ -197,7 +208,7 @@ def read_nodes(
         likely=best.indices[:, :m],
         gap=best.values[:, 0] - best.values[:, 1],
         beyond=beyond,
-        slack=screen.slack * (best.values[:, 0] - logits.amin(-1)),
+        slack=screen.noise * x.norm(dim=1) / s + screen.offset_noise,
     )
 
 
@@ -217,12 +228,11 @@ def _at(
 
 
 def certified(screen: Screen, nodes: Nodes) -> Bool[Tensor, "node set"]:
-    """For which sets each node's plain argmax provably stays, by more than the slack (paragraph 4)."""
+    """For which sets each node's plain argmax provably stays, by more than tau (paragraph 4)."""
     moved = []
     for group in screen.groups:
         size = (group.values - nodes.a).abs()  # (node, selected)
-        weight = screen.q + nodes.slack[:, None] * screen.reach
-        moved.append((size * weight) @ group.member)
+        moved.append((size * screen.q) @ group.member)
     return torch.cat(moved, dim=1) < (nodes.scale * (nodes.gap - nodes.slack))[:, None]
 
 
@@ -241,6 +251,21 @@ def ablated_scale(
     return ((before + 2 * linear + square).clamp_min(0) / d + screen.eps).sqrt().float()
 
 
+def pair_slack(
+    screen: Screen,
+    nodes: Nodes,
+    node: Int[Tensor, "pair"],
+    sets: Int[Tensor, "pair"],
+    c: Float[Tensor, "pair k"],
+    scale: Float[Tensor, "pair"],
+) -> Float[Tensor, "pair"]:
+    """tau of each pair (paragraph 4): a lead that is smaller is a near tie."""
+    d = nodes.x.shape[1]
+    reach = (c.abs() * screen.reach[screen.slots[sets]]).sum(-1)  # |w_i| is reach sqrt(d)
+    lengths: Tensor = nodes.x.norm(dim=1)[node] + reach * d**0.5
+    return lengths * screen.noise / scale + screen.offset_noise
+
+
 def shortlisted(
     screen: Screen,
     nodes: Nodes,
@@ -248,6 +273,7 @@ def shortlisted(
     sets: Int[Tensor, "pair"],
     c: Float[Tensor, "pair k"],
     scale: Float[Tensor, "pair"],
+    tau: Float[Tensor, "pair"],
 ) -> tuple[Bool[Tensor, "pair"], Int[Tensor, "pair"]]:
     """Ablated argmax among the m likely tokens, and where it is proved to be the argmax of all.
 
@@ -258,11 +284,12 @@ def shortlisted(
         sets: Set of each pair.
         c: Activation changes.
         scale: s' of each pair.
+        tau: `pair_slack` of each pair.
 
     Returns:
         Whether it is proved (paragraph 5, and no near tie within the shortlist), and the token.
     """
-    slots, likely, tau = screen.slots[sets], nodes.likely[node], nodes.slack[node]
+    slots, likely = screen.slots[sets], nodes.likely[node]
     d_vocab = screen.P.shape[1]
     P = screen.P.reshape(-1)[slots[:, :, None] * d_vocab + likely[:, None]]  # (pair, k, m)
     exact = nodes.sz.reshape(-1)[node[:, None] * d_vocab + likely] + torch.bmm(c[:, None], P)[:, 0]
