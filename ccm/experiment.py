@@ -182,6 +182,9 @@ def make_plan(config: RunConfig) -> Plan:
         raise BadInput(
             f"null-space dimensions {dims}: out of range. Allowed: 1 to {spec.d_model} (d_model)."
         )
+    min_rho = spec.min_rho if config.min_rho is None else config.min_rho
+    if not 0 <= min_rho <= 1:
+        raise BadInput(f"least rho {min_rho}: out of range. Allowed: 0 to 1, for --min-rho.")
     return Plan(
         config=config,
         spec=spec,
@@ -190,7 +193,7 @@ def make_plan(config: RunConfig) -> Plan:
         protocol=protocol,
         values=values,
         k=k,
-        min_rho=spec.min_rho if config.min_rho is None else config.min_rho,
+        min_rho=min_rho,
         null_space_dims=dims,
         device=device,
     )

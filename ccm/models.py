@@ -111,13 +111,16 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
     from transformers import AutoConfig
 
     config: Any
+    kind: Any = None
     try:
-        config = AutoConfig.for_model(text.pop("model_type", None), **text)
+        kind = text.pop("model_type", None)
+        config = AutoConfig.for_model(kind, **text)
         d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
         d_vocab = int(config.vocab_size)
     except Exception as error:  # transformers checks a config by errors of its own
+        reason = f"model_type {kind!r}; {type(error).__name__}: {str(error)[:80]}"  # it may list all
         raise BadInput(
-            f"{folder}/config.json: not a decoder-only language model that can be read ({error})."
+            f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
         ) from error
     n_inner = getattr(config, "n_inner", None)  # GPT-2's word for d_mlp; None means 4 d_model
     d_mlp: int = n_inner or getattr(config, "intermediate_size", None) or 4 * d_model
