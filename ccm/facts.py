@@ -233,7 +233,8 @@ def _download(name: str) -> Path:
             pooch.retrieve(url, known_hash=CHECKSUMS[name], fname=name, path=pooch.os_cache("ccm"))
         )
     except Exception as error:  # pooch lets every kind of network error through
+        reason = f"{type(error).__name__}: {error}"[:80]  # requests repeats the address, and more
         raise NotAvailable(
-            f"{name}: cannot be downloaded from {url} ({type(error).__name__}). Download it by hand "
-            f"and set {DATA_VARIABLE} to its folder, or give facts of your own with --facts FOLDER."
+            f"{name}: cannot be downloaded ({reason}) from {url}. Download it by hand and set "
+            f"{DATA_VARIABLE} to its folder, or give facts of your own with --facts FOLDER."
         ) from error
