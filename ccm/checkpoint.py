@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
-from ccm.models import MAX_NEW_TOKENS, ModelSpec, device_for, dtype_for
+from ccm.models import MAX_NEW_TOKENS, ModelSpec, device_for, dtype_for, weight_files
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def load(
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
     source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
+    if not weight_files(spec):
+        _check_hub(spec)
     bridge, twin, names = _boot(spec, source, device, dtype)
     tokenizer = _tokenizer(source)
     config = bridge.original_model.config
@@ -257,6 +259,23 @@ def _boot(
             f"({type(error).__name__}: {error})."
         ) from error
     return bridge, twin, found
+
+
+def _check_hub(spec: ModelSpec) -> None:
+    """Ask once whether weights that are not here can be had; the loader would try for half a minute.
+
+    Raises:
+        NotAvailable: no network, or no access to a gated model.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.model_info(str(spec.hub_id), timeout=5)
+        if spec.gated:
+            hub.auth_check(str(spec.hub_id))
+    except Exception as error:  # offline, timed out, gated, gone: the next step is the same
+        raise _cannot_load(spec, str(spec.hub_id), error) from error
 
 
 def _fuse_gelu(model: Any) -> None:

@@ -233,12 +233,15 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
         CcmError: before any long work starts; nothing is overwritten.
     """
     plan_ = make_plan(config)
-    files = weight_files(plan_.spec)
-    folder = RunFolder(out, identity(plan_, files))
+    model: LoadedModel | None = None
+    if not weight_files(plan_.spec):
+        # Downloaded before the folder is made: what cannot be had must leave no trace of a run.
+        model = load(plan_.spec, plan_.device, config.dtype)
+    folder = RunFolder(out, identity(plan_, weight_files(plan_.spec)))
     if folder.has(SCORES):
         return read_scores(folder)
     clock = _Clock(folder)
-    model = load(plan_.spec, plan_.device, config.dtype)
+    model = model or load(plan_.spec, plan_.device, config.dtype)
     clock("load")
     prompts = prompts_step(folder, plan_, model)
     clock("prompts")
