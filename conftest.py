@@ -10,7 +10,7 @@ import torch
 
 from ccm.ablation import ablation_values
 from ccm.cli import parse_model_paths
-from ccm.errors import CcmError
+from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
 from ccm.models import MODELS, device_for, dtype_for, spec_for, weight_files
 
@@ -48,10 +48,13 @@ def _options(config: pytest.Config) -> Options:
     try:
         paths = parse_model_paths(config.getoption("--model-path"))
         named = config.getoption("--models")
-        models = tuple(MODELS) if named == "all" else tuple(named.split(","))
+        models = tuple(MODELS) if named == "all" else tuple(n.strip() for n in named.split(","))
+        for name in paths:
+            if name not in {*MODELS, *models}:
+                raise BadInput(f"--model-path {name}=...: unknown model. {allowed(MODELS)}.")
         for name in models:
             spec_for(name, paths)
-        values = ablation_values(config.getoption("--ablation-values").split(","))
+        values = ablation_values([v.strip() for v in config.getoption("--ablation-values").split(",")])
         device_for(config.getoption("--device"))
         dtype_for(config.getoption("--dtype"))
     except CcmError as error:

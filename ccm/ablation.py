@@ -68,11 +68,11 @@ def ablation_values(names: str | Sequence[str]) -> list[AblationValue]:
         BadInput: an unknown name.
     """
     names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in ABLATION_VALUES and name != "all":
+            raise BadInput(f"ablation value {name!r}: unknown. {allowed([*ABLATION_VALUES, 'all'])}.")
     if "all" in names:
         return list(ABLATION_VALUES.values())
-    for name in names:
-        if name not in ABLATION_VALUES:
-            raise BadInput(f"ablation value {name!r}: unknown. {allowed([*ABLATION_VALUES, 'all'])}.")
     return [ABLATION_VALUES[name] for name in dict.fromkeys(names)]
 
 

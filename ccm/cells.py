@@ -106,6 +106,7 @@ def decode_shared(
     memory_budget: int | None = None,
     store: ShardStore | None = None,
     work: Work | None = None,
+    on_shard: Callable[[], None] = lambda: None,
 ) -> Iterator[Completions]:
     """Decode the plain run and all ablations in one pass, then hand them out one by one.
 
@@ -119,6 +120,7 @@ def decode_shared(
         memory_budget: Likewise.
         store: Where finished shards are kept; those already there are not computed again.
         work: Counts are added here.
+        on_shard: Called after each shard.
     """
     shards = [] if store is None else store.read()
     done = {int(i) for shard in shards for i in shard.prompts}
@@ -137,6 +139,7 @@ def decode_shared(
             if store is not None:
                 store.write(shard)
             shards.append(shard)
+            on_shard()
             bar.update(len(shard.prompts))
     decoded = merge(shards, model)
     for index in range(1 + len(ablations)):

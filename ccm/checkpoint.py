@@ -7,6 +7,7 @@ and the folded and centred matrices of Method 5 follow by formula (`ccm.neurons`
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,8 +164,11 @@ def load(
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
     source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
-    if not weight_files(spec):
+    files = weight_files(spec)
+    if not files:
         _check_hub(spec)
+    elif spec.folder is None:
+        source = str(files[0].parent)  # the cached snapshot: nothing to ask the network for
     bridge, twin, names = _boot(spec, source, device, dtype)
     tokenizer = _tokenizer(source)
     config = bridge.original_model.config
@@ -197,10 +201,23 @@ def load(
     return model
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
 def _tokenizer(source: str) -> Any:
-    """Load the checkpoint's tokenizer as it is: the bridge changes its own to prepend a BOS."""
+    """Load the checkpoint's tokenizer as it is: the bridge changes its own to prepend a BOS.
+
+    Raises:
+        BadInput: a folder without one, for which transformers would make up an empty tokenizer.
+    """
     from transformers import AutoTokenizer
 
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BadInput(
+            f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Save it there with "
+            "tokenizer.save_pretrained."
+        )
     return AutoTokenizer.from_pretrained(source, use_fast=True)
 
 
@@ -233,7 +250,11 @@ def _boot(
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
             loaded = loaded.to(device).eval().requires_grad_(False)
             # The bridge wraps the modules it is given, so the twin is copied first: new modules
             # around the same tensors.
@@ -341,6 +362,8 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
         with model.bridge.hooks(fwd_hooks=[(residual, keep)]):
             logits = model.bridge(tokens, attention_mask=mask, return_type="logits")[0].float()
         x = seen[residual][0].float()
+        if not (torch.isfinite(logits).all() and torch.isfinite(x).all()):
+            raise PremiseBroken(f"{name}: refused, its logits are not finite. Check its weights.")
         # As large as the residual itself, or a change of its size would drown in the margin.
         moves = model.W_out[neurons].float().sum(0)
         push_by = _span(x) / _span(moves)

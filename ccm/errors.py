@@ -21,6 +21,6 @@ def allowed(values: object) -> str:
     """List allowed names for a message.
 
     >>> allowed(["b", "a"])
-    'allowed: b, a'
+    'Allowed: b, a'
     """
-    return "allowed: " + ", ".join(str(v) for v in values)  # type: ignore[attr-defined]
+    return "Allowed: " + ", ".join(str(v) for v in values)  # type: ignore[attr-defined]

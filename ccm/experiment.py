@@ -61,6 +61,7 @@ from ccm.run_folder import (
     ShardStore,
     read_json,
     read_statistics,
+    read_table,
     to_json,
     write_json,
     write_statistics,
@@ -442,7 +443,7 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )
         write_table(folder.path / PROMPTS, table)
-    return table_prompts(pd.read_parquet(folder.path / PROMPTS))
+    return table_prompts(read_table(folder.path / PROMPTS))
 
 
 # --- neurons and activation statistics (Method 5, 6) -------------------------------------------------
@@ -522,14 +523,13 @@ def ablations_step(
             memory_budget=folder.manifest["memory_budget"],
             store=store,
             work=work,
+            on_shard=lambda: folder.note(work=work),
         )
     reader: CellReader | None = None
     for (_, path), done in zip(cells, runs, strict=True):
         if reader is None:  # the plain run comes first
             released = plan_.protocol.released_tokens
             reader = CellReader(prompts, objects, done, released=released)
-            if plan_.config.engine == "shared":
-                folder.note(work=work)
         if path in missing:
             write_table(path, reader.table(done))
     store.clear()

@@ -118,7 +118,8 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
         d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
         d_vocab = int(config.vocab_size)
     except Exception as error:  # transformers checks a config by errors of its own
-        reason = f"model_type {kind!r}; {type(error).__name__}: {str(error)[:80]}"  # it may list all
+        what = " ".join(str(error).split())[:80]  # it may list every model there is
+        reason = f"model_type {kind!r}; {type(error).__name__}: {what}"
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
         ) from error
@@ -155,6 +156,8 @@ def device_for(name: str) -> torch.device:
         raise BadInput(f"device {name!r}: unknown. Allowed: auto, cpu, cuda, cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"device {name!r}: not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    if device.type == "cpu" and device.index:
+        raise BadInput(f"device {name!r}: there is one CPU. Allowed: auto, cpu, cuda, cuda:N.")
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:

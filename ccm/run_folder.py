@@ -169,6 +169,9 @@ class RunFolder:
             parts = [held.get(p) for p in ("identity", "timings_s")] if isinstance(held, dict) else []
             if not (parts and all(isinstance(p, dict) for p in parts)):
                 raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give another --out.")
+            files = {p.name for p in path.iterdir() if p.suffix != PARTIAL}
+            if files == {MANIFEST} and held["identity"] != identity:  # nothing to lose
+                held = {"identity": identity, "timings_s": {}, "complete": False}
             self._check_same(identity, held["identity"])
             if not held.get("complete"):
                 # Written again: a folder that cannot be written to is found out before the work.

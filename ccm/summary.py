@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ccm.knowledge import RATIOS, SOURCES, Source, log_ratios
-from ccm.run_folder import PROMPTS, RunFolder
+from ccm.run_folder import PROMPTS, RunFolder, read_table
 from ccm.scores import (
     conversion_ratio,
     global_transition_score,
@@ -29,12 +29,12 @@ def scores_of_run(folder: RunFolder, released: bool) -> dict[str, Any]:
         released: Score CR(ND) with the PK function (defect 1).
     """
     identity, sets = folder.manifest["identity"], folder.manifest["sets"]
-    plain = pd.read_parquet(folder.cell("", "plain"))
+    plain = read_table(folder.cell("", "plain"))
     facts = folder.manifest["facts"]
     return {
         "model": identity["model"],
         "protocol": identity["protocol"],
-        "n_prompts": len(pd.read_parquet(folder.path / PROMPTS, columns=["rel_lemma"])),
+        "n_prompts": len(read_table(folder.path / PROMPTS, columns=["rel_lemma"])),
         "parametric_recall": ratio(facts["recalled"], facts["facts"]),
         "sources": {s: ratio(int((plain["source"] == s).sum()), len(plain)) for s in SOURCES},
         "log_ratios": {
@@ -44,7 +44,7 @@ def scores_of_run(folder: RunFolder, released: bool) -> dict[str, Any]:
         "ablations": {
             value: _scores_of_value(
                 plain,
-                {name: pd.read_parquet(folder.cell(value, name)) for name in sets},
+                {name: read_table(folder.cell(value, name)) for name in sets},
                 sets,
                 released,
             )

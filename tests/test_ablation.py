@@ -78,7 +78,7 @@ def test_names() -> None:
     twice = ["mode_ablation", "mean_ablation", "mode_ablation"]
     assert [v.name for v in ablation_values(twice)] == ["mode_ablation", "mean_ablation"]
     with pytest.raises(
-        BadInput, match=r"^ablation value 'mean': unknown. allowed: mean_ablation, .*all"
+        BadInput, match=r"^ablation value 'mean': unknown. Allowed: mean_ablation, .*all"
     ):
         ablation_values(["mean_ablation", "mean"])
 

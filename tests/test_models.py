@@ -330,7 +330,7 @@ def test_known_names_and_their_paths() -> None:
 
 
 def test_unknown_name_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"^model 'gpt5': unknown, .*allowed: organism, gpt2-small"):
+    with pytest.raises(BadInput, match=r"^model 'gpt5': unknown, .*Allowed: organism, gpt2-small"):
         spec_for("gpt5")
 
 
@@ -372,7 +372,7 @@ def test_devices() -> None:
 
 def test_dtypes() -> None:
     assert [dtype_for(name) for name in DTYPES] == [torch.float32, torch.bfloat16, torch.float16]
-    with pytest.raises(BadInput, match=r"^dtype 'float8': unknown. allowed: float32, bfloat16"):
+    with pytest.raises(BadInput, match=r"^dtype 'float8': unknown. Allowed: float32, bfloat16"):
         dtype_for("float8")
 
 

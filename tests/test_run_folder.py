@@ -193,10 +193,19 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("key", OTHERS)
 def test_another_run_is_refused_and_nothing_is_written(key: str, tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", IDENTITY)
+    (tmp_path / "run" / "prompts.parquet").write_bytes(b"results")
     before = contents(tmp_path)
     with pytest.raises(BadInput, match=rf"run: holds another run \({key} is .* there, "):
         RunFolder(tmp_path / "run", OTHERS[key])
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_left_only_its_manifest_may_be_replaced(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", IDENTITY).note(started=True)
+    taken = RunFolder(tmp_path / "run", OTHERS["seed"])
+    assert taken.manifest["identity"]["seed"] == 124
+    assert "started" not in taken.manifest
+    assert RunFolder(tmp_path / "run", OTHERS["seed"]).manifest["identity"]["seed"] == 124
 
 
 def test_a_folder_of_other_files_and_a_file_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ccm.checkpoint import load
 from ccm.experiment import RunConfig, run
@@ -22,6 +21,7 @@ from ccm.run_folder import (
     PROMPTS,
     read_json,
     read_statistics,
+    read_table,
 )
 
 __all__ = ["MIN_RHO", "Figures", "Outcome", "evaluate", "measures_of"]
@@ -80,8 +80,8 @@ def evaluate(folder: Path, world: World, planted: Sequence[int], null_dims: int)
         out = Path(temporary) / "run"
         scores = run(config, out)
         counts = read_json(out / MANIFEST)["facts"]
-        measures = pd.read_parquet(out / MEASURES)
-        prompts = pd.read_parquet(out / PROMPTS)
+        measures = read_table(out / MEASURES)
+        prompts = read_table(out / PROMPTS)
         statistics, _ = read_statistics(out / ACTIVATION_STATS)
     held_out = {(fact.query, name) for fact in world.facts for name in fact.held_out}
     pairs = zip(prompts["statement_query"], prompts["counter_knowledge_object"], strict=True)
