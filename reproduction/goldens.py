@@ -69,3 +69,8 @@ class GoldenExtension(JSONSnapshotExtension):
     def dirname(cls, *, test_location: Any) -> str:
         """The golden folder of a test file."""
         return str(GOLDEN / Path(test_location.filepath).stem)
+
+    @classmethod
+    def discovery_dirname(cls, *, test_location: Any) -> str:
+        """Look for stale goldens there only: `golden/paper` is nobody's snapshot to delete."""
+        return cls.dirname(test_location=test_location)

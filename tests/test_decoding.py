@@ -43,10 +43,10 @@ SMALL, METASPACE = ToyConfig("gpt2", tied=False), ToyConfig("llama")
 # million choices of these toys.
 ROUNDING = 2e-5
 # float16 rounds to 1 in 2048 and bfloat16 to 1 in 256, in each of some ten operations a layer, and
-# toy logits span 50. Measured: up to 0.14 and 1.2 nats.
+# toy logits span 50. Measured: up to 0.14 and 0.3 nats.
 LOWER = {
     torch.float16: replace(ENTROPY, name="float16 entropy", atol=0.4, reason="see above"),
-    torch.bfloat16: replace(ENTROPY, name="bfloat16 entropy", atol=3.0, reason="see above"),
+    torch.bfloat16: replace(ENTROPY, name="bfloat16 entropy", atol=1.0, reason="see above"),
 }
 
 
@@ -512,7 +512,8 @@ def check_work(
     }
     assert {name: getattr(work, name) for name in wanted} == wanted
     # Near ties by chance are rare; those on purpose are counted exactly with the ties.
-    assert work.refereed <= 0.01 * decisions, "a choice in a hundred is a near tie"
+    many = 0.01 * decisions + 2 * done.n_sets  # a node's near tie may be one for every set
+    assert work.refereed <= many, f"{work.refereed} of {decisions} choices are near ties"
     alone = work.forward_tokens - fed(prompts, nodes)
     assert (alone > 0) == (work.refereed > 0), f"{alone} tokens more than there are positions"
     assert alone <= work.refereed * (max(map(len, prompts)) + max_new_tokens), f"{alone} tokens more"

@@ -148,7 +148,9 @@ def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_pat
     assert header[0] == "ccm: device cpu (cpu), dtype bfloat16, seed 123"
     for package in ("ccm", "torch", "transformers", "transformer_lens", "numpy"):
         assert f"{package} {version(package)}" in header[1]
-    assert header[2] == ()
+    assert header[2] == (
+        "ccm: weights found: organism, gpt2-small; data folder: none (CCM_DATA_DIR not set)"
+    )
 
 
 @no_cuda
