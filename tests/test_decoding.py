@@ -815,11 +815,18 @@ def test_what_is_left_is_decoded_to_the_last_bit_as_before(data: st.DataObject) 
 def test_halves_are_resumed_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = loaded(SMALL), token_prompts(12, SMALL, seed=7)
     ablations = random_sets(SMALL.d_mlp, [5, 9], 2.0)
-    fails_above(monkeypatch, 6, NO_MEMORY[0])
-    first, second = run(model, prompts, ablations).shards
-    assert len(first.prompts) == 6
-    (again,) = decode_sets(model, prompts, ablations, done=set(first.prompts.tolist()))
-    assert_same_bits(again, second)
+    monkeypatch.setattr(decoding, "MAX_BATCH", 6)
+    with monkeypatch.context() as context:
+        fails_above(context, 3, NO_MEMORY[0])
+        first, second, *_ = run(model, prompts, ablations).shards
+    assert len(first.prompts) == len(second.prompts) == 3
+    *_, last = run(model, prompts, ablations).shards
+    assert len(last.prompts) == 6
+    # The half that is missing, and after it the next part as it would have been.
+    left = list(decode_sets(model, prompts, ablations, done=set(first.prompts.tolist())))
+    assert [len(shard.prompts) for shard in left] == [3, 6]
+    assert_same_bits(left[0], second)
+    assert_same_bits(left[1], last)
 
 
 def test_shards_come_one_by_one() -> None:
