@@ -59,7 +59,7 @@ from ccm.screening import (
 )
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
-MAX_BATCH = 512  # prompts a part: coarser would only make progress and resuming coarser
+MAX_BATCH = 700  # prompts a part: coarser would only make progress and resuming coarser
 
 
 def decode(

@@ -21,11 +21,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="benchmarks: run with --benchmark-only"))
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     """Use every core: other than in the tests, matrices are large enough to share."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before)
+    torch.set_num_threads(cores())
     yield
     torch.set_num_threads(before)
 
@@ -37,7 +42,7 @@ def pytest_benchmark_update_json(
     info = output_json["machine_info"]
     kept = ("system", "machine", "python_version", "python_implementation")
     output_json["machine_info"] = {key: info[key] for key in kept if key in info}
-    output_json["machine_info"]["threads"] = torch.get_num_threads()
+    output_json["machine_info"]["threads"] = cores()
     output_json["commit_info"].pop("branch", None)
 
 
