@@ -45,12 +45,7 @@ def read_first_token(
     # float64: the sum over 128k tokens keeps 1e-4 nats however it is ordered.
     log_probs = logits.double().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    # argmax again and again, because topk does not say which of two equal logits comes first.
-    rest, chosen = log_probs.clone(), []
-    for _ in range(min(N_TOP, log_probs.shape[1])):
-        chosen.append(rest.argmax(-1, keepdim=True))
-        rest.scatter_(1, chosen[-1], -torch.inf)
-    top = torch.cat(chosen, dim=1)
+    top = most_likely(log_probs, min(N_TOP, log_probs.shape[1]))
     return FirstToken(
         entropy=entropy.cpu().numpy(),
         asked=targets.cpu().numpy(),
@@ -58,6 +53,16 @@ def read_first_token(
         top_tokens=top.cpu().numpy(),
         top_log_probs=log_probs.gather(1, top).cpu().numpy(),
     )
+
+
+def most_likely(logits: Float[Tensor, "row d_vocab"], n: int) -> Int[Tensor, "row n"]:
+    """The n most likely tokens of each row, ties to the lowest id."""
+    # argmax again and again, because topk does not say which of two equal logits comes first.
+    rest, found = logits.clone(), []
+    for _ in range(n):
+        found.append(rest.argmax(-1, keepdim=True))
+        rest.scatter_(-1, found[-1], -torch.inf)
+    return torch.cat(found, dim=-1)
 
 
 def greedy(logits: Float[Tensor, "prompt d_vocab"]) -> Int[Tensor, "prompt"]:

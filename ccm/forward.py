@@ -1,6 +1,7 @@
 """The one place that runs the transformer for the shared decode: tokens in, two tensors out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache as once
 from typing import Any
 
 import torch
@@ -63,51 +64,124 @@ def run_body(
     return x, seen["a"]
 
 
-def join_caches(caches: Sequence[Any], room: int) -> Any:
-    """Join caches of several lengths into one with room to grow, shorter ones filled up on the left.
+class RowCache:
+    """Keys and values of many prefixes: a row each, in buffers with room to grow.
 
-    transformers' own dynamic cache is copied whole for every token it grows by.
-
-    Args:
-        caches: transformers caches of the same layers; emptied.
-        room: Tokens that may be added.
+    A row ends where all others end, so shorter ones begin later; what lies before them is masked.
+    Rows stay where they are from step to step, and only what is new or displaced is copied.
     """
-    from transformers.cache_utils import Cache, DynamicLayer
 
-    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        """Keys and values (prompt, head, position, d_head) at the front of larger buffers."""
+    def __init__(self, n_layers: int) -> None:
+        """Plan a cache; memory is taken when a layer is first written."""
+        self.n_layers = n_layers
+        self.rows = self.slots = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-        def __init__(self, parts: Sequence[Any]) -> None:
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for so many rows and slots, in the buffers that are there if they suffice."""
+        if rows > self.rows or slots > self.slots:
+            self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
+            self.keys, self.values = [], []
+
+    def window(self, rows: slice, first: int, past: int) -> Any:
+        """Show some rows as a transformers cache that holds their slots [first, past) and grows."""
+        from transformers.cache_utils import Cache
+
+        layer = _window_class()
+        return Cache(layers=[layer(self, i, rows, first, past) for i in range(self.n_layers)])
+
+    def write(
+        self, layer: int, rows: slice, past: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (row, head, new, d_head) at slot `past`; return whole buffers."""
+        if layer == len(self.keys):
+            for buffers, new in ((self.keys, keys), (self.values, values)):
+                heads, width = new.shape[1], new.shape[3]
+                buffers.append(new.new_empty((self.rows, heads, self.slots, width)))
+        at = slice(past, past + keys.shape[2])
+        self.keys[layer][rows, :, at], self.values[layer][rows, :, at] = keys, values
+        return self.keys[layer], self.values[layer]
+
+    def copy(
+        self,
+        source: "RowCache",
+        of: Int[Tensor, "row"],
+        slots: slice,
+        rows: slice,
+        past: int,
+    ) -> None:
+        """Copy slots of the source's rows `of` into these rows, so that they end at slot `past`."""
+        at = slice(past - (slots.stop - slots.start), past)
+        for layer in range(self.n_layers):
+            keys, values = (b[layer][:, :, slots] for b in (source.keys, source.values))
+            self.write(layer, rows, at.start, keys.index_select(0, of), values.index_select(0, of))
+
+    def blank(self, rows: slice, stop: int) -> None:
+        """Clear the slots before these rows begin: even what is masked must not be NaN."""
+        for buffer in (*self.keys, *self.values):
+            buffer[rows, :, :stop] = 0
+
+    def branch(self, parent: Int[Tensor, "row"], past: int) -> Int[Tensor, "row"]:
+        """Give every branch a row with its parent's first `past` slots.
+
+        Args:
+            parent: Row that each branch grows from, ascending; rows without branches are dropped.
+            past: Slots in use.
+
+        Returns:
+            Which branch each of the first rows now holds.
+        """
+        n = len(parent)
+        eldest = torch.ones_like(parent, dtype=torch.bool)
+        eldest[1:] = parent[1:] != parent[:-1]
+        stays = eldest & (parent < n)
+        held = torch.zeros(n, dtype=torch.bool, device=parent.device)
+        held[parent[stays]] = True
+        moved, free = torch.nonzero(~stays)[:, 0], torch.nonzero(~held)[:, 0]
+        order = torch.empty_like(parent)
+        order[parent[stays]], order[free] = torch.nonzero(stays)[:, 0], moved
+        if n > self.rows:
+            self._grow(n)
+        if len(moved):
+            # A free row has no branch at all, or its eldest would hold it: it is nobody's source.
+            source = parent[moved]
+            for buffer in (*self.keys, *self.values):
+                used = buffer[:, :, :past]
+                used.index_copy_(0, free, used.index_select(0, source))
+        return order
+
+    def _grow(self, rows: int) -> None:
+        before, self.rows = self.rows, rows + rows // 4
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = buffer.new_empty((self.rows, *buffer.shape[1:]))
+                buffers[i][:before] = buffer
+
+
+@once
+def _window_class() -> type:
+    """Define the layer when it is first needed: importing transformers takes its time."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Window(DynamicLayer):  # type: ignore[misc]
+        """One layer of a `RowCache`, as transformers sees it."""
+
+        def __init__(self, owner: RowCache, layer: int, rows: slice, first: int, past: int) -> None:
             super().__init__()
-            self.length: int = max(part.get_seq_length() for part in parts)
+            self.owner, self.layer, self.rows = owner, layer, rows
+            self.first, self.past = first, past
             self.is_initialized = True
-            self.dtype, self.device = parts[0].keys.dtype, parts[0].keys.device
-            self.keys = self._filled([part.keys for part in parts])
-            self.values = self._filled([part.values for part in parts])
-            for part in parts:  # both copies of a layer, never of the whole cache
-                part.keys = part.values = None
-
-        def _filled(self, parts: Sequence[Tensor]) -> Tensor:
-            rows, first = sum(len(part) for part in parts), parts[0]
-            heads, d_head = first.shape[1], first.shape[3]
-            buffer = first.new_zeros((rows, heads, self.length + room, d_head))
-            row = 0
-            for part in parts:
-                start = self.length - part.shape[2]
-                buffer[row : row + len(part), :, start : self.length] = part
-                row += len(part)
-            return buffer
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            new = slice(self.length, self.length + key_states.shape[2])
-            self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
-            self.length = new.stop
-            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+            keys, values = self.owner.write(self.layer, self.rows, self.past, key_states, value_states)
+            self.past += key_states.shape[2]
+            seen = slice(self.first, self.past)
+            return keys[self.rows, :, seen], values[self.rows, :, seen]
 
         def get_seq_length(self) -> int:
-            return self.length
+            return self.past - self.first
 
-    layers = [RoomyLayer(parts) for parts in zip(*(c.layers for c in caches), strict=True)]
-    return Cache(layers=layers)
+    return Window

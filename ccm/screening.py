@@ -195,7 +195,7 @@ def read_nodes(
     x = x - x.mean(-1, keepdim=True) if screen.centred else x
     s = (x.pow(2).mean(-1) + screen.eps).sqrt()
     sz = x @ screen.W_U
-    logits = sz / s[:, None] + screen.beta
+    logits = torch.addcmul(screen.beta, sz, 1 / s[:, None])
     best = logits.topk(min(SHORTLIST + 1, logits.shape[1]))
     m = min(SHORTLIST, logits.shape[1])
     beyond = best.values[:, m] if best.values.shape[1] > m else torch.full_like(s, -torch.inf)

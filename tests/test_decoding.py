@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import random
 import re
 import shutil
@@ -16,7 +17,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ccm import decoding, hooked
+from ccm import choosing, decoding, engine, hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
 from ccm.checkpoint import LoadedModel, load
@@ -24,10 +25,11 @@ from ccm.completions import Completions, Decoded, Shard, Work, merge
 from ccm.decoding import decode, decode_sets
 from ccm.errors import CcmError
 from ccm.experiment import build_prompts, find_facts
-from ccm.forward import join_caches, run_body
+from ccm.forward import RowCache, run_body
 from ccm.knowledge import SOURCES, knowledge_source
 from ccm.models import MAX_NEW_TOKENS, MODELS, spec_for
 from ccm.neurons import controls, measure, select
+from ccm.prefill import MAX_SHARERS, prefill, shared_prefixes
 from ccm.prompts import SPLITTER, answer_object
 from tests.strategies import toy_configs
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
@@ -300,19 +302,16 @@ def test_agrees_with_the_hooked_path_on_the_organism(organism: Organism) -> None
 # --- a result does not depend on its batch ----------------------------------------------------------
 
 
-def assert_same(
-    a: Decoded, row: int, b: Decoded, other: int, what: str, *, ranked: bool = True
-) -> None:
-    """Compare one prompt's results under all sets in two runs; `ranked`: with its top tokens."""
+def assert_same(a: Decoded, row: int, b: Decoded, other: int, what: str) -> None:
+    """Compare one prompt's results under all sets in two runs."""
     for i in range(a.leaf.shape[1]):
         mine, its = a.leaves[a.leaf[row, i]], b.leaves[b.leaf[other, i]]
         assert mine == its, f"{what}, set {i}: {mine}, elsewhere {its}"
     # Only the shape of the batch differs; measured: up to 3e-5 nats.
     ENTROPY.assert_close(a.entropy[row], b.entropy[other], what=what)
     LOG_PROBABILITY.assert_close(a.log_probs[row], b.log_probs[other], what=what)
-    if ranked:
-        np.testing.assert_array_equal(a.asked[row], b.asked[other], err_msg=what)
-        np.testing.assert_array_equal(a.top_tokens[row], b.top_tokens[other], err_msg=what)
+    np.testing.assert_array_equal(a.asked[row], b.asked[other], err_msg=what)
+    np.testing.assert_array_equal(a.top_tokens[row], b.top_tokens[other], err_msg=what)
     LOG_PROBABILITY.assert_close(a.top_log_probs[row], b.top_log_probs[other], what=what)
 
 
@@ -329,8 +328,6 @@ def check_invariance(
     prompts: list[list[int]],
     ablations: list[Ablation],
     data: st.DataObject,
-    *,
-    ranked: bool = True,
 ) -> None:
     order = data.draw(st.permutations(range(len(prompts))), label="order")
     budget = data.draw(budgets, label="budget")
@@ -341,11 +338,12 @@ def check_invariance(
         ablations,
         targets=targets[list(order)],
         memory_budget=budget,
+        own_top=True,
     )
     for row, i in enumerate(order):
-        alone = run(model, [prompts[i]], ablations, targets=targets[i : i + 1])
+        alone = run(model, [prompts[i]], ablations, targets=targets[i : i + 1], own_top=True)
         what = f"{model.spec.name}, prompt {prompts[i]}"
-        assert_same(mixed.decoded, row, alone.decoded, 0, what, ranked=ranked)
+        assert_same(mixed.decoded, row, alone.decoded, 0, what)
 
 
 @each_toy
@@ -355,8 +353,12 @@ def test_how_much_is_worked_on_at_once_changes_nothing(
     model, prompts = loaded(config), token_prompts(9, config, seed=2)
     ablations = random_sets(config.d_mlp, [5, 0, 12, 5], 1.0)
     whole = run(model, prompts, ablations, own_top=True)
-    for pairs, row_bytes in ((1, 1), (3, 1 << 14), (1 << 20, 1 << 30)):
-        sizes = decoding.AtOnce(pairs=pairs, row_bytes=row_bytes, d_vocab=config.d_vocab)
+    for tokens, nodes, pairs, row_bytes in (
+        (1, 1, 1, 1),
+        (9, 2, 3, 1 << 14),
+        (1 << 20,) * 3 + (1 << 30,),
+    ):
+        sizes = choosing.AtOnce(tokens, nodes, pairs, row_bytes, d_vocab=config.d_vocab)
         monkeypatch.setattr(decoding, "at_once", lambda model, sizes=sizes: sizes)
         again = run(model, prompts, ablations, own_top=True)
         for i in range(len(prompts)):
@@ -414,9 +416,11 @@ def test_equal_logits_go_to_the_lowest_id(config: ToyConfig, tmp_path: Path) -> 
         assert not odd, f"{ablation.name}: odd tokens {odd} never come first"
         assert done.tokens(i) == hooked.decode(model, prompts, ablation).tokens, ablation.name
     decisions, nodes, prefixes = counted(model, prompts, done)
-    assert done.work.refereed == decisions, "a tie that no referee saw"
+    # Every choice, and the list of likely first tokens of each prompt's plain run.
+    asked = decisions + len(prompts)
+    assert done.work.refereed == asked, "a tie that no referee saw"
     assert done.work.certified == done.work.shortlisted == 0, "a tie was settled without a referee"
-    assert done.work.full_rows == nodes + decisions
+    assert done.work.full_rows == nodes + asked
     # Every node holds a tie, and each is run by itself once, whatever the number of its sets.
     assert done.work.forward_tokens == fed(prompts, nodes) + prefixes
 
@@ -425,7 +429,7 @@ def test_equal_logits_go_to_the_lowest_id(config: ToyConfig, tmp_path: Path) -> 
 @settings(few, max_examples=6)
 def test_near_ties_do_not_depend_on_the_batch(near_ties: LoadedModel, data: st.DataObject) -> None:
     prompts = draw_prompts(data, SMALL.d_vocab, max_len=20)
-    check_invariance(near_ties, prompts, draw_sets(data, SMALL.d_mlp, max_sets=3), data, ranked=False)
+    check_invariance(near_ties, prompts, draw_sets(data, SMALL.d_mlp, max_sets=3), data)
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +454,7 @@ def test_without_the_referee_near_ties_would_depend_on_the_batch(
         )
 
     assert differing() == 0
-    monkeypatch.setattr(decoding._Engine, "_referee", lambda *args: None)
+    monkeypatch.setattr(choosing.Referee, "rows", lambda *args: ())
     assert differing() > 0, "these near ties are none: the test above cannot fail"
 
 
@@ -487,8 +491,11 @@ def counted(
 
 
 def fed(prompts: Sequence[Sequence[int]], nodes: int) -> int:
-    """Positions run: every prompt position, and one for every node that is not a prompt."""
-    return sum(map(len, prompts)) + nodes - len(prompts)
+    """Positions run: shared prefixes once, the rest of prompts, one for a node that is no prompt."""
+    groups = shared_prefixes(prompts)
+    once = {tuple(prompts[members[0]][:length]) for members, length in groups}
+    own = sum(len(prompts[i]) - length for members, length in groups for i in members)
+    return sum(map(len, once)) + own + nodes - len(prompts)
 
 
 def check_work(
@@ -541,7 +548,7 @@ def test_controls_cost_rows_and_hardly_any_forwards(organism: Organism) -> None:
     plain = measured[0].tokens(0)
     back = sum(steps_of(model, tokens, MAX_NEW_TOKENS, True) - 1 for tokens in plain)
     assert none.refereed == 0
-    assert none.forward_tokens == sum(map(len, prompts)) + back, "no sets cost as much as plain"
+    assert none.forward_tokens == fed(prompts, len(prompts) + back), "no sets cost as much as plain"
     own = some.forward_tokens - none.forward_tokens
     assert 0 < own < 0.3 * none.forward_tokens, f"{own} tokens for five sets"
     grown = twice.forward_tokens - none.forward_tokens
@@ -705,7 +712,7 @@ def fails_above(
     monkeypatch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exception]
 ) -> list[int]:
     """Let parts of more than `limit` prompts fail; returns the sizes tried, as they come."""
-    whole, tried = decoding._Engine.run, list[int]()
+    whole, tried = engine.Engine.run, list[int]()
 
     def failing(self: Any, prompts: Any, *args: Any) -> Shard:
         tried.append(len(prompts))
@@ -713,7 +720,7 @@ def fails_above(
             raise error()
         return whole(self, prompts, *args)
 
-    monkeypatch.setattr(decoding._Engine, "run", failing)
+    monkeypatch.setattr(engine.Engine, "run", failing)
     return tried
 
 
@@ -768,7 +775,7 @@ def test_rows_of_a_part_that_failed_are_not_observed_twice(monkeypatch: pytest.M
     wanted: list[torch.Tensor] = []
     decode(model, prompts, observe=wanted.append)
     rows: list[torch.Tensor] = []
-    whole, failed = decoding.run_body, []
+    whole, failed = engine.run_body, []
 
     def failing(model: LoadedModel, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
         if not failed and len(tokens) > 1 and tokens.shape[1] == 1:  # the first step after the prompts
@@ -776,7 +783,7 @@ def test_rows_of_a_part_that_failed_are_not_observed_twice(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(model, tokens, *args, **options)
 
-    monkeypatch.setattr(decoding, "run_body", failing)
+    monkeypatch.setattr(engine, "run_body", failing)
     decode(model, prompts, observe=rows.append)
     assert failed, "nothing failed"
     assert sum(map(len, rows)) == sum(map(len, wanted)), "rows of the failed part were seen twice"
@@ -1009,29 +1016,110 @@ def test_the_body_gives_the_bridges_residual_and_activations(config: ToyConfig) 
 
 
 @each_toy
-def test_joined_caches_of_several_lengths_go_on_as_each_would_alone(config: ToyConfig) -> None:
-    from transformers.cache_utils import DynamicCache
-
+def test_rows_of_one_cache_go_on_as_each_prefix_would_alone(config: ToyConfig) -> None:
+    """Prefixes of several lengths, shared and not, that branch, end and move."""
     model = loaded(config)
-    prompts = [p for n in (1, 5, 80) for p in token_prompts(2, config, n, n, n)]
-    following = torch.tensor([[3], [9], [27], [81], [4], [16]])
-    caches = []
+    stems = [token_prompts(1, config, n, n, n)[0] for n in (4, 9)]
+    prompts = [[5], *([*stems[0], i] for i in (3, 7)), *([*stems[1], i, 2] for i in (8, 6))]
+    prompts.append(token_prompts(1, config, 11, 80, 80)[0])
+    shared = [0, 4, 4, 9, 9, 0]
+    begun, cache = (RowCache(config.n_layers) for _ in range(2))
+    cache.reserve(len(prompts), 80 + 3)
+
+    def forward(tokens: torch.Tensor, window: Any) -> Any:
+        return run_body(model, tokens, window, last_only=True)
+
     with torch.inference_mode():
-        for tokens in (torch.tensor(prompts[i : i + 2]) for i in (0, 2, 4)):
-            caches.append(DynamicCache())
-            run_body(model, tokens, caches[-1])
-        joined = join_caches(caches, room=3)
-        assert joined.get_seq_length() == 80
-        positions = torch.tensor([len(p) for p in prompts])
-        for step in range(3):
-            x, a = run_body(model, following, joined, positions + step)
-            for row, prompt in enumerate(prompts):
-                alone = torch.tensor([[*prompt, *[int(following[row])] * (step + 1)]])
-                wanted_x, wanted_a = run_body(model, alone)
-                what = f"{config.id}, prompt of {len(prompt)}, step {step}"
-                for mine, its in ((x, wanted_x), (a, wanted_a)):
-                    difference_ = (mine[row, -1] - its[0, -1]).abs().max()
-                    assert difference_ < 1e-4 * its.abs().max(), what
+        x, a = prefill(prompts, shared, begun, cache, forward, model.device, at_once=12)
+        check_alone(model, prompts, x, a)
+        for step, parents in enumerate(([0, 0, 0, 1, 3, 3, 4, 5, 5], [1, 4, 4, 8], [0, 1, 2, 3, 3, 3])):
+            held = cache.branch(torch.tensor(parents), 80 + step)
+            assert sorted(held.tolist()) == list(range(len(parents)))
+            prompts = [[*prompts[parents[i]], 3 + int(i) + step] for i in held]
+            positions = torch.tensor([len(p) - 1 for p in prompts])
+            last = torch.tensor([p[-1:] for p in prompts])
+            window = cache.window(slice(0, len(prompts)), 0, 80 + step)
+            x, a = run_body(model, last, window, positions)
+            check_alone(model, prompts, x[:, -1], a[:, -1])
+
+
+def check_alone(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], x: torch.Tensor, a: torch.Tensor
+) -> None:
+    for row, prompt in enumerate(prompts):
+        for mine, its in zip((x, a), run_body(model, torch.tensor([list(prompt)])), strict=True):
+            difference_ = (mine[row] - its[0, -1]).abs().max()
+            assert difference_ < 1e-4 * its.abs().max(), (model.spec.name, prompt)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=24).map(sorted), st.integers(1, 30))
+def test_branches_hold_what_their_parents_held(parents: list[int], past: int) -> None:
+    cache = RowCache(2)
+    cache.reserve(8, 30)
+    random_ = torch.Generator().manual_seed(past)
+    rows = [torch.randn(4, 8, 3, 30, 5, generator=random_)[i] for i in range(4)]
+    for layer in range(2):
+        cache.write(layer, slice(0, 8), 0, rows[layer], rows[2 + layer])
+    held = cache.branch(torch.tensor(parents), past)
+    source = torch.tensor(parents)[held]
+    for layer in range(2):
+        for buffer, before in ((cache.keys, rows[layer]), (cache.values, rows[2 + layer])):
+            assert torch.equal(buffer[layer][: len(parents), :, :past], before[source][:, :, :past])
+
+
+def brute_force(prompts: Sequence[Sequence[int]]) -> int:
+    """Most tokens that any way to cut the sorted prompts spares."""
+    ordered = sorted(map(list, prompts))
+    best = 0
+    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+        runs: list[list[list[int]]] = [[ordered[0]]]
+        for cut, prompt in zip(cuts, ordered[1:], strict=True):
+            if cut:
+                runs.append([])
+            runs[-1].append(prompt)
+        spared = 0
+        for members in runs:
+            prefix = 0
+            while all(len(p) - 1 > prefix and p[prefix] == members[0][prefix] for p in members):
+                prefix += 1
+            spared += (len(members) - 1) * prefix if prefix > 1 else 0
+        best = max(best, spared)
+    return best
+
+
+@given(st.lists(st.lists(st.integers(1, 2), max_size=6).map(lambda p: [0, *p]), min_size=1, max_size=8))
+def test_shared_prefixes_spare_the_most_tokens_there_are_to_spare(prompts: list[list[int]]) -> None:
+    groups = shared_prefixes(prompts)
+    assert sorted(i for members, _ in groups for i in members) == list(range(len(prompts)))
+    for members, length in groups:
+        prefix = prompts[members[0]][:length]
+        assert length != 1
+        assert all(prompts[i][:length] == prefix and len(prompts[i]) > length for i in members)
+    assert sum((len(m) - 1) * n for m, n in groups) == brute_force(prompts)
+
+
+def test_no_prefix_has_more_sharers_than_allowed() -> None:
+    groups = shared_prefixes([[0, 1, 2, i] for i in range(40)])
+    assert max(len(members) for members, _ in groups) == MAX_SHARERS
+    assert all(length == 3 for _, length in groups)
+
+
+@each_toy
+def test_shared_prefixes_change_nothing_but_the_work(
+    config: ToyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(config)
+    stems = token_prompts(3, config, seed=9, min_len=6, max_len=12)
+    endings = token_prompts(9, config, seed=8, min_len=2, max_len=5)
+    prompts = [[*stems[i % 3], *ending[1:]] for i, ending in enumerate(endings)]
+    ablations = random_sets(config.d_mlp, [5, 9], 1.0)
+    shared = run(model, prompts, ablations)
+    monkeypatch.setattr(decoding, "shared_prefixes", lambda prompts: [([i], 0) for i in range(9)])
+    whole = run(model, prompts, ablations)
+    for i in range(9):
+        assert_same(shared.decoded, i, whole.decoded, i, config.id)
+    spared = 2 * sum(map(len, stems))
+    assert shared.work.forward_tokens == whole.work.forward_tokens - spared
 
 
 def test_completions_of_the_shared_decode_have_the_hooked_paths_types() -> None:
