@@ -1,0 +1,66 @@
+"""Peak memory of one decode for 506 runs beside one plain pass, each in a process of its own."""
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ccm import hooked
+from ccm.ablation import Ablation
+from ccm.checkpoint import load
+from ccm.decoding import decode_sets
+from ccm.models import MODELS
+from tests.benchmarks.subjects import organism
+
+BATCH_SIZE = 256
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_peak(
+    prompts: Sequence[Sequence[int]], ablations: Sequence[Ablation] | None, answer: Any
+) -> None:
+    """In a fresh process: peak once the model is loaded, peak after the work, bytes of results."""
+    model = load(MODELS["organism"])
+    hooked.decode(model, prompts[:1])  # libraries take their own workspace once
+    before, size = peak_bytes(), 0
+    if ablations is None:
+        hooked.decode(model, prompts, batch_size=BATCH_SIZE)
+    else:
+        kept = list(decode_sets(model, prompts, ablations, full=[False] * (1 + len(ablations))))
+        for shard in kept:
+            arrays = (shard.leaf, shard.entropy, shard.asked, shard.log_probs)
+            size += sum(array.nbytes for array in arrays)
+    answer.put((before, peak_bytes(), size))
+
+
+def test_peak_memory_of_506_runs(benchmark: Any) -> None:
+    subject = organism()
+    context = multiprocessing.get_context("spawn")
+
+    def peaks(ablations: Sequence[Ablation] | None) -> tuple[int, int, int]:
+        answer = context.SimpleQueue()
+        process = context.Process(target=measure_peak, args=(subject.prompts, ablations, answer))
+        process.start()
+        found: tuple[int, int, int] = answer.get()
+        process.join()
+        return found
+
+    _, plain, _ = peaks(None)
+    before, shared, results = benchmark.pedantic(peaks, (subject.ablations(5, 100),), rounds=1)
+    benchmark.extra_info.update(
+        ratio=round((shared - results) / plain, 3),
+        of="one plain pass, whole process, results aside",
+        target=1.5,
+        mib={
+            "loaded": before >> 20,
+            "one plain pass": plain >> 20,
+            "506 runs": shared >> 20,
+            "results": results >> 20,
+        },
+    )
