@@ -89,7 +89,7 @@ class Engine:
         targets: Int[Tensor, "prompt target"],
         work: Work,
     ) -> Shard:
-        device, n_sets, d_vocab = self.model.device, len(self.full), len(self.eos)
+        device = self.model.device
 
         def forward(
             tokens: Tensor, cache: Any, positions: Tensor | None = None
@@ -105,73 +105,98 @@ class Engine:
         # Most prompts keep one continuation under all sets.
         cache.reserve(len(prompts) * 3 // 2, len(prompts[-1]) + self.max_new_tokens)
         x, a = prefill(prompts, shared, self.begun, cache, forward, device, self.at_once.tokens)
-        # Pairs still decoding: which set, on which node. Nodes: their tokens since the prompt.
-        node = torch.arange(len(prompts), device=device).repeat_interleave(n_sets)  # (pair,)
-        sets = torch.arange(n_sets, device=device).repeat(len(prompts))  # (pair,)
-        pair = torch.arange(len(node), device=device)  # (pair,): prompt * n_sets + set
-        paths = torch.zeros((len(prompts), 0), dtype=torch.long, device=device)  # (node, step)
-        origin = torch.arange(len(prompts), device=device)  # (node,): its prompt
-        leaf = torch.full((len(node),), -1, dtype=torch.long, device=device)
-        leaves: list[tuple[int, ...]] = []
+        tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, np.ndarray] = {}
         for step in range(self.max_new_tokens):
             nodes = read_nodes(self.screen, x, a)
             work.nodes += len(x)
             work.full_rows += len(x)
 
-            def prefix(i: int, paths: Tensor = paths, origin: Tensor = origin) -> list[int]:
-                return [*prompts[int(origin[i])], *paths[i].tolist()]
+            def prefix(i: int) -> list[int]:
+                return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
 
             referee = Referee(self.model, self.screen, prefix, work)
             if step == 0:
                 first = read_first_tokens(
                     self.screen, nodes, targets, self.at_once, referee, work, own_top=self.own_top
                 )
-            chosen = choose(self.screen, nodes, node, sets, self.at_once, referee, work)  # (pair,)
-            ended = self.eos[chosen]
-            ended |= self.splits[chosen] & ~self.full[sets]
-            last = step == self.max_new_tokens - 1
-            ended = torch.ones_like(ended) if last else ended
-            # Everything that happens next happens once per distinct (node, token).
-            key, branch = _distinct(node * d_vocab + chosen, len(x) * d_vocab)
-            parent, token = key // d_vocab, key % d_vocab
-            grown = torch.cat([paths[parent], token[:, None]], dim=1)  # (branch, step + 1)
-            # A branch may end for some sets (a splitter) and go on for others.
-            ends = torch.zeros(len(key), dtype=torch.bool, device=device)
-            ends[branch[ended]] = True
-            number = len(leaves) + ends.cumsum(0) - 1
-            leaf[pair[ended]] = number[branch[ended]]
-            is_eos = self.eos[token[ends]].tolist()
-            leaves += [
-                tuple(path[:-1] if stop else path)
-                for path, stop in zip(grown[ends].tolist(), is_eos, strict=True)
-            ]
-            on = ~ended
-            pair, sets, branch = pair[on], sets[on], branch[on]
-            if not len(pair):
+            chosen = choose(
+                self.screen, nodes, tree.node, tree.sets, self.at_once, referee, work
+            )  # (pair,)
+            ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
+            if step == self.max_new_tokens - 1:
+                ended = torch.ones_like(ended)
+            parent = tree.grow(chosen, ended)
+            if not len(parent):
                 break
-            kept, node = _distinct(branch, len(key))
             past = len(prompts[-1]) + step  # slots of the cache in use
-            held = cache.branch(parent[kept], past)  # (node,): which kept branch a row is now
-            node = torch.empty_like(held).scatter_(0, held, torch.arange(len(held), device=device))[
-                node
-            ]
-            kept = kept[held]
-            paths, origin = grown[kept], origin[parent[kept]]
-            positions = lengths[origin] + step
+            tree.arrange(cache.branch(parent, past))
+            positions = lengths[tree.origin] + step
             read = [
-                forward(paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
-                for rows in slices(len(kept), self.at_once.nodes)
+                forward(tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
+                for rows in slices(len(parent), self.at_once.nodes)
             ]
             x, a = torch.cat([x[:, -1] for x, _ in read]), torch.cat([a[:, -1] for _, a in read])
         if device.type == "cuda":
             work.peak_bytes = torch.cuda.max_memory_allocated(device)
-        return Shard(
-            prompts=np.asarray(indices, dtype=np.int64),
-            leaves=tuple(leaves),
-            leaf=leaf.view(len(prompts), n_sets).cpu().numpy().astype(np.int32),
-            **first,
-        )
+        leaf, leaves = tree.leaves(self.eos)
+        return Shard(prompts=np.asarray(indices, dtype=np.int64), leaves=leaves, leaf=leaf, **first)
+
+
+class _Tree:
+    """Distinct continuations of every prompt; pairs (node, set) say which set is on which."""
+
+    def __init__(self, n_prompts: int, n_sets: int, d_vocab: int, device: torch.device) -> None:
+        self.n_sets, self.d_vocab = n_sets, d_vocab
+        prompts = torch.arange(n_prompts, device=device)
+        self.node = prompts.repeat_interleave(n_sets)  # (pair,)
+        self.sets = torch.arange(n_sets, device=device).repeat(n_prompts)  # (pair,)
+        self.pair = torch.arange(len(self.node), device=device)  # (pair,): prompt * n_sets + set
+        self.paths = prompts.new_zeros((n_prompts, 0))  # (node, step): tokens since the prompt
+        self.origin = prompts  # (node,): its prompt
+        self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
+        self.leaf = torch.full_like(self.pair, -1)  # place among all branches
+
+    def grow(self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"]) -> Int[Tensor, "branch"]:
+        """Add a token to every pair; return the parents of those branches that go on, ascending.
+
+        Everything that happens next happens once per distinct (node, token). A branch may end for some
+        sets (a splitter) and go on for others.
+        """
+        key, branch = _distinct(self.node * self.d_vocab + chosen, len(self.paths) * self.d_vocab)
+        parent, token = key // self.d_vocab, key % self.d_vocab
+        grown = torch.cat([self.paths[parent], token[:, None]], dim=1)
+        place = sum(map(len, self.branches)) + branch
+        self.branches.append(grown)
+        self.leaf[self.pair] = torch.where(ended, place, self.leaf[self.pair])
+        on = torch.nonzero(~ended)[:, 0]
+        self.pair, self.sets = self.pair[on], self.sets[on]
+        kept, self.node = _distinct(branch[on], len(key))
+        self.paths, self.origin = grown[kept], self.origin[parent[kept]]
+        return parent[kept]
+
+    def arrange(self, held: Int[Tensor, "node"]) -> None:
+        """Number nodes by the cache rows that hold them: row i holds node `held[i]`."""
+        row = torch.empty_like(held)
+        row[held] = torch.arange(len(held), device=held.device)
+        self.node, self.paths, self.origin = row[self.node], self.paths[held], self.origin[held]
+
+    def leaves(
+        self, eos: Bool[Tensor, "d_vocab"]
+    ) -> tuple[Int[np.ndarray, "prompt set"], tuple[tuple[int, ...], ...]]:
+        """Which continuation each set chose, and all of them, without the EOS that ended them."""
+        used, leaf = _distinct(self.leaf, sum(map(len, self.branches)))
+        places, found, start = used.cpu(), list[tuple[int, ...]](), 0
+        for grown in self.branches:
+            mine = places[(places >= start) & (places < start + len(grown))] - start
+            paths = grown[mine.to(grown.device)]
+            stopped = eos[paths[:, -1]].tolist()
+            found += [
+                tuple(path[:-1] if stop else path)
+                for path, stop in zip(paths.tolist(), stopped, strict=True)
+            ]
+            start += len(grown)
+        return leaf.view(-1, self.n_sets).cpu().numpy().astype(np.int32), tuple(found)
 
 
 def _distinct(

@@ -136,11 +136,13 @@ class RowCache:
         eldest = torch.ones_like(parent, dtype=torch.bool)
         eldest[1:] = parent[1:] != parent[:-1]
         stays = eldest & (parent < n)
+        n_stay = int(stays.sum())
+        branch = torch.argsort(~stays, stable=True)  # those that stay, then those that move
         held = torch.zeros(n, dtype=torch.bool, device=parent.device)
-        held[parent[stays]] = True
-        moved, free = torch.nonzero(~stays)[:, 0], torch.nonzero(~held)[:, 0]
+        held[parent[branch[:n_stay]]] = True
+        moved, free = branch[n_stay:], torch.argsort(held, stable=True)[: n - n_stay]
         order = torch.empty_like(parent)
-        order[parent[stays]], order[free] = torch.nonzero(stays)[:, 0], moved
+        order[parent[branch[:n_stay]]], order[free] = branch[:n_stay], moved
         if n > self.rows:
             self._grow(n)
         if len(moved):
