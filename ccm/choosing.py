@@ -33,8 +33,7 @@ from ccm.screening import (
 class AtOnce:
     """How much is worked on at once: what a CPU's caches hold, or what keeps a GPU busy."""
 
-    tokens: int  # of one forward over prompts
-    nodes: int  # of one forward over single tokens, which drags their caches along
+    tokens: int  # of one forward
     pairs: int  # (node, set) pairs
     row_bytes: int  # of logit rows
     d_vocab: int
@@ -48,8 +47,8 @@ def at_once(model: LoadedModel) -> AtOnce:
     """Sizes for a model's device; they change no result."""
     d_vocab = model.spec.d_vocab
     if model.device.type == "cuda":
-        return AtOnce(1 << 14, nodes=1 << 12, pairs=1 << 20, row_bytes=1 << 30, d_vocab=d_vocab)
-    return AtOnce(1 << 11, nodes=1 << 8, pairs=1 << 13, row_bytes=2 << 20, d_vocab=d_vocab)
+        return AtOnce(1 << 14, pairs=1 << 20, row_bytes=1 << 30, d_vocab=d_vocab)
+    return AtOnce(1 << 11, pairs=1 << 13, row_bytes=2 << 20, d_vocab=d_vocab)
 
 
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:

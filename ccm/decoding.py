@@ -131,7 +131,7 @@ def decode_sets(
         for part in _parts(order, [len(p) for p in prompts], engine.prompt_bytes, budget)
     ][::-1]
     while pending:
-        indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]), shared[i], i))
+        indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
         if not indices:
             continue
         counted = Work(prompts=len(indices))

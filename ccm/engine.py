@@ -72,7 +72,7 @@ class Engine:
         """Decode one part under every set.
 
         Args:
-            prompts: Token ids, sorted by length and then by `shared`.
+            prompts: Token ids, sorted by how many come after the shared prefix.
             shared: How many tokens of each prompt are its shared prefix.
             indices: What the shard calls the prompts.
             targets: Tokens whose first-step log-probabilities are wanted.
@@ -91,9 +91,7 @@ class Engine:
     ) -> Shard:
         device = self.model.device
 
-        def forward(
-            tokens: Tensor, cache: Any, positions: Tensor | None = None
-        ) -> tuple[Tensor, Tensor]:
+        def forward(tokens: Tensor, cache: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
             work.forward_tokens += tokens.numel()
             x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
             if self.observing:
@@ -103,7 +101,8 @@ class Engine:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache = self.cache
         # Most prompts keep one continuation under all sets.
-        cache.reserve(len(prompts) * 3 // 2, len(prompts[-1]) + self.max_new_tokens)
+        end = max(map(len, prompts))
+        cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
         x, a = prefill(prompts, shared, self.begun, cache, forward, device, self.at_once.tokens)
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, np.ndarray] = {}
@@ -129,12 +128,12 @@ class Engine:
             parent = tree.grow(chosen, ended)
             if not len(parent):
                 break
-            past = len(prompts[-1]) + step  # slots of the cache in use
+            past = end + step  # slots of the cache in use
             tree.arrange(cache.branch(parent, past))
             positions = lengths[tree.origin] + step
             read = [
                 forward(tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
-                for rows in slices(len(parent), self.at_once.nodes)
+                for rows in slices(len(parent), self.at_once.tokens)
             ]
             x, a = torch.cat([x[:, -1] for x, _ in read]), torch.cat([a[:, -1] for _, a in read])
         if device.type == "cuda":

@@ -25,7 +25,7 @@ def run_body(
         model: The model.
         tokens: New tokens of every node; none is a pad.
         cache: A transformers cache that grows by them, or None.
-        positions: Position of each node's one new token, where the cache is filled up on the left;
+        positions: Position of each node's first new token, where the cache is filled up on the left;
             None where every cached position is a token.
         last_only: Read the last position only, and spare the last MLP the others: nothing later
             attends to what it writes. Its one output then broadcasts over the residual stream, of
@@ -44,10 +44,11 @@ def run_body(
 
     masked: dict[str, Tensor] = {}
     if positions is not None:
-        slots = torch.arange(cache.get_seq_length() + 1, device=tokens.device)
-        # The new token is the last slot, and its row's first token lies `position` slots before it.
-        masked["attention_mask"] = (slots >= slots[-1] - positions[:, None]).long()
-        masked["position_ids"] = positions[:, None]
+        past, n = cache.get_seq_length(), tokens.shape[1]
+        slots = torch.arange(past + n, device=tokens.device)
+        # Each row's first token lies `position` slots before its first new one.
+        masked["attention_mask"] = (slots >= past - positions[:, None]).long()
+        masked["position_ids"] = positions[:, None] + slots[:n]
     hooks = [
         model.norm.register_forward_pre_hook(keep("x")),
         model.mlp_out.register_forward_pre_hook(keep("a")),

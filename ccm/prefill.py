@@ -15,9 +15,10 @@ from torch import Tensor
 from ccm.completions import Tokens
 from ccm.forward import RowCache
 
-# Runs new tokens (row, position) against a cache; returns final residual and activations there.
+# Runs new tokens (row, position) against a cache, from given positions on or, if that is None, as many
+# as it holds; returns final residual and activations there.
 Forward = Callable[
-    [Int[Tensor, "row position"], Any],
+    [Int[Tensor, "row position"], Any, Int[Tensor, "row"] | None],
     tuple[Float[Tensor, "row read d_model"], Float[Tensor, "row read d_mlp"]],
 ]
 
@@ -71,10 +72,10 @@ def prefill(
     device: torch.device,
     at_once: int,
 ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]]:
-    """Run prompts through the transformer, shared prefixes first, with neither pads nor masks.
+    """Run prompts through the transformer, shared prefixes first, without a single pad.
 
     Args:
-        prompts: Token ids, sorted by length and then by `shared`.
+        prompts: Token ids, sorted by how many come after the prefix.
         shared: How many tokens of each prompt belong to its prefix.
         begun: Takes the prefixes.
         cache: Takes the prompts, all of which end where the longest ends; reserved.
@@ -91,32 +92,36 @@ def prefill(
     row = {prefix: i for i, prefix in enumerate(prefixes)}
     longest = max(map(len, prefixes), default=0)
     begun.reserve(len(prefixes), longest)
-    for rows in _batches([(len(p),) for p in prefixes], at_once):
+    for rows in _batches(list(map(len, prefixes)), at_once):
         tokens = torch.tensor(prefixes[rows], device=device)
         first = longest - tokens.shape[1]
-        forward(tokens, begun.window(rows, first, first))
-    longest_prompt = len(prompts[-1])
+        forward(tokens, begun.window(rows, first, first), None)
+        begun.blank(rows, first)
+    end = max(map(len, prompts))
     xs, activations = list[Tensor](), list[Tensor]()
-    lengths = [(len(p) - n, n) for p, n in zip(prompts, shared, strict=True)]
-    for rows in _batches(lengths, at_once):
-        (suffix, n), batch = lengths[rows.start], prompts[rows]
-        past = longest_prompt - suffix
-        if n:
-            of = torch.tensor([row[tuple(p[:n])] for p in batch], device=device)
-            cache.copy(begun, of, slice(longest - n, longest), rows, past)
-        tokens = torch.tensor([list(p[n:]) for p in batch], device=device)
-        x, a = forward(tokens, cache.window(rows, past - n, past))
+    suffixes = [len(p) - n for p, n in zip(prompts, shared, strict=True)]
+    for rows in _batches(suffixes, at_once):
+        batch, before = prompts[rows], shared[rows]
+        past, most = end - suffixes[rows.start], max(before)
+        if most:
+            # A prompt without a prefix gets another's, behind the mask.
+            of = [row.get(tuple(p[:n]), 0) for p, n in zip(batch, before, strict=True)]
+            slots = slice(longest - most, longest)
+            cache.copy(begun, torch.tensor(of, device=device), slots, rows, past)
+        positions = None if min(before) == most else torch.tensor(before, device=device)
+        tokens = torch.tensor([list(p[n:]) for p, n in zip(batch, before, strict=True)], device=device)
+        x, a = forward(tokens, cache.window(rows, past - most, past), positions)
         xs.append(x[:, -1])
         activations.append(a[:, -1])
-        cache.blank(rows, past - n)
+        cache.blank(rows, past - most)
     return torch.cat(xs), torch.cat(activations)
 
 
-def _batches(lengths: Sequence[tuple[int, ...]], at_once: int) -> Iterator[slice]:
-    """Consecutive rows of equal lengths, the first of which says how many tokens are new."""
+def _batches(lengths: Sequence[int], at_once: int) -> Iterator[slice]:
+    """Consecutive rows of equal lengths, as many as `at_once` tokens allow."""
     start = 0
-    for key, same in groupby(lengths):
+    for length, same in groupby(lengths):
         stop = start + len(list(same))
-        size = max(1, at_once // key[0])
+        size = max(1, at_once // length)
         yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
         start = stop

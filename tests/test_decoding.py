@@ -353,12 +353,8 @@ def test_how_much_is_worked_on_at_once_changes_nothing(
     model, prompts = loaded(config), token_prompts(9, config, seed=2)
     ablations = random_sets(config.d_mlp, [5, 0, 12, 5], 1.0)
     whole = run(model, prompts, ablations, own_top=True)
-    for tokens, nodes, pairs, row_bytes in (
-        (1, 1, 1, 1),
-        (9, 2, 3, 1 << 14),
-        (1 << 20,) * 3 + (1 << 30,),
-    ):
-        sizes = choosing.AtOnce(tokens, nodes, pairs, row_bytes, d_vocab=config.d_vocab)
+    for tokens, pairs, row_bytes in ((1, 1, 1), (9, 3, 1 << 14), (1 << 20, 1 << 20, 1 << 30)):
+        sizes = choosing.AtOnce(tokens, pairs, row_bytes, d_vocab=config.d_vocab)
         monkeypatch.setattr(decoding, "at_once", lambda model, sizes=sizes: sizes)
         again = run(model, prompts, ablations, own_top=True)
         for i in range(len(prompts)):
@@ -1020,14 +1016,15 @@ def test_rows_of_one_cache_go_on_as_each_prefix_would_alone(config: ToyConfig) -
     """Prefixes of several lengths, shared and not, that branch, end and move."""
     model = loaded(config)
     stems = [token_prompts(1, config, n, n, n)[0] for n in (4, 9)]
-    prompts = [[5], *([*stems[0], i] for i in (3, 7)), *([*stems[1], i, 2] for i in (8, 6))]
+    # One suffix after several prefixes and none, in one batch; then one of its own.
+    prompts = [[5], *([*stems[0], i] for i in (3, 7)), *([*stems[1], i] for i in (8, 6))]
     prompts.append(token_prompts(1, config, 11, 80, 80)[0])
     shared = [0, 4, 4, 9, 9, 0]
     begun, cache = (RowCache(config.n_layers) for _ in range(2))
     cache.reserve(len(prompts), 80 + 3)
 
-    def forward(tokens: torch.Tensor, window: Any) -> Any:
-        return run_body(model, tokens, window, last_only=True)
+    def forward(tokens: torch.Tensor, window: Any, positions: torch.Tensor | None) -> Any:
+        return run_body(model, tokens, window, positions, last_only=True)
 
     with torch.inference_mode():
         x, a = prefill(prompts, shared, begun, cache, forward, model.device, at_once=12)
