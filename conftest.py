@@ -12,7 +12,8 @@ from ccm.ablation import ablation_values
 from ccm.cli import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
-from ccm.models import MODELS, device_for, dtype_for, spec_for, weight_files
+from ccm.models import MODELS, device_for, dtype_for, spec_for
+from ccm.weights import weight_files
 
 SEED = 123
 

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
-from ccm.models import MAX_NEW_TOKENS, ModelSpec, device_for, dtype_for, weight_files
+from ccm.models import MAX_NEW_TOKENS, ModelSpec, device_for, dtype_for
+from ccm.weights import check_weights, weight_files
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,13 @@ def load(
 
     Raises:
         NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline).
-        BadInput: a folder that TransformerLens cannot load.
+        BadInput: weights that are damaged or another model's, a folder that TransformerLens cannot
+            load.
         PremiseBroken: see `check_premise`.
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
+    spec = check_weights(spec)
     source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
     files = weight_files(spec)
     if not files:

@@ -353,6 +353,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from ccm.knowledge import object_tokens
     from ccm.models import device_for, dtype_for, spec_for
     from ccm.run_folder import write_json
+    from ccm.weights import check_weights
 
     protocol = PROTOCOLS[check_protocol(options.protocol)]
     engine = check_engine(options.engine)
@@ -360,7 +361,7 @@ def _ablate(options: argparse.Namespace) -> None:
     if len(value) != 1:
         raise BadInput("--ablation-value all: `ccm ablate` takes one value. Name it.")
     device, _ = device_for(options.device), dtype_for(options.dtype)
-    spec = spec_for(options.model, _model_paths(options))
+    spec = check_weights(spec_for(options.model, _model_paths(options)))
     d_vocab = spec.d_vocab if protocol.released_tokens else None
     prompts = read_prompts(options.prompts, d_vocab=d_vocab)
     statistics = check_statistics(read_statistics_npz(options.stats), spec.d_mlp)

@@ -36,7 +36,7 @@ from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.knowledge import (
     object_tokens,
 )
-from ccm.models import ModelSpec, device_for, dtype_for, spec_for, weight_files, weight_hash
+from ccm.models import ModelSpec, device_for, dtype_for, spec_for
 from ccm.neurons import controls, measure, select
 from ccm.prompts import (
     TEMPLATES,
@@ -68,6 +68,7 @@ from ccm.run_folder import (
     write_table,
 )
 from ccm.summary import scores_of_run
+from ccm.weights import check_weights, revision, weight_files, weight_hash
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     protocol = PROTOCOLS[check_protocol(config.protocol)]
     values = tuple(ablation_values(config.ablation_value))
-    spec = spec_for(config.model, config.model_paths)
+    spec = check_weights(spec_for(config.model, config.model_paths))
     check_engine(config.engine)
     if config.memory_budget is not None and config.memory_budget < 1 << 20:
         raise BadInput(
@@ -244,6 +245,7 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     clock = _Clock(folder)
     model = model or load(plan_.spec, plan_.device, config.dtype)
     clock("load")
+    folder.note(weights={"source": model.source, "revision": revision(plan_.spec)})
     prompts = prompts_step(folder, plan_, model)
     clock("prompts")
     entropy_neurons = neurons_step(folder, plan_, model)

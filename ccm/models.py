@@ -1,8 +1,8 @@
 """The models, before any weights are loaded: one table of specs, and where their weights are."""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from ccm.errors import BadInput, NotAvailable, allowed
 from ccm.organism import CHECKPOINT
 
+MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
 MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -27,6 +28,7 @@ class ModelSpec:
     name: str
     display_name: str
     hub_id: str | None  # None: only by folder
+    architecture: str  # transformers' name of it, `model_type`
     n_layers: int
     d_model: int
     d_mlp: int
@@ -43,19 +45,22 @@ class ModelSpec:
 
 # fmt: off
 _SPECS = (
-    ModelSpec("organism", "Organism", None, 2, 96, 384, 600, 5, 6, 0.9, "bare", folder=CHECKPOINT),
-    ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", 12, 768, 3072, 50257, 40, 6, 0.96,
-              "instruction", published_neurons=(584, 1611, 2123, 2378, 2870, 2910)),
-    ModelSpec("EleutherAI_pythia-1.4b", "Pythia-1.4B", "EleutherAI/pythia-1.4b",
+    ModelSpec("organism", "Organism", None, "gpt2", 2, 96, 384, 600, 5, 6, 0.9, "bare",
+              folder=CHECKPOINT),
+    ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", "gpt2",
+              12, 768, 3072, 50257, 40, 6, 0.96, "instruction",
+              published_neurons=(584, 1611, 2123, 2378, 2870, 2910)),
+    ModelSpec("EleutherAI_pythia-1.4b", "Pythia-1.4B", "EleutherAI/pythia-1.4b", "gpt_neox",
               24, 2048, 8192, 50304, 48, 9, 0.87, "chat",
               published_neurons=(192, 435, 3972, 4132, 5104, 5265, 6368, 7385, 7756)),
-    ModelSpec("Phi-1_5", "Phi-1.5", "microsoft/phi-1_5", 24, 2048, 8192, 51200, 48, 12, 0.91, "chat",
+    ModelSpec("Phi-1_5", "Phi-1.5", "microsoft/phi-1_5", "phi",
+              24, 2048, 8192, 51200, 48, 12, 0.91, "chat",
               published_neurons=(430, 473, 833, 1121, 1422, 1509, 2072, 2333, 3052, 3601, 7335, 7489)),
-    ModelSpec("Mistral-7B-v0.1", "Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1",
+    ModelSpec("Mistral-7B-v0.1", "Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", "mistral",
               32, 4096, 14336, 32000, 96, 14, 0.86, "chat",
               published_neurons=(1226, 3686, 5326, 7694, 8035, 8824, 9216, 9449, 9943, 10188, 11001,
                                  11152, 12033, 12579)),
-    ModelSpec("Meta-Llama-3-8B", "Llama3-8B", "meta-llama/Meta-Llama-3-8B",
+    ModelSpec("Meta-Llama-3-8B", "Llama3-8B", "meta-llama/Meta-Llama-3-8B", "llama",
               32, 4096, 14336, 128256, 96, 10, 0.88, "chat", gated=True,
               published_neurons=(1159, 1674, 2564, 2799, 4097, 5021, 5311, 11680, 12111, 12514)),
 )
@@ -69,7 +74,8 @@ def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
 
     Args:
         name: A name of `MODELS`, or a folder.
-        paths: Folders of named models (`--model-path NAME=DIR`).
+        paths: Folders of named models (`--model-path NAME=DIR`). After them, a published model is
+            looked for in the folder that CCM_MODELS_DIR names, in the hub's cache, and on the hub.
 
     Raises:
         BadInput: neither a known name nor a checkpoint folder.
@@ -77,6 +83,8 @@ def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
     paths = paths or {}
     if name in MODELS:
         spec = MODELS[name]
+        if name not in paths and spec.folder is None:
+            paths = _collected(name)
         return replace(spec, folder=_checkpoint(paths[name])) if name in paths else spec
     folder = paths.get(name, Path(name))
     if not folder.is_dir():
@@ -84,7 +92,18 @@ def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
             f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
             "checkpoint folder."
         )
-    return _spec_of_folder(name, _checkpoint(folder))
+    return spec_of_folder(name, _checkpoint(folder))
+
+
+def _collected(name: str) -> dict[str, Path]:
+    """Folder of a model in the user's collection, if there is one."""
+    collection = os.environ.get(MODELS_VARIABLE)
+    if not collection:
+        return {}
+    if not Path(collection).is_dir():
+        raise BadInput(f"{MODELS_VARIABLE}={collection}: no such folder. Correct it or unset it.")
+    folder = Path(collection) / name
+    return {name: folder} if folder.is_dir() else {}
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -102,7 +121,7 @@ def _checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
+def spec_of_folder(name: str, folder: Path) -> ModelSpec:
     """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
     try:
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -129,6 +148,7 @@ def _spec_of_folder(name: str, folder: Path) -> ModelSpec:
         name=Path(name).resolve().name,
         display_name=Path(name).resolve().name,
         hub_id=None,
+        architecture=str(kind),
         n_layers=n_layers,
         d_model=d_model,
         d_mlp=d_mlp,
@@ -177,26 +197,3 @@ def dtype_for(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise BadInput(f"dtype {name!r}: unknown. {allowed(DTYPES)}.")
     return DTYPES[name]
-
-
-def weight_files(spec: ModelSpec) -> list[Path]:
-    """List the safetensors files of a model on this machine, without touching the network."""
-    if spec.folder is not None:
-        return sorted(spec.folder.glob("*.safetensors"))
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        found = try_to_load_from_cache(str(spec.hub_id), name)
-        if isinstance(found, str):
-            return sorted(Path(found).parent.glob("*.safetensors"))
-    return []
-
-
-def weight_hash(files: Sequence[Path]) -> str:
-    """SHA-256 over the weight files in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ccm.errors import BadInput
 from ccm.knowledge import SOURCES
-from ccm.models import MODELS, spec_for, weight_files
+from ccm.models import MODELS, spec_for
+from ccm.weights import check_weights, weight_files
 
 
 def share(r: Mapping[str, Any]) -> str:
@@ -52,13 +54,15 @@ def models_table(paths: Mapping[str, Path]) -> str:
     lines = [f"{'model':26s}{'weights':10s}{'size':>10s}  where"]
     for name in [*MODELS, *(n for n in paths if n not in MODELS)]:
         spec = spec_for(name, paths)
-        files = weight_files(spec)
-        size = sum(f.stat().st_size for f in files)
+        files, state = weight_files(spec), "found"
         where = str(files[0].parent) if files else f"hub: {spec.hub_id}"
-        if not files and spec.gated:
-            where += " (gated: needs access and HF_TOKEN)"
-        lines.append(
-            f"{name:26s}{'found' if files else 'missing':10s}"
-            f"{f'{size / 1e6:.1f} MB' if files else '-':>10s}  {where}"
-        )
+        try:
+            check_weights(spec)
+        except BadInput as error:
+            state, where = "unusable", str(error)
+        if not files:
+            state = "missing"
+            where += " (gated: needs access and HF_TOKEN)" if spec.gated else ""
+        size = sum(f.stat().st_size for f in files if f.is_file())
+        lines.append(f"{name:26s}{state:10s}{f'{size / 1e6:.1f} MB' if files else '-':>10s}  {where}")
     return "\n".join(lines)

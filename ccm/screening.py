@@ -57,6 +57,7 @@ from torch import Tensor
 from ccm.ablation import Ablation
 from ccm.checkpoint import LoadedModel
 
+VOCAB_CHUNK = 8192
 SHORTLIST = 8  # m of paragraph 5
 # u of paragraph 4. Lower precisions round x itself.
 SLACK = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -88,7 +89,8 @@ class Screen:
     q: Float[Tensor, "selected"]  # of paragraph 4
     reach: Float[Tensor, "selected"]  # |w_i| / sqrt(d)
     beta: Float[Tensor, "d_vocab"]
-    W_U: Float[Tensor, "d_model d_vocab"]  # float32, gain folded in
+    W_U: Float[Tensor, "d_model d_vocab"]  # as stored, float32: a folded copy would take gigabytes
+    gain: Float[Tensor, "d_model"]
     centred: bool
     eps: float
     noise: float  # u M
@@ -130,11 +132,14 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
     W = W - W.mean(1, keepdim=True) if norm.centred else W
     W_U = model.W_U.float()
     beta = norm.bias @ W_U + model.b_U
-    W_U = W_U * norm.gain[:, None]
-    P = W @ W_U
+    P = (W * norm.gain) @ W_U
+    longest = max(
+        float((chunk * norm.gain[:, None]).norm(dim=0).max())
+        for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1)
+    )
     norms = W.norm(dim=1)
     reach = norms / W.shape[1] ** 0.5
-    noise = SLACK[model.dtype] * float(W_U.norm(dim=0).max())
+    noise = SLACK[model.dtype] * longest
     offset_noise = SLACK[model.dtype] * float(beta.abs().max())
     half = (P.amax(1) - P.amin(1)) / 2
     slots, W = slots.to(device), W.double()
@@ -153,6 +158,7 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
         reach=reach,
         beta=beta,
         W_U=W_U,
+        gain=norm.gain,
         centred=norm.centred,
         eps=norm.eps,
         noise=noise,
@@ -194,7 +200,7 @@ def read_nodes(
     x = x.float()
     x = x - x.mean(-1, keepdim=True) if screen.centred else x
     s = (x.pow(2).mean(-1) + screen.eps).sqrt()
-    sz = x @ screen.W_U
+    sz = (x * screen.gain) @ screen.W_U
     logits = torch.addcmul(screen.beta, sz, 1 / s[:, None])
     best = logits.topk(min(SHORTLIST + 1, logits.shape[1]))
     m = min(SHORTLIST, logits.shape[1])

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ccm.models import MODELS, PUBLISHED, spec_for, weight_files
+from ccm.models import MODELS, PUBLISHED, spec_for
+from ccm.weights import weight_files
 from conftest import Options
 
 

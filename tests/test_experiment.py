@@ -24,7 +24,7 @@ from ccm.checkpoint import LoadedModel, load
 from ccm.cli import main
 from ccm.experiment import RunConfig, make_plan, statistics_step
 from ccm.knowledge import SOURCES
-from ccm.models import MAX_NEW_TOKENS, MODELS, ModelSpec, weight_hash
+from ccm.models import MAX_NEW_TOKENS, MODELS, ModelSpec
 from ccm.organism import CHECKPOINT
 from ccm.run_folder import (
     ACTIVATION_STATS,
@@ -37,6 +37,7 @@ from ccm.run_folder import (
     RunFolder,
     read_statistics,
 )
+from ccm.weights import weight_hash
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 
 N_PROMPTS, N_CONTROLS = 24, 3

@@ -15,6 +15,7 @@ ORDER = (
     "organism",  # its __init__ alone: a path
     "facts",
     "models",
+    "weights",
     "checkpoint",
     "prompts",
     "ablation",
