@@ -1,6 +1,7 @@
 """From decoding to cells: one table per ablation value and neuron set, by either engine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from ccm import decoding, hooked
 from ccm.ablation import Ablation
 from ccm.checkpoint import LoadedModel
-from ccm.completions import Completions, Tokens, Work, merge
+from ccm.completions import Completions, Shard, Tokens, Work, merge
 from ccm.errors import BadInput, allowed
 from ccm.knowledge import (
     SOURCES,
@@ -104,9 +105,7 @@ def decode_shared(
     full: Sequence[bool] | None = None,
     own_top: bool = False,
     memory_budget: int | None = None,
-    store: ShardStore | None = None,
     work: Work | None = None,
-    on_shard: Callable[[], None] = lambda: None,
 ) -> Iterator[Completions]:
     """Decode the plain run and all ablations in one pass, then hand them out one by one.
 
@@ -118,14 +117,10 @@ def decode_shared(
         full: See `ccm.decoding.decode_sets`.
         own_top: Likewise.
         memory_budget: Likewise.
-        store: Where finished shards are kept; those already there are not computed again.
         work: Counts are added here.
-        on_shard: Called after each shard.
     """
-    shards = [] if store is None else store.read()
-    done = {int(i) for shard in shards for i in shard.prompts}
-    with tqdm(total=len(tokens), initial=len(done), desc="ablations", unit="prompt") as bar:
-        for shard in decoding.decode_sets(
+    decoded = merge(
+        decode_stored(
             model,
             tokens,
             ablations,
@@ -134,13 +129,40 @@ def decode_shared(
             own_top=own_top,
             memory_budget=memory_budget,
             work=work,
-            done=done,
-        ):
+        )
+    )
+    for index in range(1 + len(ablations)):
+        yield decoded.completions(index)
+
+
+def decode_stored(
+    model: LoadedModel,
+    tokens: Sequence[Tokens],
+    ablations: Sequence[Ablation] = (),
+    *,
+    store: ShardStore | None = None,
+    label: str = "ablations",
+    on_shard: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[Shard]:
+    """Decode with a progress bar, keeping every finished shard, and go on from those that are there.
+
+    Args:
+        model: The model.
+        tokens: Prompts.
+        ablations: Neuron sets with their values.
+        store: Where finished shards are kept; those already there are not computed again.
+        label: Of the progress bar.
+        on_shard: Called after each shard.
+        options: For `ccm.decoding.decode_sets`.
+    """
+    shards = [] if store is None else store.read()
+    done = {int(i) for shard in shards for i in shard.prompts}
+    with tqdm(total=len(tokens), initial=len(done), desc=label, unit="prompt") as bar:
+        for shard in decoding.decode_sets(model, tokens, ablations, done=done, **options):
             if store is not None:
                 store.write(shard)
             shards.append(shard)
             on_shard()
             bar.update(len(shard.prompts))
-    decoded = merge(shards, model)
-    for index in range(1 + len(ablations)):
-        yield decoded.completions(index)
+    return shards

@@ -165,13 +165,11 @@ def load(
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
+    if not weight_files(spec):
+        download(spec)
     spec = check_weights(spec)
-    source = str(spec.folder) if spec.folder is not None else str(spec.hub_id)
-    files = weight_files(spec)
-    if not files:
-        _check_hub(spec)
-    elif spec.folder is None:
-        source = str(files[0].parent)  # the cached snapshot: nothing to ask the network for
+    # Of the hub's models, the cached snapshot: nothing to ask the network for.
+    source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
     bridge, twin, names = _boot(spec, source, device, dtype)
     tokenizer = _tokenizer(source)
     config = bridge.original_model.config
@@ -285,19 +283,25 @@ def _boot(
     return bridge, twin, found
 
 
-def _check_hub(spec: ModelSpec) -> None:
-    """Ask once whether weights that are not here can be had; the loader would try for half a minute.
+# No pickles, no other frameworks' weights, no code.
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
+
+
+def download(spec: ModelSpec) -> None:
+    """Download the weights of a published model into the hub's cache; the token is the stored one.
 
     Raises:
         NotAvailable: no network, or no access to a gated model.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
 
     hub = HfApi()
     try:
+        # Asked once first: the download would try for half a minute.
         hub.model_info(str(spec.hub_id), timeout=5)
         if spec.gated:
             hub.auth_check(str(spec.hub_id))
+        snapshot_download(str(spec.hub_id), allow_patterns=DOWNLOADED)
     except Exception as error:  # offline, timed out, gated, gone: the next step is the same
         raise _cannot_load(spec, str(spec.hub_id), error) from error
 

@@ -80,8 +80,19 @@ def parser() -> argparse.ArgumentParser:
         "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
     )
     run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
+    run.add_argument(
+        "--shard",
+        type=_share,
+        metavar="I/N",
+        help="decode only the I-th of N shares of the prompts; `ccm merge` joins them",
+    )
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
     run.set_defaults(run=_run)
+
+    merge = commands.add_parser("merge", help="join the shares of a run into one run folder")
+    merge.add_argument("shares", type=Path, nargs="+", metavar="FOLDER", help="of run --shard I/N")
+    merge.add_argument("--out", type=Path, required=True, help="run folder to write")
+    merge.set_defaults(run=_merge)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     _path_option(models)
@@ -160,6 +171,14 @@ def _bytes(text: str) -> int:
     if not (1 << 20) <= size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no size. Give 1M or more, like 500M or 8G.")
     return int(size)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """Parse `2/8`."""
+    i, slash, n = text.partition("/")
+    if not (slash and i.isascii() and i.isdecimal() and n.isascii() and n.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share. Give I/N, like 2/8.")
+    return int(i), int(n)
 
 
 def _facts_options(command: argparse.ArgumentParser) -> None:
@@ -259,7 +278,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.neurons != "published":
             neurons = parse_neurons(options.neurons)
     # Only now, because they take seconds.
-    from ccm.experiment import make_plan, run
+    from ccm.experiment import make_plan, run, run_share
     from ccm.models import spec_for
     from ccm.report import summary
 
@@ -278,14 +297,30 @@ def _run(options: argparse.Namespace) -> None:
         engine=options.engine,
         full_texts=options.full_texts,
         memory_budget=options.memory_budget,
+        share=options.shard,
     )
     if options.out is None:
         make_plan(config)  # bad input is refused before a folder is announced
         value = "all_ablation_values" if values == ["all"] else ",".join(values)
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        options.out = Path("runs") / f"{Path(options.model).name}-{value}-{stamp}"
+        shard = "" if options.shard is None else "-shard-{}-of-{}".format(*options.shard)
+        options.out = Path("runs") / f"{Path(options.model).name}-{value}-{stamp}{shard}"
         print(f"{PROGRAM}: writing to {options.out}", file=sys.stderr)
+    if options.shard is not None:
+        folder = run_share(config, options.out)
+        work, total = folder.manifest["work"], folder.manifest["prompts"]
+        print(f"shard {'{}/{}'.format(*options.shard)}: {work['prompts']} of {total} prompts decoded.")
+        print(f"Join all shards with: ccm merge FOLDER ... --out RUN\n\nshard folder: {options.out}")
+        return
     print(summary(run(config, options.out)))
+    print(f"\nrun folder: {options.out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from ccm.merging import merge_shares
+    from ccm.report import summary
+
+    print(summary(merge_shares(options.shares, options.out)))
     print(f"\nrun folder: {options.out}")
 
 

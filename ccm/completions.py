@@ -145,7 +145,8 @@ class Shard:
     """Results of some prompts under all sets; set 0 is the plain run."""
 
     prompts: Int[np.ndarray, "prompt"]  # which prompts
-    leaves: tuple[tuple[int, ...], ...]  # distinct continuations of any of them
+    leaves: tuple[tuple[int, ...], ...]  # distinct continuations, without the EOS that ended them
+    texts: tuple[str, ...]  # theirs
     leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
     entropy: Float[np.ndarray, "prompt set"]  # nats; of the next token at the last prompt position
     asked: Int[np.ndarray, "prompt target"]  # tokens asked for, then the plain run's top ones
@@ -184,8 +185,8 @@ class Decoded:
         )
 
 
-def merge(shards: Sequence[Shard], model: LoadedModel) -> Decoded:
-    """Put shards together in prompt order and decode each distinct continuation once."""
+def merge(shards: Sequence[Shard]) -> Decoded:
+    """Put shards together in prompt order."""
     order = np.argsort(np.concatenate([s.prompts for s in shards]))
     starts = np.cumsum([0, *(len(s.leaves) for s in shards[:-1])])
 
@@ -196,7 +197,7 @@ def merge(shards: Sequence[Shard], model: LoadedModel) -> Decoded:
     numbers = [s.leaf + start for s, start in zip(shards, starts, strict=True)]
     return Decoded(
         leaves=leaves,
-        texts=tuple(model.decode(leaf) for leaf in leaves),
+        texts=tuple(text for s in shards for text in s.texts),
         leaf=np.concatenate(numbers)[order],
         **{
             name: joined(name)

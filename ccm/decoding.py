@@ -34,7 +34,7 @@ from ccm.prompts import SPLITTER
 from ccm.screening import build_screen
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
-MAX_BATCH = 700  # prompts a part: coarser would only make progress and resuming coarser
+MAX_BATCH = 448  # prompts a part: coarser would only make progress, resuming and sharing coarser
 
 
 def decode(
@@ -59,7 +59,7 @@ def decode(
         observe=observe,
         own_top=True,
     )
-    return merge(list(shards), model).completions(len(sets))
+    return merge(list(shards)).completions(len(sets))
 
 
 def decode_sets(
@@ -75,6 +75,7 @@ def decode_sets(
     observe: Observer | None = None,
     work: Work | None = None,
     done: Collection[int] = (),
+    share: tuple[int, int] = (1, 1),
 ) -> Iterator[Shard]:
     """Decode prompts under the plain run and every ablation, a shard at a time.
 
@@ -94,6 +95,7 @@ def decode_sets(
         work: Counts are added here.
         done: Prompts whose shards are there already. Parts are cut as without them, so that what is
             left is computed to the last bit as it would have been.
+        share: (i, n): only every n-th part, the i-th first. Parts are cut as without it.
 
     Yields:
         Shards; together they cover every prompt once, shorter prompts first as far as those that share
@@ -126,10 +128,9 @@ def decode_sets(
         order += members
         for i in members:
             shared[i] = length
-    pending = [
-        [i for i in part if i not in done]
-        for part in _parts(order, [len(p) for p in prompts], engine.prompt_bytes, budget)
-    ][::-1]
+    parts = list(_parts(order, [len(p) for p in prompts], engine.prompt_bytes, budget))
+    mine = parts[share[0] - 1 :: share[1]]
+    pending = [[i for i in part if i not in done] for part in mine][::-1]
     while pending:
         indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
         if not indices:

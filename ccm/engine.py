@@ -105,7 +105,7 @@ class Engine:
         cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
         x, a = prefill(prompts, shared, self.begun, cache, forward, device, self.at_once.tokens)
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
-        first: dict[str, np.ndarray] = {}
+        first: dict[str, Any] = {}
         for step in range(self.max_new_tokens):
             nodes = read_nodes(self.screen, x, a)
             work.nodes += len(x)
@@ -139,7 +139,13 @@ class Engine:
         if device.type == "cuda":
             work.peak_bytes = torch.cuda.max_memory_allocated(device)
         leaf, leaves = tree.leaves(self.eos)
-        return Shard(prompts=np.asarray(indices, dtype=np.int64), leaves=leaves, leaf=leaf, **first)
+        return Shard(
+            prompts=np.asarray(indices, dtype=np.int64),
+            leaves=leaves,
+            texts=tuple(self.model.decode(tokens) for tokens in leaves),
+            leaf=leaf,
+            **first,
+        )
 
 
 class _Tree:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from math import comb
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
 
 from ccm.ablation import (
     PLAIN,
@@ -27,9 +29,9 @@ from ccm.ablation import (
     plan,
 )
 from ccm.activations import collect, float16_sigma
-from ccm.cells import ENGINES, CellReader, check_engine, decode_hooked, decode_shared
-from ccm.checkpoint import LoadedModel, load
-from ccm.completions import Completions, Work
+from ccm.cells import ENGINES, CellReader, check_engine, decode_hooked, decode_stored
+from ccm.checkpoint import LoadedModel, download, load
+from ccm.completions import Completions, Work, merge
 from ccm.decoding import default_budget
 from ccm.errors import BadInput, allowed
 from ccm.facts import FactSet, load_pararel, read_fact_folder
@@ -121,6 +123,7 @@ class RunConfig:
     engine: str = "shared"
     full_texts: bool = False  # decode controls to the end too, not only their answers
     memory_budget: int | None = None  # bytes; None: from what is free. Changes no text or source
+    share: tuple[int, int] | None = None  # (i, n): decode the i-th of n shares, for `ccm merge`
     model_paths: dict[str, Path] = field(default_factory=dict)
 
 
@@ -155,6 +158,7 @@ def make_plan(config: RunConfig) -> Plan:
         raise BadInput(
             f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
         )
+    check_share(config)
     device = device_for(config.device)
     dtype_for(config.dtype)
     template = config.template or spec.template
@@ -201,6 +205,17 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
+def check_share(config: RunConfig) -> None:
+    """Check which share of a run is asked for."""
+    if config.share is None:
+        return
+    i, n = config.share
+    if not 1 <= i <= n:
+        raise BadInput(f"shard {i}/{n}: out of range. Allowed: 1/{n} to {n}/{n}, n at least 1.")
+    if config.engine != "shared":
+        raise BadInput(f"shard {i}/{n}: the {config.engine} engine has none. Use --engine shared.")
+
+
 def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
     """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
     if name == "pararel":
@@ -234,18 +249,51 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     Raises:
         CcmError: before any long work starts; nothing is overwritten.
     """
+    if config.share is not None:
+        raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
+    folder, plan_ = open_folder(config, out)
+    if not folder.has(SCORES):
+        clock = Clock(folder)
+        prompts = decode_everything(folder, plan_, clock)
+        finish(folder, plan_.protocol, prompts)
+        clock("scores")
+        folder.note(complete=True)
+    return read_scores(folder)
+
+
+def run_share(config: RunConfig, out: Path) -> RunFolder:
+    """Decode the share of a run that `config.share` names; `ccm.merging` puts all shares together.
+
+    Every share prepares prompts, measures and statistics for itself, and to the same bytes.
+    """
+    folder, plan_ = open_folder(config, out)
+    if not folder.manifest["complete"]:
+        decode_everything(folder, plan_, Clock(folder))
+        folder.note(complete=True)
+    return folder
+
+
+def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
+    """Check what is asked for, see that its weights are here, and open the run folder."""
     plan_ = make_plan(config)
-    model: LoadedModel | None = None
     if not weight_files(plan_.spec):
-        # Downloaded before the folder is made: what cannot be had must leave no trace of a run.
-        model = load(plan_.spec, plan_.device, config.dtype)
+        # Before the folder is made: what cannot be had must leave no trace of a run.
+        download(plan_.spec)
+        plan_ = make_plan(config)
     folder = RunFolder(out, identity(plan_, weight_files(plan_.spec)))
-    if folder.has(SCORES):
-        return read_scores(folder)
-    clock = _Clock(folder)
-    model = model or load(plan_.spec, plan_.device, config.dtype)
-    clock("load")
+    if "memory_budget" not in folder.manifest:
+        # Kept, because parts cut otherwise would round otherwise when the run is resumed.
+        budget = config.memory_budget or default_budget(plan_.device)
+        folder.note(memory_budget=budget, work=Work())
+    return folder, plan_
+
+
+def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
+    """Every step that needs the model, in order."""
+    config = plan_.config
+    model = load(plan_.spec, plan_.device, config.dtype)
     folder.note(weights={"source": model.source, "revision": revision(plan_.spec)})
+    clock("load")
     prompts = prompts_step(folder, plan_, model)
     clock("prompts")
     entropy_neurons = neurons_step(folder, plan_, model)
@@ -263,10 +311,13 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     )
     ablations_step(folder, plan_, model, prompts, tokens, statistics, entropy_neurons, control_sets)
     clock("ablations")
-    write_json(folder.path / SCORES, scores_of_run(folder, plan_.protocol.nd_ratio_of_pk))
-    clock("scores")
-    folder.note(complete=True)
-    return read_scores(folder)
+    return prompts
+
+
+def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
+    """Turn what was decoded into cells, and cells into scores."""
+    cells_step(folder, protocol, prompts)
+    write_json(folder.path / SCORES, scores_of_run(folder, protocol.nd_ratio_of_pk))
 
 
 def read_scores(folder: RunFolder) -> dict[str, Any]:
@@ -275,13 +326,15 @@ def read_scores(folder: RunFolder) -> dict[str, Any]:
     return scores
 
 
-class _Clock:
+class Clock:
     """Writes the time since its last call to the manifest, stage by stage."""
 
     def __init__(self, folder: RunFolder) -> None:
+        """Start the clock."""
         self.folder, self.last = folder, time.perf_counter()
 
     def __call__(self, stage: str) -> None:
+        """Write down a stage that is done."""
         now = time.perf_counter()
         self.folder.time(stage, now - self.last)
         self.last = now
@@ -315,6 +368,7 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "max_prompts": config.max_prompts,
         "engine": config.engine,
         "full_texts": config.full_texts,
+        "shard": None if config.share is None else "{}/{}".format(*config.share),
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("ccm", "torch", "transformers", "transformer_lens", "numpy")},
@@ -339,7 +393,7 @@ def build_prompts(
     template: str,
     *,
     lower_case: bool = False,
-    decode: Callable[..., Completions] = ENGINES["shared"],
+    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"],
 ) -> PromptSet:
     """Ask for every parametric object, filter, and contradict what is left (Method 4).
 
@@ -348,14 +402,14 @@ def build_prompts(
         facts: Facts and relations.
         template: A key of `ccm.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
-        decode: Engine.
+        decoder: Gives an engine for each of two stages, `answers` and `first_tokens`.
 
     Raises:
         BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.
     """
     asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
     tokens = [model.encode(text) for text in asked]
-    said = decode(model, tokens)
+    said = decoder("answers")(model, tokens)
     answers = [
         ParametricAnswer(row, fact, prompt, text, answer_object(text), int(first))
         for row, (fact, prompt, text, first) in enumerate(
@@ -373,6 +427,7 @@ def build_prompts(
     prompts: list[ProbingPrompt] = []
     if kept:
         rows = [tokens[a.row] for a in kept]
+        decode = decoder("first_tokens")
         log_probs = decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
         for answer, own in zip(kept, log_probs, strict=True):
             of_relation = candidates[answer.fact.relation]
@@ -431,7 +486,7 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
             plan_.facts,
             plan_.template,
             lower_case=plan_.protocol.lower_case_objects,
-            decode=ENGINES[plan_.config.engine],
+            decoder=partial(_decoder, folder, plan_),
         )
         prompts = list(built.prompts)
         if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
@@ -445,7 +500,23 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )
         write_table(folder.path / PROMPTS, table)
+        for stage in ("answers", "first_tokens"):
+            ShardStore(folder.path, stage).clear()
     return table_prompts(read_table(folder.path / PROMPTS))
+
+
+def _decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
+    """An engine that goes on where an earlier start of this stage stopped."""
+    if plan_.config.engine != "shared":
+        return ENGINES[plan_.config.engine]
+
+    def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
+        budget = folder.manifest["memory_budget"]
+        store = ShardStore(folder.path, stage)
+        shards = decode_stored(model, tokens, store=store, label=stage, memory_budget=budget, **options)
+        return merge(shards).completions(0)
+
+    return decode
 
 
 # --- neurons and activation statistics (Method 5, 6) -------------------------------------------------
@@ -470,7 +541,10 @@ def statistics_step(
 ) -> ActivationStatistics:
     """Collect activation statistics over the probing prompts, or read them back."""
     if not folder.has(ACTIVATION_STATS):
-        statistics, positions = collect(model, tokens, ENGINES[plan_.config.engine])
+        decode = ENGINES[plan_.config.engine]
+        if plan_.config.engine == "shared":
+            decode = partial(decode, memory_budget=folder.manifest["memory_budget"])
+        statistics, positions = collect(model, tokens, decode)
         write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
     statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics
@@ -498,40 +572,59 @@ def ablations_step(
     for value in plan_.values:
         for name, neurons in sets.items():
             cells.append((plan(name, neurons, value, statistics), folder.cell(value.name, name)))
-    store = ShardStore(folder.path)
     missing = {path for _, path in cells if not path.is_file()}
     if not missing:
-        store.clear()
         return
     objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
     if plan_.config.engine == "hooked":
         # One pass a set: only the missing ones, after the plain run that all are read against.
         cells = [c for c in cells if c[0] is PLAIN or c[1] in missing]
         runs = decode_hooked(model, tokens, [a for a, _ in cells[1:]], objects)
-    else:
-        if "memory_budget" not in folder.manifest:
-            # Kept, because shards cut otherwise would round otherwise when the run is resumed.
-            budget = plan_.config.memory_budget or default_budget(model.device)
-            folder.note(memory_budget=budget, work=Work())
-        work = Work(**folder.manifest["work"])
-        runs = decode_shared(
-            model,
-            tokens,
-            [a for a, _ in cells[1:]],
-            objects,
-            # A control's source needs its answer, not what comes after (Method 8).
-            full=[plan_.config.full_texts or not a.name.startswith("control") for a, _ in cells],
-            own_top=plan_.protocol.released_tokens,
-            memory_budget=folder.manifest["memory_budget"],
-            store=store,
-            work=work,
-            on_shard=lambda: folder.note(work=work),
-        )
-    reader: CellReader | None = None
-    for (_, path), done in zip(cells, runs, strict=True):
-        if reader is None:  # the plain run comes first
-            released = plan_.protocol.released_tokens
-            reader = CellReader(prompts, objects, done, released=released)
-        if path in missing:
-            write_table(path, reader.table(done))
+        write_cells(runs, [path for _, path in cells], prompts, objects, plan_.protocol)
+        return
+    work = Work(**folder.manifest["work"])
+    decode_stored(
+        model,
+        tokens,
+        [a for a, _ in cells[1:]],
+        targets=torch.from_numpy(objects),
+        # A control's source needs its answer, not what comes after (Method 8).
+        full=[plan_.config.full_texts or not a.name.startswith("control") for a, _ in cells],
+        own_top=plan_.protocol.released_tokens,
+        memory_budget=folder.manifest["memory_budget"],
+        store=ShardStore(folder.path),
+        share=plan_.config.share or (1, 1),
+        work=work,
+        on_shard=lambda: folder.note(work=work),
+    )
+
+
+def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
+    """Make the cells of a shared decode from its shards."""
+    store = ShardStore(folder.path)
+    shards = store.read()
+    if shards:
+        decoded = merge(shards)
+        paths = [folder.cell("", "plain")]
+        for value in folder.manifest["identity"]["ablation_values"]:
+            paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
+        runs = (decoded.completions(i) for i in range(len(paths)))
+        # What was asked for begins with the first tokens of both objects.
+        write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
     store.clear()
+
+
+def write_cells(
+    runs: Iterable[Completions],
+    paths: Sequence[Path],
+    prompts: Sequence[ProbingPrompt],
+    objects: Int[np.ndarray, "prompt 2"],
+    protocol: Protocol,
+) -> None:
+    """Write a table for every run that has none yet; the plain run comes first."""
+    reader: CellReader | None = None
+    for path, done in zip(paths, runs, strict=True):
+        if reader is None:
+            reader = CellReader(prompts, objects, done, released=protocol.released_tokens)
+        if not path.is_file():
+            write_table(path, reader.table(done))

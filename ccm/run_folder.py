@@ -227,22 +227,25 @@ class RunFolder:
 
 
 class ShardStore:
-    """Finished shards of a shared decode, kept until the cells made of them are written."""
+    """Finished shards of a shared decode, kept until what is made of them is written."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, stage: str = "ablations") -> None:
         """Name the folder; nothing is made before the first shard."""
-        self.path = run / SHARDS
+        self.path = run / SHARDS / stage
 
     def write(self, shard: Shard) -> None:
         """Keep a shard, named after its first prompt."""
         arrays = {
             f.name: np.ascontiguousarray(getattr(shard, f.name))
             for f in fields(shard)
-            if f.name != "leaves"
+            if f.name not in ("leaves", "texts")
         }
         # Ragged: all continuations end to end, and their lengths.
         arrays["leaf_tokens"] = np.asarray([t for leaf in shard.leaves for t in leaf], dtype=np.int64)
         arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in shard.leaves], dtype=np.int64)
+        encoded = [text.encode() for text in shard.texts]
+        arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
         name = f"shard_{int(shard.prompts[0]):06d}.safetensors"
         write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
 
@@ -255,12 +258,24 @@ class ShardStore:
         shards = []
         for path in sorted(self.path.glob("shard_*.safetensors")):
             arrays = _read_tensors(path)
-            tokens, lengths = arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths")
-            parts = np.split(tokens, np.cumsum(lengths)[:-1])
-            shards.append(Shard(leaves=tuple(tuple(p.tolist()) for p in parts), **arrays))
+            leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
+            texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
+            shards.append(
+                Shard(
+                    leaves=tuple(tuple(leaf.tolist()) for leaf in leaves),
+                    texts=tuple(text.tobytes().decode() for text in texts),
+                    **arrays,
+                )
+            )
         return shards
 
     def clear(self) -> None:
         """Remove the shards."""
         if self.path.is_dir():
             shutil.rmtree(self.path)
+        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+
+def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, np.cumsum(lengths)[:-1])

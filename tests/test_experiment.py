@@ -460,7 +460,7 @@ def test_the_memory_budget_of_a_run_stays_what_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         assert main(command(out)) == 130
-    assert len([*(out / SHARDS).iterdir()]) == 2
+    assert len([*(out / SHARDS / "answers").iterdir()]) == 2
     assert main([*command(out), "--memory-budget", "1G"]) == 0
     assert manifest(out)["memory_budget"] == 5 << 20
     check_finished(out, whole("--engine", "shared"), {})

@@ -35,6 +35,7 @@ ORDER = (
     "cells",
     "summary",
     "experiment",
+    "merging",
     "external",
     "report",
     "cli",

@@ -61,7 +61,7 @@ def shared(
     """All sets in one decode, which runs the plain set, here the first one, by itself."""
     assert ablations[0] == PLAIN
     shards = decoding.decode_sets(model, prompts, ablations[1:], targets=targets, own_top=True)
-    decoded = merge(list(shards), model)
+    decoded = merge(list(shards))
     return [decoded.completions(i) for i in range(len(ablations))]
 
 
