@@ -18,6 +18,7 @@ from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Observer, Tokens
 from ccm.errors import CcmError
 
+AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy
 MODE_BINS = 256  # the mode is the centre of the fullest of these
 FINE = 16  # fine bins per mode bin, for the median
 MEDIAN_BINS = MODE_BINS * FINE  # the median is exact to 1/4096 of the neuron's range
@@ -128,11 +129,20 @@ def collect(
         that was fed back (the last generated one never is).
     """
     moments = Moments(model.spec.d_mlp, model.device)
-    decode(model, prompts, observe=moments.update)
+    decode(model, prompts, observe=_in_chunks(moments.update))
     histograms = Histograms(moments)
-    observer: Observer = histograms.update
-    decode(model, prompts, observe=observer)
+    decode(model, prompts, observe=_in_chunks(histograms.update))
     return finish(moments, histograms), moments.count
+
+
+def _in_chunks(update: Observer) -> Observer:
+    """Bound what an update copies, whatever the size of a batch."""
+
+    def observe(rows: Float[Tensor, "rows d_mlp"]) -> None:
+        for chunk in torch.split(rows, max(1, AT_ONCE // rows.shape[1])):
+            update(chunk)
+
+    return observe
 
 
 def float16_sigma(statistics: ActivationStatistics, count: int) -> ActivationStatistics:

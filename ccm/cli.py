@@ -79,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
     )
+    run.add_argument(
+        "--stats",
+        default="own",
+        help="activation statistics: own (default), or released, those of the paper's authors",
+    )
     run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
     run.add_argument(
         "--shard",
@@ -297,6 +302,7 @@ def _run(options: argparse.Namespace) -> None:
         engine=options.engine,
         full_texts=options.full_texts,
         memory_budget=options.memory_budget,
+        stats=options.stats,
         share=options.shard,
     )
     if options.out is None:

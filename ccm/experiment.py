@@ -53,6 +53,7 @@ from ccm.prompts import (
     parametric_prompt,
     probing_prompts,
 )
+from ccm.released_stats import read_released_statistics
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MEASURES,
@@ -91,6 +92,9 @@ PROTOCOLS = {
 }
 
 
+STATISTICS_FROM = ("own", "released")
+
+
 def check_protocol(name: str) -> str:
     """Check a protocol name.
 
@@ -123,6 +127,7 @@ class RunConfig:
     engine: str = "shared"
     full_texts: bool = False  # decode controls to the end too, not only their answers
     memory_budget: int | None = None  # bytes; None: from what is free. Changes no text or source
+    stats: str = "own"  # activation statistics: own, or released by the paper's authors
     share: tuple[int, int] | None = None  # (i, n): decode the i-th of n shares, for `ccm merge`
     model_paths: dict[str, Path] = field(default_factory=dict)
 
@@ -159,6 +164,10 @@ def make_plan(config: RunConfig) -> Plan:
             f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
         )
     check_share(config)
+    if config.stats not in STATISTICS_FROM:
+        raise BadInput(f"stats {config.stats!r}: unknown. {allowed(STATISTICS_FROM)}.")
+    if config.stats == "released":
+        read_released_statistics(spec, finite=protocol.name != "released")
     device = device_for(config.device)
     dtype_for(config.dtype)
     template = config.template or spec.template
@@ -368,6 +377,7 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "max_prompts": config.max_prompts,
         "engine": config.engine,
         "full_texts": config.full_texts,
+        "stats": config.stats,
         "shard": None if config.share is None else "{}/{}".format(*config.share),
         "versions": {
             "python": platform.python_version(),
@@ -540,6 +550,10 @@ def statistics_step(
     folder: RunFolder, plan_: Plan, model: LoadedModel, tokens: Sequence[Sequence[int]]
 ) -> ActivationStatistics:
     """Collect activation statistics over the probing prompts, or read them back."""
+    if plan_.config.stats == "released":
+        released = read_released_statistics(plan_.spec, finite=plan_.protocol.name != "released")
+        write_statistics(folder.path / ACTIVATION_STATS, released, positions=0)
+        return released  # sigma as it was summed in float16
     if not folder.has(ACTIVATION_STATS):
         decode = ENGINES[plan_.config.engine]
         if plan_.config.engine == "shared":

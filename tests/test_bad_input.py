@@ -137,7 +137,7 @@ def test_options_of_a_run(typed: str, refused: Refused) -> None:
     [
         (["run"], "--model"),
         ([], "COMMAND"),
-        (["train"], "'train' (choose from 'run', 'models', 'prompts', 'measure', 'ablate')"),
+        (["train"], "'train' (choose from 'run', 'merge', 'models', 'prompts', 'measure', 'ablate')"),
         (["run", "--model"], "--model: expected one argument"),
         (
             ["run", "--model", "nope"],
@@ -600,14 +600,16 @@ def test_manifests_that_cannot_be_read(text: str, refused: Refused) -> None:
     assert "cannot be read as JSON" in line or "not a run's manifest" in line
 
 
-@pytest.mark.parametrize("name", ["activation_stats.safetensors", "shards/shard_000000.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["activation_stats.safetensors", "shards/ablations/shard_000000.safetensors"]
+)
 def test_a_damaged_file_of_an_unfinished_run(name: str, refused: Refused, finished: Path) -> None:
     shutil.copytree(finished, "run")
     manifest = json.loads(Path("run/manifest.json").read_text())
     Path("run/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
     for gone in ("scores.json", "plain.parquet"):
         (Path("run") / gone).unlink()
-    (Path("run") / name).parent.mkdir(exist_ok=True)
+    (Path("run") / name).parent.mkdir(parents=True, exist_ok=True)
     (Path("run") / name).write_bytes(b"damaged")
     code = main([*RUN, "--out", "run"])
     line = refused.capsys.readouterr().err.splitlines()[-1]

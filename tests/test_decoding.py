@@ -271,7 +271,9 @@ class Organism:
 def organism() -> Organism:
     """Read-only."""
     model = load(MODELS["organism"])
-    built = build_prompts(model, find_facts(None, MODELS["organism"]), "bare", decode=hooked.decode)
+    built = build_prompts(
+        model, find_facts(None, MODELS["organism"]), "bare", decoder=lambda stage: hooked.decode
+    )
     encoded = [(model.encode(p.text), p) for p in built.prompts]
     chosen = [(tokens, p) for tokens, p in encoded if len(tokens) in (20, 24, 29, 35)][:150]
     prompts = [tokens for tokens, _ in chosen]

@@ -31,6 +31,7 @@ ORDER = (
     "neurons",
     "knowledge",
     "scores",
+    "released_stats",
     "run_folder",
     "cells",
     "summary",

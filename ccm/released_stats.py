@@ -1,0 +1,58 @@
+"""The activation statistics that the paper's authors released, for runs that are to use them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ccm.ablation import STATISTICS, ActivationStatistics, check_statistics
+from ccm.errors import BadInput, NotAvailable
+from ccm.facts import DATA_VARIABLE, pararel_folder
+from ccm.models import ModelSpec
+
+FOLDER = "activations_stats"
+FILE = "neurons_{}_activations_last_layer.npy"
+
+
+def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStatistics:
+    """Read a published model's released statistics (float16; the mode float64), a vector each.
+
+    Args:
+        spec: The model; its name is the folder's.
+        finite: Refuse infinite sigmas and NaN modes (defects 3 and 4), of which every model has some.
+
+    Raises:
+        NotAvailable: they are not in the data folder.
+        BadInput: a file that is no vector of numbers, of another length, or not finite.
+    """
+    data = pararel_folder()
+    folder = None if data is None else data / FOLDER / spec.name
+    if folder is None or not folder.is_dir():
+        where = f"{DATA_VARIABLE} is not set" if folder is None else f"no folder {folder}"
+        raise NotAvailable(
+            f"released activation statistics of {spec.name}: {where}. Point {DATA_VARIABLE} at the "
+            f"released data with {FOLDER}/{spec.name}, or compute them with --stats own."
+        )
+    read = ActivationStatistics(**{name: _vector(folder / FILE.format(name)) for name in STATISTICS})
+    if finite:
+        try:
+            return check_statistics(read, spec.d_mlp)
+        except BadInput as error:
+            raise BadInput(
+                f"{folder}: {error} Only --protocol released takes them as they are; --stats own "
+                "computes them."
+            ) from error
+    # Their shapes alone.
+    filled = {name: np.nan_to_num(getattr(read, name)) for name in STATISTICS}
+    check_statistics(ActivationStatistics(**filled), spec.d_mlp)
+    return read
+
+
+def _vector(path: Path) -> np.ndarray:
+    try:
+        # allow_pickle=False: an array of objects is refused, never unpickled.
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path}: cannot be read as an array ({error}). Download it again.") from error
+    if values.ndim != 1 or values.dtype.kind not in "fiu":
+        raise BadInput(f"{path}: {values.dtype} of shape {values.shape}. Needed: a number per neuron.")
+    return np.asarray(values, dtype=np.float64)
