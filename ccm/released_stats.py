@@ -32,27 +32,29 @@ def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStat
             f"released activation statistics of {spec.name}: {where}. Point {DATA_VARIABLE} at the "
             f"released data with {FOLDER}/{spec.name}, or compute them with --stats own."
         )
-    read = ActivationStatistics(**{name: _vector(folder / FILE.format(name)) for name in STATISTICS})
-    if finite:
-        try:
-            return check_statistics(read, spec.d_mlp)
-        except BadInput as error:
-            raise BadInput(
-                f"{folder}: {error} Only --protocol released takes them as they are; --stats own "
-                "computes them."
-            ) from error
-    # Their shapes alone.
-    filled = {name: np.nan_to_num(getattr(read, name)) for name in STATISTICS}
-    check_statistics(ActivationStatistics(**filled), spec.d_mlp)
-    return read
+    read = ActivationStatistics(
+        **{name: _vector(folder / FILE.format(name), spec.d_mlp) for name in STATISTICS}
+    )
+    if not finite:
+        return read
+    try:
+        return check_statistics(read, spec.d_mlp)
+    except BadInput as error:
+        raise BadInput(
+            f"{folder}: {error} Only --protocol released takes them as they are; --stats own "
+            "computes them."
+        ) from error
 
 
-def _vector(path: Path) -> np.ndarray:
+def _vector(path: Path, d_mlp: int) -> np.ndarray:
     try:
         # allow_pickle=False: an array of objects is refused, never unpickled.
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(f"{path}: cannot be read as an array ({error}). Download it again.") from error
-    if values.ndim != 1 or values.dtype.kind not in "fiu":
-        raise BadInput(f"{path}: {values.dtype} of shape {values.shape}. Needed: a number per neuron.")
+    if values.shape != (d_mlp,) or values.dtype.kind not in "fiu":
+        raise BadInput(
+            f"{path}: {values.dtype} of shape {values.shape}. Needed: a number for each of the model's "
+            f"{d_mlp} last-layer neurons."
+        )
     return np.asarray(values, dtype=np.float64)
