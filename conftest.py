@@ -28,6 +28,8 @@ class Options:
     device: str
     dtype: str
     artifacts: Path | None
+    facts: str | None
+    max_prompts: int | None
     require_gpu: bool
     require_weights: bool
 
@@ -37,8 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--models", default="all", help="models to reproduce: names with commas, or all")
     group.addoption("--ablation-values", default="all", help="names with commas, or all")
     group.addoption("--model-path", action="append", default=[], metavar="NAME=DIR")
-    group.addoption("--device", default="auto", help="for GPU pairs: cuda, cuda:N, auto")
+    group.addoption("--device", default="auto", help="for published models: cuda, cuda:N, auto, cpu")
     group.addoption("--dtype", default="float32", help="float32, bfloat16, float16")
+    group.addoption("--facts", default=None, help="a folder, or pararel; default: each model's own")
+    group.addoption("--max-prompts", type=int, default=None, help="probing prompts, for a rehearsal")
     group.addoption("--artifacts", default=None, help="keep run folders here, and resume from them")
     group.addoption("--require-gpu", action="store_true", help="fail where a GPU is missing")
     group.addoption("--require-weights", action="store_true", help="fail where weights are missing")
@@ -58,6 +62,11 @@ def _options(config: pytest.Config) -> Options:
         values = ablation_values([v.strip() for v in config.getoption("--ablation-values").split(",")])
         device_for(config.getoption("--device"))
         dtype_for(config.getoption("--dtype"))
+        facts, max_prompts = config.getoption("--facts"), config.getoption("--max-prompts")
+        if facts not in (None, "pararel") and not Path(facts).is_dir():
+            raise BadInput(f"--facts {facts!r}: no such folder. Allowed: pararel, or a folder.")
+        if max_prompts is not None and max_prompts < 1:
+            raise BadInput(f"--max-prompts {max_prompts}: out of range. Allowed: 1 and more.")
     except CcmError as error:
         raise pytest.UsageError(str(error)) from error
     artifacts = config.getoption("--artifacts")
@@ -68,6 +77,8 @@ def _options(config: pytest.Config) -> Options:
         device=config.getoption("--device"),
         dtype=config.getoption("--dtype"),
         artifacts=None if artifacts is None else Path(artifacts),
+        facts=facts,
+        max_prompts=max_prompts,
         require_gpu=config.getoption("--require-gpu"),
         require_weights=config.getoption("--require-weights"),
     )

@@ -1,58 +1,94 @@
 """Runs each selected model once, all its ablation values in one run folder, for all tests here."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.experiment import RunConfig, run
-from conftest import OPTIONS, SEED, Options
-from reproduction.goldens import GoldenExtension
-from reproduction.pairs import Pair, device_of, missing, pairs
+from ccm.models import PUBLISHED
+from conftest import OPTIONS, Options
+from reproduction.goldens import GoldenExtension, NotHeld
+from reproduction.pairs import Pair, pairs, rehearsal
+from reproduction.provenance import write_provenance
+from reproduction.runs import Run, Runs, comparison_of
+from reproduction.tolerance_report import Comparison, one_line, write
 
-N_CONTROLS = 100
+COMPARISONS = pytest.StashKey[dict[str, Comparison]]()
+REPORT_FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.stash[OPTIONS]
     if "pair" in metafunc.fixturenames:
-        metafunc.parametrize("pair", pairs(metafunc.config.stash[OPTIONS]), scope="session")
+        # A test against the print asks for `comparison`, and there is one for published models only.
+        published = "comparison" in metafunc.fixturenames
+        metafunc.parametrize("pair", pairs(options, published=published), scope="session")
 
 
 @pytest.fixture(scope="session")
-def scores_of(options: Options, run_root: Path) -> Callable[[Pair], dict[str, Any]]:
-    """Scores of a pair's model under every selected ablation value, computed once; read-only."""
-    done: dict[str, dict[str, Any]] = {}
-
-    def scores(pair: Pair) -> dict[str, Any]:
-        if pair.model not in done:
-            config = RunConfig(
-                model=pair.model,
-                ablation_value=options.ablation_values,
-                controls=N_CONTROLS,
-                device=device_of(pair, options),
-                dtype=options.dtype,
-                seed=SEED,
-                model_paths=options.model_paths,
-            )
-            done[pair.model] = run(config, run_root / pair.model)
-        return done[pair.model]
-
-    return scores
+def runs(options: Options, run_root: Path) -> Runs:
+    """Runs a pair's model under every selected ablation value, once; read-only."""
+    return Runs(options, run_root)
 
 
 @pytest.fixture
-def scores(pair: Pair, options: Options, scores_of: Callable[[Pair], dict[str, Any]]) -> dict[str, Any]:
-    """Scores of the pair's run; skips, or fails where told to, when the machine cannot run it."""
-    lacking = missing(pair, options)
-    if lacking is not None:
-        reason, fail = lacking
-        (pytest.fail if fail else pytest.skip)(reason)
-    return scores_of(pair)
+def run(pair: Pair, runs: Runs) -> Run:
+    """The run of the pair's model; skips, or fails where told to, when the machine cannot run it."""
+    return runs(pair)
 
 
 @pytest.fixture
-def golden(snapshot: SnapshotAssertion) -> SnapshotAssertion:
-    """The golden of this test and pair."""
-    return snapshot.use_extension(GoldenExtension)
+def scores(run: Run) -> Any:
+    """Scores of the pair's run; read-only."""
+    return run.scores
+
+
+@pytest.fixture
+def comparison(
+    pair: Pair, run: Run, options: Options, run_root: Path, pytestconfig: pytest.Config
+) -> Comparison:
+    """The pair's model held against the paper, under all ablation values; kept for the report."""
+    done = pytestconfig.stash.setdefault(COMPARISONS, {})
+    pytestconfig.stash[REPORT_FOLDER] = run_root
+    if pair.model not in done:
+        done[pair.model] = comparison_of(pair, run, options)
+    return done[pair.model]
+
+
+@pytest.fixture
+def golden(
+    pair: Pair, run: Run, options: Options, snapshot: SnapshotAssertion, pytestconfig: pytest.Config
+) -> Iterator[SnapshotAssertion | NotHeld]:
+    """The golden of this test and pair; where there is none to hold, comparing with it skips."""
+    own = snapshot.use_extension(GoldenExtension)
+    update = own.update_snapshots or getattr(own, "update_new_snapshots_only", False)
+    where = Path(GoldenExtension.get_location(test_location=own.test_location, index=0))
+    reason = rehearsal(pair, options)
+    if reason is not None:
+        # Nor may it be written.
+        yield NotHeld(f"{reason}; it is held to no golden")
+    elif pair.model in PUBLISHED and not where.is_file() and not update:
+        yield NotHeld(
+            "no golden: measure it with --snapshot-update on the stated device "
+            f"(here {run.manifest['identity']['device_name']}, {options.dtype})"
+        )
+    else:
+        yield own
+        written = any(r.created or r.updated for r in own.executions.values())
+        if written and pair.model in PUBLISHED:
+            today = datetime.now(timezone.utc).date()
+            write_provenance(run.spec, run.manifest, pytestconfig.invocation_params.args, today)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Write the tolerance report, and say in a line a model what it says."""
+    comparisons = list(config.stash.get(COMPARISONS, {}).values())
+    if comparisons:
+        terminalreporter.section("held against the paper")
+        for c in comparisons:
+            terminalreporter.write_line(one_line(c))
+        for path in write(comparisons, config.stash[REPORT_FOLDER]):
+            terminalreporter.write_line(f"report: {path}")

@@ -4,26 +4,32 @@ from typing import Any
 
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.models import MODELS
+from ccm.models import PUBLISHED
 from reproduction.pairs import Pair
-from reproduction.printed import printed
+from reproduction.runs import Run
 
 
-def test_selected_neurons(pair: Pair, scores: dict[str, Any], golden: SnapshotAssertion) -> None:
+def test_selected_neurons(
+    pair: Pair, run: Run, scores: dict[str, Any], golden: SnapshotAssertion
+) -> None:
     # 1: it runs
     neurons = scores["ablations"][pair.ablation_value]["entropy"]["neurons"]
-    spec = MODELS[pair.model]
+    selected = run.selected()
+    spec = run.spec
     # 2: shapes and types
-    assert len(neurons) == spec.n_entropy_neurons
-    assert all(type(i) is int for i in neurons)
+    assert len(neurons) == len(selected) == spec.n_entropy_neurons
+    assert all(type(i) is int for i in [*neurons, *selected])
     # 3: invariants
     assert len(set(neurons)) == len(neurons)
     assert all(0 <= i < spec.d_mlp for i in neurons)
+    # A published model ablates the released list, whatever the rule finds.
+    assert sorted(neurons) == sorted(spec.published_neurons or selected), f"not the set [{pair.id}]"
     for control in scores["ablations"][pair.ablation_value]["controls"]["sets"]:
-        assert len(set(control["neurons"])) == len(neurons)
-        assert not set(control["neurons"]) & set(neurons), f"{control['name']} holds entropy neurons"
+        found = set(control["neurons"])
+        assert len(found) == len(neurons)
+        assert found != set(neurons), f"{control['name']} is the entropy set"
+        # The released protocol forbids nothing else (defect 6).
+        overlap = found & set(neurons)
+        assert pair.model in PUBLISHED or not overlap, f"{control['name']} holds entropy neurons"
     # 4: values
-    if spec.published_neurons:
-        assert sorted(neurons) == sorted(spec.published_neurons), f"not the released list [{pair.id}]"
-        assert len(neurons) == printed("table4_models")[pair.model]["n_entropy_neurons"]
-    assert sorted(neurons) == golden
+    assert sorted(selected) == golden

@@ -1,0 +1,116 @@
+"""The tolerance report: every comparison of a session with the paper, as Markdown and as JSON."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ccm.run_folder import write_atomically, write_json
+from reproduction.agreement import RULES, Row, Verdict
+from reproduction.claims import Claim
+
+MARKDOWN, JSON = "tolerance_report.md", "tolerance_report.json"
+CLAIM_HEADER = ("claim (mean ablation)", "here", "as printed", "numbers")
+ROW_HEADER = ("ablation value", "quantity", "paper", "ours", "margin", "interval", "verdict")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model's run held against the paper."""
+
+    model: str
+    display_name: str
+    what_ran: str  # prompts, device, dtype; a rehearsal says so
+    provenance: dict[str, Any]
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+
+
+def verdict_counts(rows: Sequence[Row]) -> str:
+    """Count the verdicts: `31 x agrees; 2 x differs`."""
+    counts = Counter(r.verdict for r in rows)
+    return "; ".join(f"{counts[v]} x {v}" for v in get_args(Verdict) if counts[v])
+
+
+def claims_line(claims: Sequence[Claim]) -> str:
+    """Say which claims hold: `hold: change, PK to CK; do not: copying, ND to CK`."""
+    groups = {
+        "hold": [c.name for c in claims if c.holds],
+        "do not": [c.name for c in claims if c.holds is False],
+        "cannot be told": [c.name for c in claims if c.holds is None],
+    }
+    said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
+    return "; ".join(said) or "cannot be told without mean ablation"
+
+
+def one_line(comparison: Comparison) -> str:
+    """Sum up a model in a line, for the terminal and the head of the report."""
+    what = f"{comparison.model} ({comparison.what_ran}): {verdict_counts(comparison.rows)}."
+    return f"{what} Claims that {claims_line(comparison.claims)}."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+
+
+def _numbers(row: Row) -> list[str]:
+    if row.interval is None or row.margin is None:
+        return ["-", "-"]
+    low, high = row.interval
+    return [f"{row.margin:+.3g}", f"{low:.3g} to {high:.3g}"]
+
+
+def _note(row: Row) -> str:
+    if row.defect is not None:
+        return f"{row.verdict} (defect {row.defect}: {row.reason})"
+    return f"{row.verdict} ({row.reason})" if row.reason else row.verdict
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: "-"}[value]
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Write the report: a line a model, then per model its claims and every row, then the rules."""
+    lines = ["# Held against the paper", ""]
+    lines += [f"- {one_line(c)}" for c in comparisons]
+    lines += [
+        "",
+        "Margin: ours - printed. Interval: the differences that the tolerance leaves open; a row "
+        "agrees if it holds 0. Percentages and their differences in percent and percentage points.",
+    ]
+    for c in comparisons:
+        header = ("claim (mean ablation)", "here", "as printed", "numbers")
+        told = [
+            (f"{k.name}: {k.statement}", _yes(k.holds), _yes(k.as_printed), k.detail) for k in c.claims
+        ]
+        lines += ["", f"## {c.display_name}", "", *_table(header, told), ""]
+        header = ("ablation value", "quantity", "paper", "ours", "margin", "interval", "verdict")
+        lines += _table(
+            header,
+            [
+                (r.ablation_value or "-", r.quantity, r.paper_text, r.ours_text, *_numbers(r), _note(r))
+                for r in c.rows
+            ],
+        )
+    lines += ["", "## Tolerances", ""]
+    lines += [f"- **{rule.name}**: {rule.reason}." for rule in RULES]
+    return "\n".join(lines) + "\n"
+
+
+def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
+    """Write the report in both forms.
+
+    Returns:
+        Their paths.
+    """
+    paths = [folder / MARKDOWN, folder / JSON]
+    write_atomically(paths[0], lambda p: p.write_text(markdown(comparisons), encoding="utf-8"))
+    write_json(paths[1], {"models": list(comparisons), "tolerances": list(RULES)})
+    return paths
