@@ -59,14 +59,14 @@ LOGIT_VAR = Rule(
     "LogitVar",
     0.01,
     True,
-    "1 % of the printed value: float32 sums over the vocabulary, and weights that were folded and "
-    "centred by another library; the gaps between neighbouring picks are several times that",
+    "1 % of the released value: a variance of float32 cosines over the vocabulary, of weights that "
+    "another library folded and centred; another null space or another centring moves it by more",
 )
 NORM = Rule(
     "norm",
     0.001,
     True,
-    "0.1 % of the printed value: a norm takes one sum over d_model of the stored weights",
+    "0.1 % of the released value: a norm takes one sum over d_model of the stored weights",
 )
 RHO = Rule(
     "rho",

@@ -12,7 +12,7 @@ from ccm.knowledge import Source
 from reproduction.agreement import MEAN
 from reproduction.printed import PrintedModel
 
-MOST = 95  # percent of the controls: the paper calls a Q-value from here on significant
+MOST = 95  # percent of the controls: one random set in twenty may do as much
 
 
 @dataclass(frozen=True)
