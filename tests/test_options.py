@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ccm.ablation import ABLATION_VALUES
-from ccm.models import MODELS, PUBLISHED
+from ccm.models import MODELS, OTHER_DIMENSIONS, PUBLISHED
+from ccm.organism import CHECKPOINT
 from conftest import _options
 from reproduction import goldens
 from reproduction.goldens import GoldenExtension, differences, measured
@@ -69,6 +70,8 @@ DEFAULTS: dict[str, Any] = {
     "--device": "auto",
     "--dtype": "float32",
     "--artifacts": None,
+    "--facts": None,
+    "--max-prompts": None,
     "--require-gpu": False,
     "--require-weights": False,
 }
@@ -79,9 +82,13 @@ def test_all_is_the_default(checked: Callable[..., Any]) -> None:
     assert options.models == tuple(MODELS)
     assert options.ablation_values == tuple(ABLATION_VALUES)
     assert (options.artifacts, options.require_gpu, options.require_weights) == (None, False, False)
+    assert (options.facts, options.max_prompts) == (None, None)
 
 
-def test_what_is_chosen_is_kept(checked: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_chosen_is_kept(
+    checked: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OTHER_DIMENSIONS, "1")
     toy = toy_folder(ToyConfig("gpt2"))
     options = checked(
         models="gpt2-small,organism",
@@ -90,6 +97,8 @@ def test_what_is_chosen_is_kept(checked: Callable[..., Any], tmp_path: Path) -> 
         device="cpu",
         dtype="bfloat16",
         artifacts=str(tmp_path),
+        facts=str(tmp_path),
+        max_prompts=60,
         require_gpu=True,
         require_weights=True,
     )
@@ -97,7 +106,9 @@ def test_what_is_chosen_is_kept(checked: Callable[..., Any], tmp_path: Path) -> 
     assert options.ablation_values == ("mode_ablation", "mean_ablation")
     assert options.model_paths == {"gpt2-small": toy}
     assert (options.device, options.dtype, options.artifacts) == ("cpu", "bfloat16", tmp_path)
+    assert (options.facts, options.max_prompts) == (str(tmp_path), 60)
     assert (options.require_gpu, options.require_weights) == (True, True)
+    assert checked(facts="pararel").facts == "pararel"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,9 @@ def test_what_is_chosen_is_kept(checked: Callable[..., Any], tmp_path: Path) -> 
         ({"model_path": ["gpt2-small"]}, "--model-path 'gpt2-small': not NAME=DIR"),
         ({"model_path": ["gpt2-small=/nowhere"]}, "no such folder '/nowhere'"),
         ({"model_path": [f"gpt2-small={ROOT}"]}, "not a checkpoint folder"),
+        ({"model_path": [f"gpt2-small={CHECKPOINT}"]}, "wrong architecture for gpt2-small"),
+        ({"facts": "/nowhere"}, "--facts '/nowhere': no such folder"),
+        ({"max_prompts": 0}, "--max-prompts 0: out of range"),
         ({"device": "gpu"}, "device 'gpu': unknown"),
         ({"dtype": "fp16"}, "dtype 'fp16': unknown"),
         pytest.param({"device": "cuda"}, "device 'cuda': 0 CUDA devices found", marks=no_cuda),
@@ -134,8 +148,9 @@ def test_a_usage_error_ends_pytest_before_any_test() -> None:
 @no_cuda
 def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_path: Path) -> None:
     toy = toy_folder(ToyConfig("gpt2"))
-    options = ("--device", "cpu", "--dtype", "bfloat16", "--model-path", f"gpt2-small={toy}")
-    done = run_pytest(ONE_FILE, "--models", ",".join(PUBLISHED), *options, HF_HOME=str(tmp_path))
+    options = ("--dtype", "bfloat16", "--model-path", f"gpt2-small={toy}")
+    environment = {"HF_HOME": str(tmp_path), OTHER_DIMENSIONS: "1"}
+    done = run_pytest(ONE_FILE, "--models", ",".join(PUBLISHED), *options, **environment)
     n = len(PUBLISHED) * len(ABLATION_VALUES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"collected {n} items" in done.stdout
@@ -145,7 +160,7 @@ def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_pat
     assert all(line.endswith(": needs CUDA: none found") for line in reasons)
 
     header = [line for line in done.stdout.splitlines() if line.startswith("ccm: ")]
-    assert header[0] == "ccm: device cpu (cpu), dtype bfloat16, seed 123"
+    assert header[0] == "ccm: device auto (cpu), dtype bfloat16, seed 123"
     for package in ("ccm", "torch", "transformers", "transformer_lens", "numpy"):
         assert f"{package} {version(package)}" in header[1]
     assert header[2] == (
@@ -303,13 +318,17 @@ PROJECT = {
 }
 
 
+def write_project(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        lines = text.strip("\n").splitlines()
+        margin = len(lines[0]) - len(lines[0].lstrip())
+        (folder / name).write_text("\n".join(line[margin:] for line in lines) + "\n")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the two tests of `PROJECT` with two values."""
-    for name, text in PROJECT.items():
-        lines = text.strip("\n").splitlines()
-        margin = len(lines[0]) - len(lines[0].lstrip())
-        (tmp_path / name).write_text("\n".join(line[margin:] for line in lines) + "\n")
+    write_project(tmp_path, PROJECT)
     shutil.copy(ROOT / "conftest.py", tmp_path / "conftest_of_ccm.py")
 
     def run(*arguments: str, a: float = 1.0, b: float = 1.0) -> subprocess.CompletedProcess[str]:
@@ -356,6 +375,79 @@ def test_goldens_from_birth_to_change(
     assert gone.returncode == 1, "a stale golden is a failure"
     assert "1 snapshot unused" in gone.stdout
     assert stale.exists()
+
+
+# The fixture of the real reproduction tests, on a published pair whose run is a stub.
+PUBLISHED_PROJECT = {
+    "pytest.ini": PROJECT["pytest.ini"],
+    "conftest.py": """
+        from pathlib import Path
+        from types import SimpleNamespace
+
+        import pytest
+
+        from ccm.models import MODELS
+        from conftest_of_ccm import *
+        from reproduction import goldens
+        from reproduction.conftest import golden
+        from reproduction.pairs import Pair
+
+        goldens.GOLDEN = Path(__file__).parent / "golden"
+        NAMES = "device", "dtype", "protocol", "versions", "weights_sha256", "facts_sha256"
+
+        @pytest.fixture
+        def pair():
+            return Pair("gpt2-small", "mean_ablation")
+
+        @pytest.fixture
+        def run():
+            identity = {**dict.fromkeys(NAMES), "device_name": "a GPU"}
+            manifest = {"identity": identity, "prompts": 7, "prompts_sha256": ""}
+            return SimpleNamespace(spec=MODELS["gpt2-small"], manifest=manifest)
+        """,
+    "test_values.py": """
+        import os
+
+        from reproduction.goldens import measured
+
+        def test_a(golden):
+            assert float(os.environ["B"]) == 1.0, "an invariant"
+            assert {"x": measured(float(os.environ["A"]), 0.5)} == golden
+        """,
+}
+
+
+@pytest.mark.slow
+def test_goldens_of_a_published_model_from_birth_to_change(
+    project: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    write_project(tmp_path, PUBLISHED_PROJECT)
+    reason = "no golden: measure it with --snapshot-update on the stated device (here a GPU, float32)"
+    absent = project("-rs")
+    assert absent.returncode == 0
+    assert reason in absent.stdout
+    assert project(b=2.0).returncode == 1, "all but the golden is tested"
+
+    rehearsed = project("-rs", "--max-prompts", "3", "--snapshot-update")
+    assert "a rehearsal: --max-prompts 3; it is held to no golden" in rehearsed.stdout
+    assert stored(tmp_path) == {}
+
+    assert project("--snapshot-update", "--artifacts", str(tmp_path / "runs")).returncode == 0
+    assert [*stored(tmp_path)] == ["gpt2-small", "test_a"]
+    where = tmp_path / "golden" / "provenance" / "gpt2-small.json"
+    written = json.loads(where.read_text())
+    assert (written["device_name"], written["prompts"]) == ("a GPU", 7)
+    assert written["command"].endswith(
+        "pytest -p no:cacheprovider --color=no --snapshot-update --artifacts DIR"
+    )
+
+    # From now on it is held, and left alone while it holds.
+    assert project(a=1.6).returncode == 1
+    where.write_text("{}")
+    assert project("--snapshot-update", a=1.5).returncode == 0
+    assert where.read_text() == "{}", "nothing was measured anew"
+    assert project("--snapshot-update", a=1.6).returncode == 0
+    assert json.loads(where.read_text())["model"] == "gpt2-small"
 
 
 def test_the_goldens_are_where_the_readme_says() -> None:
