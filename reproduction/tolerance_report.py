@@ -34,20 +34,16 @@ def verdict_counts(rows: Sequence[Row]) -> str:
 
 
 def claims_line(claims: Sequence[Claim]) -> str:
-    """Say which claims hold: `hold: change, PK to CK; do not: copying, ND to CK`."""
-    groups = {
-        "hold": [c.name for c in claims if c.holds],
-        "do not": [c.name for c in claims if c.holds is False],
-        "cannot be told": [c.name for c in claims if c.holds is None],
-    }
-    said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
-    return "; ".join(said) or "cannot be told without mean ablation"
+    """Say of each claim whether it holds: `copying no, change yes, PK to CK cannot be told`."""
+    words = {True: "yes", False: "no", None: "cannot be told"}
+    said = [f"{claim.name} {words[claim.holds]}" for claim in claims]
+    return ", ".join(said) or "cannot be told without mean ablation"
 
 
 def one_line(comparison: Comparison) -> str:
     """Sum up a model in a line, for the terminal and the head of the report."""
     what = f"{comparison.model} ({comparison.what_ran}): {verdict_counts(comparison.rows)}."
-    return f"{what} Claims that {claims_line(comparison.claims)}."
+    return f"{what} Claims: {claims_line(comparison.claims)}."
 
 
 def _cell(text: str) -> str:

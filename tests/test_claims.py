@@ -129,13 +129,13 @@ def comparison(**changed: Any) -> Comparison:
 def test_one_line_a_model() -> None:
     assert one_line(comparison()) == (
         "gpt2-small (60 prompts, cpu): 1 x agrees; 1 x differs, as expected; 1 x not run. "
-        "Claims that hold: copying, ND to CK; do not: change; cannot be told: PK to CK."
+        "Claims: copying yes, change no, ND to CK yes, PK to CK cannot be told."
     )
     assert verdict_counts([AGREES, replace(AGREES, verdict="differs"), AGREES]) == (
         "2 x agrees; 1 x differs"
     )
     assert claims_line([]) == "cannot be told without mean ablation"
-    assert claims_line([Claim("change", "", True, "", None)]) == "hold: change"
+    assert claims_line([Claim("change", "", True, "", None)]) == "change yes"
 
 
 def test_markdown() -> None:
