@@ -1,9 +1,11 @@
 """Options, header and fixtures for every test of the project."""
 
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from ccm.cli import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
 from ccm.models import MODELS, device_for, dtype_for, spec_for
-from ccm.weights import weight_files
+from ccm.weights import check_weights, weight_files
 
 SEED = 123
 
@@ -58,7 +60,9 @@ def _options(config: pytest.Config) -> Options:
             if name not in {*MODELS, *models}:
                 raise BadInput(f"--model-path {name}=...: unknown model. {allowed(MODELS)}.")
         for name in models:
-            spec_for(name, paths)
+            spec = spec_for(name, paths)
+            if name in paths:
+                check_weights(spec)
         values = ablation_values([v.strip() for v in config.getoption("--ablation-values").split(",")])
         device_for(config.getoption("--device"))
         dtype_for(config.getoption("--dtype"))
@@ -74,7 +78,7 @@ def _options(config: pytest.Config) -> Options:
         models=models,
         ablation_values=tuple(v.name for v in values),
         model_paths=paths,
-        device=config.getoption("--device"),
+        device=_device_of_worker(config.getoption("--device")),
         dtype=config.getoption("--dtype"),
         artifacts=None if artifacts is None else Path(artifacts),
         facts=facts,
@@ -82,6 +86,14 @@ def _options(config: pytest.Config) -> Options:
         require_gpu=config.getoption("--require-gpu"),
         require_weights=config.getoption("--require-weights"),
     )
+
+
+def _device_of_worker(device: str) -> str:
+    """Give every worker of pytest-xdist a GPU of its own, where there are several."""
+    worker, n = os.environ.get("PYTEST_XDIST_WORKER", ""), torch.cuda.device_count()
+    if device in ("auto", "cuda") and worker.startswith("gw") and n > 1:
+        return f"cuda:{int(worker[2:]) % n}"
+    return device
 
 
 OPTIONS = pytest.StashKey[Options]()
@@ -95,6 +107,25 @@ def pytest_configure(config: pytest.Config) -> None:
     if any("::" in argument for argument in config.invocation_params.args):
         config.option.no_cleanup = True
         config.option.warn_unused_snapshots = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `--dist loadgroup`, keep every model on one worker, which runs it once.
+
+    Not by xdist_group marks: xdist 3.8 writes them into node ids, which pytest 9.2 does not let change.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    models = config.stash[OPTIONS].models
+
+    class ByModel(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((model for model in models if f"[{model}-" in nodeid), nodeid)
+
+    return ByModel(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

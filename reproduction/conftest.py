@@ -14,7 +14,7 @@ from reproduction.goldens import GoldenExtension, NotHeld
 from reproduction.pairs import Pair, pairs, rehearsal
 from reproduction.provenance import write_provenance
 from reproduction.runs import Run, Runs, comparison_of
-from reproduction.tolerance_report import Comparison, one_line, write
+from reproduction.tolerance_report import Comparison, from_text, one_line, to_text, write
 
 COMPARISONS = pytest.StashKey[dict[str, Comparison]]()
 REPORT_FOLDER = pytest.StashKey[Path]()
@@ -81,6 +81,25 @@ def golden(
         if written and pair.model in PUBLISHED:
             today = datetime.now(timezone.utc).date()
             write_provenance(run.spec, run.manifest, pytestconfig.invocation_params.args, today)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """On a worker of pytest-xdist: send what was compared to the process that reports."""
+    config = session.config
+    if hasattr(config, "workeroutput") and COMPARISONS in config.stash:
+        compared = [to_text(c) for c in config.stash[COMPARISONS].values()]
+        config.workeroutput["compared"] = [str(config.stash[REPORT_FOLDER]), *compared]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Where workers report: take what one of them compared."""
+    folder, *compared = getattr(node, "workeroutput", {}).get("compared", [None])
+    if folder is not None:
+        stash = node.config.stash
+        stash[REPORT_FOLDER] = stash[OPTIONS].artifacts or Path(folder)
+        done = stash.setdefault(COMPARISONS, {})
+        done |= {c.model: c for c in map(from_text, compared)}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

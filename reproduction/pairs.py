@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ccm.models import MODELS, PUBLISHED, ModelSpec, spec_for
-from ccm.weights import weight_files
+from ccm.weights import check_weights, weight_files
 from conftest import Options
 
 
@@ -53,6 +53,11 @@ def missing(pair: Pair, options: Options) -> tuple[str, bool] | None:
     return None
 
 
+def spec_of(pair: Pair, options: Options) -> ModelSpec:
+    """The spec of a pair's model, as the weights that are here have it."""
+    return check_weights(spec_for(pair.model, options.model_paths))
+
+
 def device_of(pair: Pair, options: Options) -> str:
     """Where a pair runs: published models where asked, everything else on the CPU."""
     return options.device if pair.model in MODELS and pair.model in PUBLISHED else "cpu"
@@ -70,6 +75,6 @@ def rehearsal(pair: Pair, options: Options) -> str | None:
     # ParaRel is what the published models are asked about anyway.
     if options.facts is not None and (options.facts != "pararel" or pair.model not in PUBLISHED):
         return "a rehearsal: other facts"
-    if is_stand_in(spec_for(pair.model, options.model_paths)):
+    if is_stand_in(spec_of(pair, options)):
         return "a rehearsal: a stand-in of other dimensions"
     return None

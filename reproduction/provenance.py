@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ccm.models import ModelSpec, weight_files
+from ccm.models import ModelSpec
 from ccm.run_folder import write_json
 from reproduction import goldens
 
@@ -25,15 +25,6 @@ def command_line(arguments: Sequence[str]) -> str:
             argument = "DIR"
         words.append(argument)
     return " ".join(words)
-
-
-def revision(files: Sequence[Path]) -> str | None:
-    """Name the hub commit of cached weight files; None for a folder of the user's own."""
-    for path in files:
-        parts = path.parts
-        if "snapshots" in parts[:-2]:
-            return parts[parts.index("snapshots") + 1]
-    return None
 
 
 def provenance(
@@ -59,7 +50,7 @@ def provenance(
         "versions": identity["versions"],
         "weights": {
             "hub_id": spec.hub_id,
-            "revision": revision(weight_files(spec)),
+            "revision": manifest["weights"]["revision"],
             "sha256": identity["weights_sha256"],
         },
         "facts_sha256": identity["facts_sha256"],

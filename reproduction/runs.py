@@ -12,13 +12,13 @@ import pytest
 from ccm.ablation import ablation_values
 from ccm.errors import CcmError, NotAvailable
 from ccm.experiment import RunConfig, run
-from ccm.models import PUBLISHED, ModelSpec, spec_for
+from ccm.models import PUBLISHED, ModelSpec
 from ccm.neurons import NeuronMeasures, select
 from ccm.run_folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
 from conftest import SEED, Options
 from reproduction.agreement import Found, compare
 from reproduction.claims import claims
-from reproduction.pairs import Pair, device_of, is_stand_in, missing, rehearsal
+from reproduction.pairs import Pair, device_of, is_stand_in, missing, rehearsal, spec_of
 from reproduction.printed import printed
 from reproduction.tolerance_report import Comparison
 
@@ -105,9 +105,9 @@ class Runs:
         return self.done[pair.model]
 
     def _run(self, pair: Pair) -> None:
-        spec = spec_for(pair.model, self.options.model_paths)
-        folder = self.root / spec.name
+        folder = self.root / pair.model
         try:
+            spec = spec_of(pair, self.options)
             scores = run(config_of(pair, self.options, spec), folder)
         except CcmError as error:
             message = self.failed[pair.model] = str(error)

@@ -1,12 +1,13 @@
 """The tolerance report: every comparison of a session with the paper, as Markdown and as JSON."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ccm.run_folder import write_atomically, write_json
+from ccm.run_folder import to_json, write_atomically, write_json
 from reproduction.agreement import RULES, Row, Verdict
 from reproduction.claims import Claim
 
@@ -25,6 +26,20 @@ class Comparison:
     provenance: dict[str, Any]
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
+
+
+def to_text(comparison: Comparison) -> str:
+    """Serialise a comparison, to send it from one process to another."""
+    return to_json(comparison)
+
+
+def from_text(text: str) -> Comparison:
+    """Read back what `to_text` wrote."""
+    held = json.loads(text)
+    for row in held["rows"]:
+        row["interval"] = None if row["interval"] is None else tuple(row["interval"])
+    rows, told = (Row(**r) for r in held.pop("rows")), (Claim(**c) for c in held.pop("claims"))
+    return Comparison(**held, rows=tuple(rows), claims=tuple(told))
 
 
 def verdict_counts(rows: Sequence[Row]) -> str:
@@ -82,14 +97,12 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         "agrees if it holds 0. Percentages and their differences in percent and percentage points.",
     ]
     for c in comparisons:
-        header = ("claim (mean ablation)", "here", "as printed", "numbers")
         told = [
             (f"{k.name}: {k.statement}", _yes(k.holds), _yes(k.as_printed), k.detail) for k in c.claims
         ]
-        lines += ["", f"## {c.display_name}", "", *_table(header, told), ""]
-        header = ("ablation value", "quantity", "paper", "ours", "margin", "interval", "verdict")
+        lines += ["", f"## {c.display_name}", "", *_table(CLAIM_HEADER, told), ""]
         lines += _table(
-            header,
+            ROW_HEADER,
             [
                 (r.ablation_value or "-", r.quantity, r.paper_text, r.ours_text, *_numbers(r), _note(r))
                 for r in c.rows

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ccm.ablation import ABLATION_VALUES
-from ccm.models import MODELS, OTHER_DIMENSIONS, PUBLISHED
+from ccm.models import MODELS, PUBLISHED
 from ccm.organism import CHECKPOINT
+from ccm.weights import OTHER_DIMENSIONS_VARIABLE
 from conftest import _options
 from reproduction import goldens
 from reproduction.goldens import GoldenExtension, differences, measured
@@ -88,7 +89,7 @@ def test_all_is_the_default(checked: Callable[..., Any]) -> None:
 def test_what_is_chosen_is_kept(
     checked: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(OTHER_DIMENSIONS, "1")
+    monkeypatch.setenv(OTHER_DIMENSIONS_VARIABLE, "1")
     toy = toy_folder(ToyConfig("gpt2"))
     options = checked(
         models="gpt2-small,organism",
@@ -149,7 +150,7 @@ def test_a_usage_error_ends_pytest_before_any_test() -> None:
 def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_path: Path) -> None:
     toy = toy_folder(ToyConfig("gpt2"))
     options = ("--dtype", "bfloat16", "--model-path", f"gpt2-small={toy}")
-    environment = {"HF_HOME": str(tmp_path), OTHER_DIMENSIONS: "1"}
+    environment = {"HF_HOME": str(tmp_path), OTHER_DIMENSIONS_VARIABLE: "1"}
     done = run_pytest(ONE_FILE, "--models", ",".join(PUBLISHED), *options, **environment)
     n = len(PUBLISHED) * len(ABLATION_VALUES)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -403,6 +404,7 @@ PUBLISHED_PROJECT = {
         def run():
             identity = {**dict.fromkeys(NAMES), "device_name": "a GPU"}
             manifest = {"identity": identity, "prompts": 7, "prompts_sha256": ""}
+            manifest["weights"] = {"revision": None}
             return SimpleNamespace(spec=MODELS["gpt2-small"], manifest=manifest)
         """,
     "test_values.py": """

@@ -13,15 +13,16 @@ import torch
 
 from ccm.ablation import ABLATION_VALUES
 from ccm.errors import BadInput, NotAvailable
-from ccm.models import MODELS, OTHER_DIMENSIONS, PUBLISHED, spec_for
+from ccm.models import MODELS, PUBLISHED, spec_for
 from ccm.run_folder import MANIFEST, MEASURES, SINGULAR_VALUES, write_json, write_table
+from ccm.weights import OTHER_DIMENSIONS_VARIABLE, check_weights
 from conftest import Options
 from reproduction import goldens
 from reproduction.agreement import complaints
 from reproduction.goldens import NotHeld
 from reproduction.pairs import Pair, is_stand_in, missing, pairs, rehearsal
 from reproduction.printed import NEURON_MEASURES, printed
-from reproduction.provenance import command_line, revision, write_provenance
+from reproduction.provenance import command_line, write_provenance
 from reproduction.runs import Run, Runs, comparison_of, config_of, found_in
 from tests.test_agreement import found
 from tests.toys import ToyConfig, toy_folder
@@ -48,7 +49,7 @@ def options(**changed: Any) -> Options:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A stand-in for GPT-2, with dimensions of its own."""
-    monkeypatch.setenv(OTHER_DIMENSIONS, "1")
+    monkeypatch.setenv(OTHER_DIMENSIONS_VARIABLE, "1")
     return {"gpt2-small": toy_folder(ToyConfig("gpt2"))}
 
 
@@ -104,7 +105,7 @@ def test_published_models_follow_the_released_protocol_on_the_released_neurons()
 
 def test_a_stand_in_selects_neurons_of_its_own(toy: dict[str, Path]) -> None:
     given = options(model_paths=toy, device="cpu", max_prompts=9, facts="pararel")
-    spec = spec_for("gpt2-small", toy)
+    spec = check_weights(spec_for("gpt2-small", toy))
     assert is_stand_in(spec)
     assert not any(is_stand_in(s) for s in MODELS.values())
     config = config_of(GPT2, given, spec)
@@ -194,7 +195,12 @@ def run_folder(folder: Path, model: str) -> Run:
         "weights_sha256": "0" * 64,
         "facts_sha256": "1" * 64,
     }
-    manifest = {"identity": identity, "prompts": 7, "prompts_sha256": "2" * 64}
+    manifest = {
+        "identity": identity,
+        "prompts": 7,
+        "prompts_sha256": "2" * 64,
+        "weights": {"revision": "abc123"},
+    }
     write_json(folder / MANIFEST, manifest)
     wanted = found(model)
     none = {"mean": None, "three_standard_errors": None}
@@ -237,7 +243,7 @@ def test_the_rule_and_the_measures_are_read_from_the_run(model: str, tmp_path: P
 
 def test_a_stand_ins_neurons_are_not_compared(toy: dict[str, Path], tmp_path: Path) -> None:
     published = run_folder(tmp_path / "run", "gpt2-small")
-    run = Run(spec_for("gpt2-small", toy), published.folder, published.scores)
+    run = Run(check_weights(spec_for("gpt2-small", toy)), published.folder, published.scores)
     assert found_in(run).measures is None
     comparison = comparison_of(GPT2, run, options(model_paths=toy))
     assert comparison.what_ran.endswith("float32, a rehearsal: a stand-in of other dimensions")
@@ -259,8 +265,6 @@ def test_comparing_with_a_golden_that_is_not_held_skips(value: object) -> None:
 
 def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(goldens, "GOLDEN", tmp_path / "golden")
-    snapshot = tmp_path / "hub" / "models--x" / "snapshots" / "abc123" / "model.safetensors"
-    monkeypatch.setattr("reproduction.provenance.weight_files", lambda spec: [snapshot])
     run = run_folder(tmp_path / "run", "gpt2-small")
     arguments = ["-m", "gpu", f"--artifacts={tmp_path}", "--snapshot-update"]
     path = write_provenance(run.spec, run.manifest, arguments, date(2026, 1, 31))
@@ -281,19 +285,6 @@ def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "prompts": 7,
         "prompts_sha256": "2" * 64,
     }
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("/c/models--gpt2/snapshots/abc/model.safetensors", "abc"),
-        ("/data/gpt2/model.safetensors", None),
-        ("/data/snapshots/model.safetensors", None),  # a folder that happens to be called so
-    ],
-)
-def test_the_revision_of_cached_weights(path: str, expected: str | None) -> None:
-    assert revision([Path(path)]) == expected
-    assert revision([]) is None
 
 
 def test_paths_in_words_of_their_own_are_left_out_of_the_command() -> None:
