@@ -170,8 +170,34 @@ def load(
     spec = check_weights(spec)
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
-    bridge, twin, names = _boot(spec, source, device, dtype)
-    tokenizer = _tokenizer(source)
+    loaded = _read_weights(spec, source, device, dtype)
+    return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
+
+
+def assemble(
+    spec: ModelSpec,
+    loaded: Any,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    source: str,
+) -> LoadedModel:
+    """Make what the rest runs of a transformers model and its tokenizer, without copying a weight.
+
+    Args:
+        spec: What the model is called; its dimensions are read off the model.
+        loaded: A causal language model of transformers on its device, in its dtype; taken over.
+        tokenizer: Its fast tokenizer; the bridge gets a copy, because it changes what it is given.
+        device: Where the weights are.
+        dtype: Theirs.
+        source: Where they came from, for messages; nothing is read from there.
+
+    Raises:
+        BadInput, NotAvailable: TransformerLens does not know the architecture.
+        PremiseBroken: see `check_premise`.
+    """
+    bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
     config = bridge.original_model.config
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
     if bos is None:
@@ -230,15 +256,8 @@ def _eos(*found: int | list[int] | None) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _boot(
-    spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Any, dict[str, str]]:
-    """Load a checkpoint once and make a bridge and a plain twin of it that share every weight.
-
-    Returns:
-        The bridge, the twin, and the twin's names of the last down-projection and the final norm.
-    """
-    import copy
+def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Read a checkpoint's weights, once and all of them, into a transformers model on the device."""
     import warnings
 
     from transformers import AutoModelForCausalLM
@@ -248,15 +267,40 @@ def _boot(
     with warnings.catch_warnings():
         # Deprecations inside the libraries are nothing a user can act on.
         warnings.simplefilter("ignore")
-        from transformer_lens.model_bridge import TransformerBridge
-
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
-            loaded = loaded.to(device).eval().requires_grad_(False)
+            return loaded.to(device)
+        except Exception as error:  # whatever the library raises, the next step is one of these
+            raise _cannot_load(spec, source, error) from error
+
+
+def _boot(
+    spec: ModelSpec,
+    loaded: Any,
+    tokenizer: Any,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Any, Any, dict[str, str]]:
+    """Make a bridge and a plain twin of a loaded model that share every weight.
+
+    Returns:
+        The bridge, the twin, and the twin's names of the last down-projection and the final norm.
+    """
+    import copy
+    import warnings
+
+    with warnings.catch_warnings():
+        # Deprecations inside the libraries are nothing a user can act on.
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            loaded = loaded.eval().requires_grad_(False)
             # The bridge wraps the modules it is given, so the twin is copied first: new modules
             # around the same tensors.
             shared = {id(t): t for t in [*loaded.parameters(), *loaded.buffers()]}
@@ -264,7 +308,11 @@ def _boot(
             _fuse_gelu(twin)
             names = {id(module): name for name, module in loaded.named_modules()}
             bridge = TransformerBridge.boot_transformers(
-                source, hf_model=loaded, device=str(device), dtype=dtype
+                source,
+                hf_model=loaded,
+                tokenizer=copy.deepcopy(tokenizer),
+                device=str(device),
+                dtype=dtype,
             )
         except Exception as error:  # whatever the libraries raise, the next step is one of these
             raise _cannot_load(spec, source, error) from error
