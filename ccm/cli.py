@@ -126,7 +126,40 @@ def parser() -> argparse.ArgumentParser:
     _engine_options(ablate)
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=_ablate)
+
+    rehearse = commands.add_parser(
+        "rehearse", help="time and memory of a published model's run, on random weights"
+    )
+    _rehearse_options(rehearse)
+    rehearse.set_defaults(run=_rehearse)
     return top
+
+
+def _rehearse_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="one of the five published models")
+    command.add_argument("--prompts", type=int, default=256, help="probing prompts (default: 256)")
+    command.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
+    command.add_argument(
+        "--ablation-value", default="all", help="as for `ccm run` (default: all five in one decode)"
+    )
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: auto)")
+    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="with tokenizer.json (default: a stand-in whose prompts are about as long)",
+    )
+    command.add_argument(
+        "--seed", type=int, default=123, help="of weights, prompts and controls (default: 123)"
+    )
+    command.add_argument(
+        "--hooked", action="store_true", help="time a plain pass with TransformerLens hooks, too"
+    )
+    command.add_argument("--out", type=Path, help="JSON file to write")
+    command.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep what such a run leaves behind (random results)"
+    )
 
 
 def _path_option(command: argparse.ArgumentParser) -> None:
@@ -443,3 +476,32 @@ def _ablate(options: argparse.Namespace) -> None:
         },
     )
     print(f"{len(prompts)} prompts, {len(sets)} sets: {out}")
+
+
+def _rehearse(options: argparse.Namespace) -> None:
+    from ccm.ablation import ablation_values
+
+    out = None if options.out is None else new_file(options.out)
+    values = tuple(value.strip() for value in options.ablation_value.split(","))
+    ablation_values(values)
+
+    from ccm.projection import rehearsal_table
+    from ccm.rehearsal import rehearse
+    from ccm.run_folder import write_json
+    from ccm.stages import RehearsalConfig
+
+    config = RehearsalConfig(
+        model=options.model,
+        prompts=options.prompts,
+        controls=options.controls,
+        ablation_value=values,
+        device=options.device,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+        hooked=options.hooked,
+    )
+    found = rehearse(config, keep=options.keep)
+    if out is not None:
+        write_json(out, found)
+    print(rehearsal_table(found))

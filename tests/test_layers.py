@@ -39,6 +39,11 @@ ORDER = (
     "merging",
     "external",
     "report",
+    "stand_in",
+    "projection",
+    "meter",
+    "stages",
+    "rehearsal",
     "cli",
     "__main__",
 )
