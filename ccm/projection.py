@@ -1,6 +1,6 @@
 """What a rehearsal measured, and what the full grid would take: pure arithmetic, and its table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +95,7 @@ class Rehearsal:
         return len(self.ablation_values) * (1 + self.controls)
 
 
-def rehearsal_of(found: Mapping[str, Any], where: str = "report") -> Rehearsal:
+def rehearsal_of(found: Any, where: str = "report") -> Rehearsal:
     """Make a `Rehearsal` of what its JSON says.
 
     Raises:
@@ -123,7 +123,7 @@ def read_rehearsal(path: Path) -> Rehearsal:
 def duration(seconds: float) -> str:
     """Time to three digits or so, in the unit people would use.
 
-    >>> duration(0.0412), duration(75.2), duration(8000)
+    >>> duration(0.0412), duration(75.2), duration(8000.0)
     ('0.041 s', '75.2 s', '2 h 13 min')
     """
     if seconds < 10:
@@ -136,6 +136,10 @@ def duration(seconds: float) -> str:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.2f} GiB"
+
+
+def _values(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{len(names)} ablation values"
 
 
 def _row(name: str, of: str, seconds: str, peak: str, projected: str) -> str:
@@ -151,7 +155,7 @@ def rehearsal_table(r: Rehearsal) -> str:
         f"{r.prompts} probing prompts, {r.mean_prompt_tokens:.1f} tokens on average, of {r.facts_name} "
         "facts;",
         f"{r.facts} facts asked in {r.mean_fact_prompt_tokens:.1f} tokens; tokenizer: {r.tokenizer}",
-        f"grid: {', '.join(r.ablation_values)}; the entropy set and {r.controls} controls each: "
+        f"grid: {_values(r.ablation_values)}, the entropy set and {r.controls} controls each: "
         f"{r.n_sets} sets",
         "",
         _row("stage", "measured on", "measured", "peak memory", "projected"),

@@ -241,14 +241,17 @@ def needed_bytes(
 
     Measures and screening hold up to three float32 copies of the unembedding; LogitVar one, and three
     float64 arrays of neurons x a chunk of the vocabulary; screening a row of logits for every neuron in
-    any set. Caches adapt to what is left and are not counted.
+    any set. The bridge splits a joint matrix of queries, keys and values (GPT-2, NeoX) into copies.
+    Caches adapt to what is left and are not counted.
     """
     d_vocab, d_model = int(config.vocab_size), int(config.hidden_size)
     d_mlp = min(spec.d_mlp, 4 * d_model)
     unembedding = 4 * d_vocab * d_model
     rows = 4 * d_vocab * min(d_mlp, spec.n_entropy_neurons * (1 + n_controls))
     chunk = 3 * 8 * d_mlp * min(VOCAB_CHUNK, d_vocab)
-    return parameters * dtype.itemsize + max(3 * unembedding + rows, unembedding + chunk)
+    joint = config.model_type in ("gpt2", "gpt_neox")
+    split = 3 * d_model**2 * int(config.num_hidden_layers) if joint else 0
+    return (parameters + split) * dtype.itemsize + max(3 * unembedding + rows, unembedding + chunk)
 
 
 def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from ccm.scores import ratio
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 
-COMMANDS = ("run", "models", "prompts", "measure", "ablate")
+COMMANDS = ("run", "models", "prompts", "measure", "ablate", "rehearse")
 N_PROMPTS = 24
 SETS = ("entropy", "control_000", "control_001")
 
