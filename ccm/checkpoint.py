@@ -232,7 +232,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _tokenizer(source: str) -> Any:
-    """Load the checkpoint's tokenizer as it is: the bridge changes its own to prepend a BOS.
+    """Load the checkpoint's tokenizer as it is.
 
     Raises:
         BadInput: a folder without one, for which transformers would make up an empty tokenizer.
