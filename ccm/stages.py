@@ -127,7 +127,8 @@ class Stages:
         """LogitVar, norm and rho; random neurons reach no published rho, so any may be chosen."""
         model = self.model
         with self.meter.stage("measures"):
-            dims = min(MODELS[model.spec.name].null_space_dims, model.spec.d_model)
+            # Fewer than published only where the model is smaller than published.
+            dims = min(MODELS[model.spec.name].null_space_dims, model.spec.d_model // 16)
             found = measure(model.W_U, model.W_out, model.final_norm, dims)
             return select(found, model.spec.n_entropy_neurons, min_rho=0.0)
 

@@ -165,6 +165,7 @@ def test_a_model_in_memory_is_the_model_read_from_its_folder() -> None:
     spec = spec_for(str(folder))
     read = load(spec)
     cpu, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs["add_bos_token"] = True  # else the bridge reads it again by itself
     before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer("Paris").input_ids)
     in_memory = AutoModelForCausalLM.from_pretrained(folder)
     made = assemble(spec, in_memory, tokenizer, cpu, torch.float32, source="memory")
@@ -173,6 +174,8 @@ def test_a_model_in_memory_is_the_model_read_from_its_folder() -> None:
     assert (one.tokens, one.texts) == (other.tokens, other.texts)
     assert (read.spec, read.bos, read.eos) == (made.spec, made.bos, made.eos)
     # The bridge gives its own copy a pad token.
+    assert made.tokenizer is tokenizer
+    assert made.bridge.tokenizer is not tokenizer
     assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer("Paris").input_ids) == before
 
 
@@ -317,6 +320,7 @@ def test_pararel_prompts_come_to_four_characters_a_token() -> None:
     assert 3.9 < sum(map(len, texts)) / sum(len(tokenizer.encode(t)) for t in texts) < 4.3
 
 
+@pytest.mark.usefixtures("no_network")
 def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
     facts: FactSet, tmp_path: Path
 ) -> None:
@@ -325,11 +329,12 @@ def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
     assert read_tokenizer(tmp_path, D_VOCAB).encode("Paris") == [
         *read_tokenizer(folder, D_VOCAB).encode("Paris")
     ]
-    found = rehearse(config(tokenizer=folder), architecture=small("gpt2-small"), facts=facts)
-    assert found.tokenizer == folder.name
     answers, candidates = choose_facts(facts, N_PROMPTS)
     first = build_prompts(answers, candidates, facts, N_PROMPTS, seed=123)[0].text
-    assert found.first_prompt_tokens == [0, *read_tokenizer(folder, D_VOCAB).encode(first)]
+    for where in (folder, tmp_path):
+        found = rehearse(config(tokenizer=where), architecture=small("gpt2-small"), facts=facts)
+        assert found.tokenizer == where.name
+        assert found.first_prompt_tokens == [0, *read_tokenizer(folder, D_VOCAB).encode(first)]
 
 
 # --- projection and report ---------------------------------------------------------------------------
