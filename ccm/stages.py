@@ -14,7 +14,7 @@ from jaxtyping import Int
 from ccm import hooked
 from ccm.ablation import PLAIN, Ablation, AblationValue, ActivationStatistics, plan
 from ccm.activations import collect
-from ccm.cells import CellReader, decode_shared
+from ccm.cells import CellReader, decode_stored
 from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import decode, decode_sets
@@ -164,7 +164,7 @@ class Stages:
         n, budget = len(self.tokens), self.config.memory_budget
         with self.meter.stage("plain pass, shared engine", "prompt", n, in_run=False):
             shards = decode_sets(self.model, self.tokens, memory_budget=budget, work=work)
-            merge(list(shards), self.model)
+            merge(list(shards))
         self.meter.fix(self.plan_seconds)
         if self.config.hooked:
             with self.meter.stage("plain pass, hooks", "prompt", n, in_run=False):
@@ -179,18 +179,18 @@ class Stages:
         work = self.work["ablation grid"] = Work()
         store = ShardStore(self.folder.path)
         with self.meter.stage("ablation grid", "prompt", len(self.tokens)):
-            runs = list(
-                decode_shared(
-                    model,
-                    self.tokens,
-                    ablations,
-                    objects,
-                    full=[not a.name.startswith("control") for a in (PLAIN, *ablations)],
-                    memory_budget=self.config.memory_budget,
-                    store=store,
-                    work=work,
-                )
+            shards = decode_stored(
+                model,
+                self.tokens,
+                ablations,
+                targets=torch.from_numpy(objects),
+                full=[not a.name.startswith("control") for a in (PLAIN, *ablations)],
+                memory_budget=self.config.memory_budget,
+                store=store,
+                work=work,
             )
+            decoded = merge(shards)
+            runs = [decoded.completions(i) for i in range(1 + len(ablations))]
         store.clear()
         self.meter.fix(seconds)
         return runs
