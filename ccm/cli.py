@@ -250,7 +250,7 @@ def parse_model_paths(entries: Sequence[str]) -> dict[str, Path]:
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:
-    from ccm.experiment import RunConfig
+    from ccm.plan import RunConfig
 
     given = {
         name: getattr(options, name)
@@ -316,8 +316,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.neurons != "published":
             neurons = parse_neurons(options.neurons)
     # Only now, because they take seconds.
-    from ccm.experiment import make_plan, run, run_share
+    from ccm.experiment import run, run_share
     from ccm.models import spec_for
+    from ccm.plan import make_plan
     from ccm.report import summary
 
     if options.neurons == "published":
@@ -375,7 +376,8 @@ def _prompts(options: argparse.Namespace) -> None:
     out = new_file(options.out)
 
     from ccm.checkpoint import load
-    from ccm.experiment import build_prompts, make_plan, prompt_table
+    from ccm.plan import make_plan
+    from ccm.probing import build_prompts, prompt_table
     from ccm.run_folder import write_atomically
 
     plan = make_plan(_config(options, controls=0))
@@ -390,9 +392,9 @@ def _measure(options: argparse.Namespace) -> None:
     out = None if options.out is None else new_file(options.out)
 
     from ccm.checkpoint import load
-    from ccm.experiment import make_plan
     from ccm.neurons import measure, select
     from ccm.organism import CHECKPOINT
+    from ccm.plan import make_plan
     from ccm.run_folder import write_atomically
 
     # No fact is used; the organism's are here without a download.
@@ -416,7 +418,6 @@ def _ablate(options: argparse.Namespace) -> None:
     from ccm.cells import CellReader, check_engine, decode_hooked, decode_shared
     from ccm.checkpoint import load
     from ccm.completions import Work
-    from ccm.experiment import PROTOCOLS, check_protocol
     from ccm.external import (
         parse_neurons,
         read_prompts,
@@ -426,6 +427,7 @@ def _ablate(options: argparse.Namespace) -> None:
     )
     from ccm.knowledge import object_tokens
     from ccm.models import device_for, dtype_for, spec_for
+    from ccm.plan import PROTOCOLS, check_protocol
     from ccm.run_folder import write_json
     from ccm.weights import check_weights
 

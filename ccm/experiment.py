@@ -5,13 +5,9 @@ killed goes on where it stopped and ends with the same bytes.
 """
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +18,22 @@ from jaxtyping import Int
 
 from ccm.ablation import (
     PLAIN,
-    AblationValue,
     ActivationStatistics,
-    ablation_values,
-    check_neurons,
     plan,
 )
 from ccm.activations import collect, float16_sigma
-from ccm.cells import ENGINES, CellReader, check_engine, decode_hooked, decode_stored
+from ccm.cells import ENGINES, CellReader, decode_hooked, decode_stored
 from ccm.checkpoint import LoadedModel, download, load
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import default_budget
-from ccm.errors import BadInput, allowed
-from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.knowledge import (
     object_tokens,
 )
-from ccm.models import ModelSpec, device_for, dtype_for, spec_for
 from ccm.neurons import controls, measure, select
+from ccm.plan import Plan, Protocol, RunConfig, identity, make_plan
+from ccm.probing import build_prompts, prompt_table, table_prompts
 from ccm.prompts import (
-    TEMPLATES,
-    ParametricAnswer,
     ProbingPrompt,
-    answer_object,
-    counter_candidates,
-    counter_objects,
-    filter_answers,
-    filter_examples,
-    filter_subject_object,
-    parametric_prompt,
-    probing_prompts,
 )
 from ccm.released_stats import read_released_statistics
 from ccm.run_folder import (
@@ -65,182 +47,12 @@ from ccm.run_folder import (
     read_json,
     read_statistics,
     read_table,
-    to_json,
     write_json,
     write_statistics,
     write_table,
 )
 from ccm.summary import scores_of_run
-from ccm.weights import check_weights, revision, weight_files, weight_hash
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Which of the released code's behaviours a run follows; the defaults are right."""
-
-    name: str
-    lower_case_objects: bool = False  # defect 11
-    controls_overlap: bool = False  # defect 6
-    float16_sigma: bool = False  # defect 3
-    released_tokens: bool = False  # defect 7
-    nd_ratio_of_pk: bool = False  # defect 1
-
-
-PROTOCOLS = {
-    "corrected": Protocol("corrected"),
-    "released": Protocol("released", True, True, True, True, True),
-}
-
-
-STATISTICS_FROM = ("own", "released")
-
-
-def check_protocol(name: str) -> str:
-    """Check a protocol name.
-
-    Raises:
-        BadInput: not one of `PROTOCOLS`.
-    """
-    if name not in PROTOCOLS:
-        raise BadInput(f"protocol {name!r}: unknown. {allowed(PROTOCOLS)}.")
-    return name
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run's results depend on, apart from the weights and facts themselves."""
-
-    model: str = "organism"
-    ablation_value: tuple[str, ...] = ("mean_ablation",)
-    controls: int = 100
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 123
-    protocol: str = "corrected"
-    facts: str | None = None  # None: the model's own
-    template: str | None = None
-    k: int | None = None
-    min_rho: float | None = None
-    null_space_dims: int | None = None
-    neurons: tuple[int, ...] | None = None  # a fixed entropy set instead of the selection rule
-    max_prompts: int | None = None
-    engine: str = "shared"
-    full_texts: bool = False  # decode controls to the end too, not only their answers
-    memory_budget: int | None = None  # bytes; None: from what is free. Changes no text or source
-    stats: str = "own"  # activation statistics: own, or released by the paper's authors
-    share: tuple[int, int] | None = None  # (i, n): decode the i-th of n shares, for `ccm merge`
-    model_paths: dict[str, Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A `RunConfig` after every name in it was looked up and every number checked."""
-
-    config: RunConfig
-    spec: ModelSpec
-    facts: FactSet
-    template: str
-    protocol: Protocol
-    values: tuple[AblationValue, ...]
-    k: int
-    min_rho: float
-    null_space_dims: int
-    device: torch.device
-
-
-def make_plan(config: RunConfig) -> Plan:
-    """Check a configuration without loading any weights.
-
-    Raises:
-        BadInput: any name, number or file that cannot be used.
-        NotAvailable: a device or data that are not here.
-    """
-    protocol = PROTOCOLS[check_protocol(config.protocol)]
-    values = tuple(ablation_values(config.ablation_value))
-    spec = check_weights(spec_for(config.model, config.model_paths))
-    check_engine(config.engine)
-    if config.memory_budget is not None and config.memory_budget < 1 << 20:
-        raise BadInput(
-            f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
-        )
-    check_share(config)
-    if config.stats not in STATISTICS_FROM:
-        raise BadInput(f"stats {config.stats!r}: unknown. {allowed(STATISTICS_FROM)}.")
-    if config.stats == "released":
-        read_released_statistics(spec, finite=protocol.name != "released")
-    device = device_for(config.device)
-    dtype_for(config.dtype)
-    template = config.template or spec.template
-    if template not in TEMPLATES:
-        raise BadInput(f"template {template!r}: unknown. {allowed(TEMPLATES)}.")
-    if config.neurons is not None:
-        check_neurons(config.neurons, spec.d_mlp)
-    k = len(config.neurons) if config.neurons is not None else config.k or spec.n_entropy_neurons
-    if not 1 <= k <= spec.d_mlp or config.k == 0:
-        raise BadInput(
-            f"k={config.k if config.k is not None else k} entropy neurons: out of range. Allowed: 1 "
-            f"to {spec.d_mlp} (d_mlp of {spec.name})."
-        )
-    pool = spec.d_mlp if protocol.controls_overlap else spec.d_mlp - k
-    exist = comb(pool, k) - int(protocol.controls_overlap)
-    if not 0 <= config.controls <= exist:
-        raise BadInput(
-            f"{config.controls} controls: out of range. Allowed: 0 to {exist}, the distinct sets of "
-            f"{k} of {pool} neurons. Lower --controls."
-        )
-    if not 0 <= config.seed < 2**32:
-        raise BadInput(f"seed {config.seed}: out of range. Allowed: 0 to {2**32 - 1}.")
-    if config.max_prompts is not None and config.max_prompts < 1:
-        raise BadInput(f"max prompts {config.max_prompts}: out of range. Allowed: 1 and more.")
-    dims = spec.null_space_dims if config.null_space_dims is None else config.null_space_dims
-    if not 1 <= dims <= spec.d_model:
-        raise BadInput(
-            f"null-space dimensions {dims}: out of range. Allowed: 1 to {spec.d_model} (d_model)."
-        )
-    min_rho = spec.min_rho if config.min_rho is None else config.min_rho
-    if not 0 <= min_rho <= 1:
-        raise BadInput(f"least rho {min_rho}: out of range. Allowed: 0 to 1, for --min-rho.")
-    return Plan(
-        config=config,
-        spec=spec,
-        facts=find_facts(config.facts, spec),
-        template=template,
-        protocol=protocol,
-        values=values,
-        k=k,
-        min_rho=min_rho,
-        null_space_dims=dims,
-        device=device,
-    )
-
-
-def check_share(config: RunConfig) -> None:
-    """Check which share of a run is asked for."""
-    if config.share is None:
-        return
-    i, n = config.share
-    if not 1 <= i <= n:
-        raise BadInput(f"shard {i}/{n}: out of range. Allowed: 1/{n} to {n}/{n}, n at least 1.")
-    if config.engine != "shared":
-        raise BadInput(f"shard {i}/{n}: the {config.engine} engine has none. Use --engine shared.")
-
-
-def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
-    """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
-    if name == "pararel":
-        return load_pararel()
-    if name is not None:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise BadInput(
-                f"facts {name!r}: no such folder. Allowed: pararel, or a folder with facts.csv and "
-                "relations.csv."
-            )
-        return read_fact_folder(folder, name=folder.resolve().name)
-    if spec.folder is not None and (spec.folder / "relations.csv").is_file():
-        return read_fact_folder(spec.folder, name=spec.name)
-    return load_pararel()
-
+from ccm.weights import revision, weight_files
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -349,143 +161,7 @@ class Clock:
         self.last = now
 
 
-def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
-    """Everything a result depends on: two starts with the same identity give the same bytes."""
-    config = plan_.config
-    facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
-    return {
-        "model": plan_.spec.name,
-        "weights_sha256": weight_hash(files) if files else None,
-        "facts": plan_.facts.name,
-        "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
-        "ablation_values": [v.name for v in plan_.values],
-        "controls": config.controls,
-        "seed": config.seed,
-        "protocol": plan_.protocol.name,
-        "device": plan_.device.type,
-        "device_name": (
-            torch.cuda.get_device_name(plan_.device)
-            if plan_.device.type == "cuda"
-            else platform.machine()
-        ),
-        "dtype": config.dtype,
-        "template": plan_.template,
-        "k": plan_.k,
-        "min_rho": plan_.min_rho,
-        "null_space_dims": plan_.null_space_dims,
-        "neurons": config.neurons,
-        "max_prompts": config.max_prompts,
-        "engine": config.engine,
-        "full_texts": config.full_texts,
-        "stats": config.stats,
-        "shard": None if config.share is None else "{}/{}".format(*config.share),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("ccm", "torch", "transformers", "transformer_lens", "numpy")},
-        },
-    }
-
-
 # --- facts -> probing prompts (Method 4) -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Probing prompts with what the filters left of the facts."""
-
-    prompts: tuple[ProbingPrompt, ...]
-    counts: dict[str, int]  # facts left after each step, in order
-
-
-def build_prompts(
-    model: LoadedModel,
-    facts: FactSet,
-    template: str,
-    *,
-    lower_case: bool = False,
-    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"],
-) -> PromptSet:
-    """Ask for every parametric object, filter, and contradict what is left (Method 4).
-
-    Args:
-        model: The model.
-        facts: Facts and relations.
-        template: A key of `ccm.prompts.TEMPLATES`.
-        lower_case: Store objects in lower case (defect 11).
-        decoder: Gives an engine for each of two stages, `answers` and `first_tokens`.
-
-    Raises:
-        BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.
-    """
-    asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
-    tokens = [model.encode(text) for text in asked]
-    said = decoder("answers")(model, tokens)
-    answers = [
-        ParametricAnswer(row, fact, prompt, text, answer_object(text), int(first))
-        for row, (fact, prompt, text, first) in enumerate(
-            zip(facts.facts, asked, said.texts, said.first.top_tokens[:, 0], strict=True)
-        )
-    ]
-    kept = filter_answers(answers, facts.relations)
-    candidates = counter_candidates(kept)
-    width = 1 + max((len(c) for c in candidates.values()), default=0)
-    # Column 0 is the fact's own first token, then its relation's candidates, then filling.
-    targets = torch.zeros((len(kept), width), dtype=torch.long)
-    for i, answer in enumerate(kept):
-        ids = [answer.first_token, *(c.first_token for c in candidates[answer.fact.relation])]
-        targets[i, : len(ids)] = torch.tensor(ids)
-    prompts: list[ProbingPrompt] = []
-    if kept:
-        rows = [tokens[a.row] for a in kept]
-        decode = decoder("first_tokens")
-        log_probs = decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
-        for answer, own in zip(kept, log_probs, strict=True):
-            of_relation = candidates[answer.fact.relation]
-            chosen = counter_objects(answer, of_relation, own[1 : 1 + len(of_relation)].tolist())
-            relation = facts.relations[answer.fact.relation]
-            prompts += probing_prompts(answer, relation, chosen, float(own[0]), lower_case=lower_case)
-    counts = {
-        "facts": len(answers),
-        "recalled": sum(a.recalled for a in answers),
-        "after_subject_object_filter": len(filter_subject_object(answers)),
-        "after_example_filter": len(filter_examples(filter_subject_object(answers), facts.relations)),
-        "after_relation_group_filter": len(kept),
-        "probing_prompts": len(prompts),
-    }
-    if not prompts:
-        raise BadInput(
-            f"no probing prompt left of {len(answers)} facts (after each filter: {counts}). The "
-            "model does not know these facts, or names them as their subjects."
-        )
-    return PromptSet(prompts=tuple(prompts), counts=counts)
-
-
-# Column names of the released probing data, so that tables can be exchanged with it.
-PROMPT_COLUMNS = {
-    "statement_subject": "subject",
-    "rel_lemma": "relation",
-    "relation_group_id": "group",
-    "statement_query": "query",
-    "counter_knowledge_object": "counter_object",
-    "parametric_knowledge_object": "parametric_object",
-    "counter_knowledge_object_first_token_id": "counter_first_token",
-    "parametric_knowledge_first_token_id": "parametric_first_token",
-    "knowledge_probing_prompt": "text",
-    "log_prob_counter_object": "log_prob_counter",
-    "log_prob_parametric_object": "log_prob_parametric",
-}
-
-
-def prompt_table(prompts: Iterable[ProbingPrompt]) -> pd.DataFrame:
-    """Probing prompts as a table with the released column names."""
-    rows = list(prompts)
-    return pd.DataFrame({c: [getattr(p, a) for p in rows] for c, a in PROMPT_COLUMNS.items()})
-
-
-def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
-    """Read probing prompts back from a table that `prompt_table` made."""
-    fields = [{a: row[c] for c, a in PROMPT_COLUMNS.items()} for row in table.to_dict("records")]
-    return [ProbingPrompt(**f) for f in fields]
 
 
 def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[ProbingPrompt]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from ccm.completions import Work
 from ccm.errors import BadInput
-from ccm.experiment import PROTOCOLS, finish, read_scores, table_prompts
+from ccm.experiment import finish, read_scores
+from ccm.plan import PROTOCOLS
+from ccm.probing import table_prompts
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MANIFEST,

@@ -18,12 +18,12 @@ from ccm.cells import CellReader, decode_stored
 from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import decode, decode_sets
-from ccm.experiment import prompt_table
 from ccm.facts import Fact, FactSet
 from ccm.knowledge import object_tokens
 from ccm.meter import Meter
 from ccm.models import MODELS
 from ccm.neurons import controls, measure, select
+from ccm.probing import prompt_table
 from ccm.projection import PUBLISHED_PROMPTS
 from ccm.prompts import (
     N_COUNTER_OBJECTS,

@@ -11,9 +11,10 @@ import pytest
 
 from ccm.ablation import ablation_values
 from ccm.errors import CcmError, NotAvailable
-from ccm.experiment import RunConfig, run
+from ccm.experiment import run
 from ccm.models import PUBLISHED, ModelSpec
 from ccm.neurons import NeuronMeasures, select
+from ccm.plan import RunConfig
 from ccm.run_folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
 from conftest import SEED, Options
 from reproduction.agreement import Found, compare

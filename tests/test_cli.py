@@ -266,7 +266,7 @@ def test_measure_needs_no_facts(
     def no_facts() -> None:
         raise AssertionError("facts are not needed for weights")
 
-    monkeypatch.setattr("ccm.experiment.load_pararel", no_facts)
+    monkeypatch.setattr("ccm.plan.load_pararel", no_facts)
     toy = toy_folder(ToyConfig("llama"))
     assert main(["measure", "--model", str(toy)]) == 0
     assert f"{toy.name}: 48 last-layer neurons" in capsys.readouterr().out

@@ -24,12 +24,13 @@ from ccm.checkpoint import LoadedModel, load
 from ccm.completions import Completions, Decoded, Shard, Work, merge
 from ccm.decoding import decode, decode_sets
 from ccm.errors import CcmError
-from ccm.experiment import build_prompts, find_facts
 from ccm.forward import RowCache, run_body
 from ccm.knowledge import SOURCES, knowledge_source
 from ccm.models import MAX_NEW_TOKENS, MODELS, spec_for
 from ccm.neurons import controls, measure, select
+from ccm.plan import find_facts
 from ccm.prefill import MAX_SHARERS, prefill, shared_prefixes
+from ccm.probing import build_prompts
 from ccm.prompts import SPLITTER, answer_object
 from tests.strategies import toy_configs
 from tests.tolerance import ENTROPY, LOG_PROBABILITY

@@ -19,11 +19,12 @@ from ccm.activations import float16_sigma
 from ccm.checkpoint import load
 from ccm.completions import Completions, read_first_token
 from ccm.errors import BadInput
-from ccm.experiment import PROTOCOLS, PromptSet, build_prompts
 from ccm.external import read_statistics_npz
 from ccm.knowledge import SOURCES, answer_tokens, knowledge_sources, object_tokens
 from ccm.models import spec_for
 from ccm.neurons import controls
+from ccm.plan import PROTOCOLS
+from ccm.probing import PromptSet, build_prompts
 from ccm.prompts import ProbingPrompt
 from ccm.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
 from tests.released import NAMES, Released, released

@@ -22,10 +22,11 @@ from ccm.ablation import ABLATION_VALUES, STATISTICS
 from ccm.activations import float16_sigma
 from ccm.checkpoint import LoadedModel, load
 from ccm.cli import main
-from ccm.experiment import RunConfig, make_plan, statistics_step
+from ccm.experiment import statistics_step
 from ccm.knowledge import SOURCES
 from ccm.models import MAX_NEW_TOKENS, MODELS, ModelSpec
 from ccm.organism import CHECKPOINT
+from ccm.plan import RunConfig, make_plan
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MANIFEST,

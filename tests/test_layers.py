@@ -35,6 +35,8 @@ ORDER = (
     "run_folder",
     "cells",
     "summary",
+    "probing",
+    "plan",
     "experiment",
     "merging",
     "external",

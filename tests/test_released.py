@@ -14,7 +14,6 @@ from ccm import activations, cli, decoding, hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
 from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, equal_length_batches, merge
-from ccm.experiment import build_prompts
 from ccm.knowledge import (
     SOURCES,
     Source,
@@ -24,6 +23,7 @@ from ccm.knowledge import (
     object_tokens,
 )
 from ccm.neurons import NeuronMeasures, controls, measure, select
+from ccm.probing import build_prompts
 from ccm.prompts import (
     ParametricAnswer,
     answer_object,

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ccm.checkpoint import load
-from ccm.experiment import RunConfig, run
+from ccm.experiment import run
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS
 from ccm.neurons import NeuronMeasures, measure
 from ccm.organism.world import World
+from ccm.plan import RunConfig
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MANIFEST,

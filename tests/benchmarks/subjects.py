@@ -11,11 +11,11 @@ import torch
 from ccm.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
 from ccm.checkpoint import LoadedModel, load
-from ccm.experiment import build_prompts
 from ccm.facts import read_fact_folder
 from ccm.models import MODELS, spec_for
 from ccm.neurons import controls
 from ccm.organism import CHECKPOINT
+from ccm.probing import build_prompts
 
 SEED = 123
 PLANTED = (29, 97, 168, 211, 307, 352)

@@ -11,10 +11,10 @@ import pandas as pd
 
 from ccm.ablation import ActivationStatistics
 from ccm.checkpoint import LoadedModel, load
-from ccm.experiment import PROMPT_COLUMNS
 from ccm.external import read_statistics_npz
 from ccm.facts import FactSet, Relation, fact_set, read_facts
 from ccm.models import spec_for
+from ccm.probing import PROMPT_COLUMNS
 from ccm.prompts import ProbingPrompt
 
 HERE = Path(__file__).parent
