@@ -73,7 +73,7 @@ class LoadedModel:
         module = self.bridge.ln_final
         weight: Tensor | None = getattr(module, "weight", None)
         gain = torch.ones(self.spec.d_model, device=self.device)  # OLMo's norm has no weight
-        gain = gain if weight is None else weight.detach().float()
+        gain = gain if weight is None else weight.detach().float().to(self.device)
         if getattr(self.bridge.cfg, "rmsnorm_uses_offset", False):
             gain = gain + 1.0
         bias = getattr(module, "bias", None)
@@ -81,14 +81,14 @@ class LoadedModel:
             centred=not bool(self.bridge.cfg.uses_rms_norm),
             eps=float(self.bridge.cfg.eps),
             gain=gain,
-            bias=torch.zeros_like(gain) if bias is None else bias.detach().float(),
+            bias=torch.zeros_like(gain) if bias is None else bias.detach().float().to(self.device),
         )
 
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding as stored (not folded, not centred), in the model's dtype."""
         weight: Tensor = self._head.weight
-        return weight.detach().T
+        return weight.detach().T.to(self.device)
 
     @cached_property
     def b_U(self) -> Float[Tensor, "d_vocab"]:
@@ -96,13 +96,13 @@ class LoadedModel:
         bias: Tensor | None = self._head.bias
         if bias is None:
             return torch.zeros(self.W_U.shape[1], device=self.device)
-        return bias.detach().float()
+        return bias.detach().float().to(self.device)
 
     @cached_property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """The last MLP's output weights, a row per neuron, in the model's dtype."""
         module = self.bridge.blocks[self.spec.n_layers - 1].mlp.out.original_component
-        weight: Tensor = module.weight.detach()
+        weight: Tensor = module.weight.detach().to(self.device)
         # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
         return weight if type(module).__name__ == "Conv1D" else weight.T
 
@@ -148,7 +148,11 @@ class LoadedModel:
 
 
 def load(
-    spec: ModelSpec, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    spec: ModelSpec,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    *,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load a model's weights and tokenizer and check that the method's premise holds for it.
 
@@ -156,6 +160,8 @@ def load(
         spec: A row of `MODELS`, or `spec_for(folder)`.
         device: Where to run.
         dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
+        spread: Lay the layers over all GPUs, for a model that fits no single one: see
+            `spread_over_devices`.
 
     Raises:
         NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline).
@@ -170,8 +176,59 @@ def load(
     spec = check_weights(spec)
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
-    loaded = _read_weights(spec, source, device, dtype)
-    return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
+    where = torch.device("cpu") if spread else device
+    loaded = _read_weights(spec, source, where, dtype)
+    model = assemble(spec, loaded, _tokenizer(source), where, dtype, source=source)
+    return spread_over_devices(model) if spread else model
+
+
+def spread_over_devices(
+    model: LoadedModel, max_memory: dict[int | str, int] | None = None, folder: Path | None = None
+) -> LoadedModel:
+    """Lay a loaded model's body over several devices, layer by layer, as a second copy of its weights.
+
+    Args:
+        model: On the CPU; its bridge and its own matrices stay there until they are asked for.
+        max_memory: Bytes for each device, GPUs by number; by default what is free on every GPU.
+        folder: Where to put what fits nowhere; None refuses such a model.
+
+    Returns:
+        The model, whose `device` is that of its final norm: residuals and activations end there.
+
+    Raises:
+        NotAvailable: it does not fit.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import offload_state_dict
+
+    body = model.body
+    places = infer_auto_device_map(
+        body,
+        max_memory=max_memory,
+        no_split_module_classes=list(body._no_split_modules or []),
+        dtype=model.dtype,
+    )
+    if folder is None and "disk" in places.values():
+        size = sum(p.numel() * p.element_size() for p in body.parameters())
+        raise NotAvailable(
+            f"{model.spec.name}: {size / 2**30:.1f} GiB of weights fit on no combination of the "
+            "devices here. Use --dtype bfloat16, or a machine with more memory."
+        )
+    if folder is not None:
+        offload_state_dict(str(folder), body.state_dict())
+    dispatch_model(body, places, offload_dir=None if folder is None else str(folder))
+    # Read before: placing it may have left an empty shell.
+    last = places[max((name for name in places if _is_above(name, model, body)), key=len)]
+    model.device = torch.device("cpu" if last == "disk" else last)
+    for name in ("final_norm", "W_U", "b_U", "W_out"):
+        model.__dict__.pop(name, None)  # cached where they were
+    return model
+
+
+def _is_above(name: str, model: LoadedModel, body: Any) -> bool:
+    """Whether a module of the body is its final norm or holds it."""
+    module = body.get_submodule(name)
+    return any(child is model.norm for child in module.modules())
 
 
 def assemble(

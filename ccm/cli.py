@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
     _engine_options(run)
     run.add_argument(
+        "--device-map", help="auto: lay the layers over all GPUs, for a model that fits no single one"
+    )
+    run.add_argument(
         "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
     )
     run.add_argument(
@@ -337,6 +340,7 @@ def _run(options: argparse.Namespace) -> None:
         full_texts=options.full_texts,
         memory_budget=options.memory_budget,
         stats=options.stats,
+        device_map=options.device_map,
         share=options.shard,
     )
     if options.out is None:

@@ -51,15 +51,15 @@ class Engine:
         self.seen.clear()
 
     def prompt_bytes(self, length: int) -> int:
-        """Rough bytes a prompt takes: cache and rows of some nodes, prefill, and its pairs."""
+        """Rough bytes a prompt takes: cache and rows of some nodes, what is observed, and its pairs."""
         spec, cfg, n_sets = self.model.spec, self.model.bridge.cfg, len(self.full)
         nodes = min(n_sets, 4)  # distinct continuations of a prompt alive at once
         size = torch.empty((), dtype=self.model.dtype).element_size()
         kv_heads: int = cfg.n_key_value_heads or cfg.n_heads
         cache: int = spec.n_layers * 2 * kv_heads * cfg.d_head * (length + self.max_new_tokens) * size
-        prefill = length * (3 * spec.d_mlp + 12 * spec.d_model) * size
+        observed = 4 * (length + self.max_new_tokens) * spec.d_mlp if self.observing else 0
         pairs = n_sets * (16 * self.screen.slots.shape[1] + 64 + 4 * self.max_new_tokens)
-        return nodes * (cache + 16 * spec.d_vocab) + prefill + pairs
+        return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
 
     def run(
         self,

@@ -112,7 +112,8 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
 def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
     """Every step that needs the model, in order."""
     config = plan_.config
-    model = load(plan_.spec, plan_.device, config.dtype)
+    spread = config.device_map is not None
+    model = load(plan_.spec, plan_.device, config.dtype, spread=spread)
     folder.note(weights={"source": model.source, "revision": revision(plan_.spec)})
     clock("load")
     prompts = prompts_step(folder, plan_, model)

@@ -62,7 +62,8 @@ def run_body(
             hook.remove()
     x = seen["x"][:, -1:] if last_only else seen["x"]
     assert seen["a"].shape == (*x.shape[:2], model.spec.d_mlp), seen["a"].shape
-    return x, seen["a"]
+    # Of a model that is spread over devices, its layers may have read them elsewhere.
+    return x.to(model.device), seen["a"].to(model.device)
 
 
 class RowCache:
@@ -116,6 +117,7 @@ class RowCache:
         at = slice(past - (slots.stop - slots.start), past)
         for layer in range(self.n_layers):
             keys, values = (b[layer][:, :, slots] for b in (source.keys, source.values))
+            of = of.to(keys.device)
             self.write(layer, rows, at.start, keys.index_select(0, of), values.index_select(0, of))
 
     def blank(self, rows: slice, stop: int) -> None:
@@ -150,8 +152,8 @@ class RowCache:
             # A free row has no branch at all, or its eldest would hold it: it is nobody's source.
             source = parent[moved]
             for buffer in (*self.keys, *self.values):
-                used = buffer[:, :, :past]
-                used.index_copy_(0, free, used.index_select(0, source))
+                used, here = buffer[:, :, :past], buffer.device
+                used.index_copy_(0, free.to(here), used.index_select(0, source.to(here)))
         return order
 
     def _grow(self, rows: int) -> None:

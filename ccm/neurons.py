@@ -47,9 +47,11 @@ def processed_W_U(
     over the vocabulary goes in both cases.
     """
     W_U = W_U.float() * norm.gain[:, None]
+    # In place from here on: a second copy may be gigabytes.
     if norm.centred:
-        W_U = W_U - W_U.mean(0, keepdim=True)
-    return W_U - W_U.mean(1, keepdim=True)
+        W_U -= W_U.mean(0, keepdim=True)
+    W_U -= W_U.mean(1, keepdim=True)
+    return W_U
 
 
 def processed_W_out(

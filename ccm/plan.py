@@ -62,6 +62,7 @@ class RunConfig:
     ablation_value: tuple[str, ...] = ("mean_ablation",)
     controls: int = 100
     device: str = "cpu"
+    device_map: str | None = None  # auto: layers over all GPUs, for a model that fits no single one
     dtype: str = "float32"
     seed: int = 123
     protocol: str = "corrected"
@@ -112,6 +113,7 @@ def make_plan(config: RunConfig) -> Plan:
             f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
         )
     check_share(config)
+    check_device_map(config)
     if config.stats not in STATISTICS_FROM:
         raise BadInput(f"stats {config.stats!r}: unknown. {allowed(STATISTICS_FROM)}.")
     if config.stats == "released":
@@ -173,6 +175,18 @@ def check_share(config: RunConfig) -> None:
         raise BadInput(f"shard {i}/{n}: the {config.engine} engine has none. Use --engine shared.")
 
 
+def check_device_map(config: RunConfig) -> None:
+    """Check whether, and on what, a model is to be laid over several devices."""
+    if config.device_map is None:
+        return
+    if config.device_map != "auto":
+        raise BadInput(f"device map {config.device_map!r}: unknown. Allowed: auto.")
+    if config.device != "cuda":
+        raise BadInput(f"device map auto: not with device {config.device!r}. Use --device cuda.")
+    if config.engine != "shared":
+        raise BadInput(f"device map auto: not with engine {config.engine!r}. Use --engine shared.")
+
+
 def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
     """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
     if name == "pararel":
@@ -209,6 +223,7 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
             if plan_.device.type == "cuda"
             else platform.machine()
         ),
+        "device_map": config.device_map,
         "dtype": config.dtype,
         "template": plan_.template,
         "k": plan_.k,

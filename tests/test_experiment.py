@@ -53,7 +53,7 @@ Run = Callable[..., Path]
 
 def command(out: Path, *more: str, values: str = ",".join(VALUES)) -> list[str]:
     """A small run of the organism; a small budget, so that it decodes in several shards."""
-    small = ["--max-prompts", str(N_PROMPTS), "--controls", str(N_CONTROLS), "--memory-budget", "5M"]
+    small = ["--max-prompts", str(N_PROMPTS), "--controls", str(N_CONTROLS), "--memory-budget", "2M"]
     fixed = ["--model", "organism", "--facts", few_facts(), "--device", "cpu", "--seed", "123"]
     return ["run", *fixed, *small, "--ablation-value", values, "--out", str(out), *more]
 
@@ -79,7 +79,7 @@ def loaded() -> LoadedModel:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads the organism once for all runs of this file that do not load anything else."""
 
-    def cached(spec: ModelSpec, device: Any, dtype: str) -> LoadedModel:
+    def cached(spec: ModelSpec, device: Any, dtype: str, **options: Any) -> LoadedModel:
         return (
             loaded() if (spec, dtype) == (MODELS["organism"], "float32") else load(spec, device, dtype)
         )
@@ -463,7 +463,7 @@ def test_the_memory_budget_of_a_run_stays_what_it_was(
         assert main(command(out)) == 130
     assert len([*(out / SHARDS / "answers").iterdir()]) == 2
     assert main([*command(out), "--memory-budget", "1G"]) == 0
-    assert manifest(out)["memory_budget"] == 5 << 20
+    assert manifest(out)["memory_budget"] == 2 << 20
     check_finished(out, whole("--engine", "shared"), {})
 
 

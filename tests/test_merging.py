@@ -30,7 +30,7 @@ RUN = (
         "--ablation-value",
         "mean_ablation,mode_ablation",
     ),
-    *("--max-prompts", "60", "--memory-budget", "5M"),
+    *("--max-prompts", "60", "--memory-budget", "2M"),
 )
 
 
@@ -131,7 +131,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         r"another run than .* \(seed is 7, 123",
     ),
     "other weights": (lambda m: m["identity"].update(weights_sha256="0"), r"\(weights_sha256 is '0'"),
-    "another budget": (lambda m: m.update(memory_budget=1), r"\(memory_budget is 1, 5242880 there"),
+    "another budget": (lambda m: m.update(memory_budget=1), r"\(memory_budget is 1, 2097152 there"),
     "other prompts": (lambda m: m.update(prompts_sha256="0"), r"\(prompts_sha256 is '0'"),
     "another n": (lambda m: m["identity"].update(shard="3/4"), r"shard 3/4, beside 1/3 of"),
     "the same share": (lambda m: m["identity"].update(shard="1/3"), r"shard 1/3 is given twice"),
