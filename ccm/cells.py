@@ -13,7 +13,6 @@ from ccm import decoding, hooked
 from ccm.ablation import Ablation
 from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Shard, Tokens, Work, merge
-from ccm.errors import BadInput, allowed
 from ccm.knowledge import (
     SOURCES,
     answer_log_probs,
@@ -25,17 +24,6 @@ from ccm.run_folder import ShardStore
 
 # How to decode one set; both give the same texts, tokens and sources.
 ENGINES: dict[str, Callable[..., Completions]] = {"shared": decoding.decode, "hooked": hooked.decode}
-
-
-def check_engine(name: str) -> str:
-    """Check an engine name.
-
-    Raises:
-        BadInput: not one of `ENGINES`.
-    """
-    if name not in ENGINES:
-        raise BadInput(f"engine {name!r}: unknown. {allowed(ENGINES)}.")
-    return name
 
 
 class CellReader:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
-from ccm.errors import BadInput, CcmError, allowed
+from ccm.errors import BadInput, CcmError, allowed, one_of
 
 PROGRAM = "ccm"
 
@@ -419,7 +419,7 @@ def _ablate(options: argparse.Namespace) -> None:
     out = new_file(options.out)
 
     from ccm.ablation import ablation_values, check_neurons, check_statistics, plan
-    from ccm.cells import CellReader, check_engine, decode_hooked, decode_shared
+    from ccm.cells import ENGINES, CellReader, decode_hooked, decode_shared
     from ccm.checkpoint import load
     from ccm.completions import Work
     from ccm.external import (
@@ -431,12 +431,12 @@ def _ablate(options: argparse.Namespace) -> None:
     )
     from ccm.knowledge import object_tokens
     from ccm.models import device_for, dtype_for, spec_for
-    from ccm.plan import PROTOCOLS, check_protocol
+    from ccm.plan import PROTOCOLS
     from ccm.run_folder import write_json
     from ccm.weights import check_weights
 
-    protocol = PROTOCOLS[check_protocol(options.protocol)]
-    engine = check_engine(options.engine)
+    protocol = PROTOCOLS[one_of("protocol", options.protocol, PROTOCOLS)]
+    engine = one_of("engine", options.engine, ENGINES)
     value = ablation_values(options.ablation_value)
     if len(value) != 1:
         raise BadInput("--ablation-value all: `ccm ablate` takes one value. Name it.")

@@ -61,6 +61,7 @@ class Engine:
         pairs = n_sets * (16 * self.screen.slots.shape[1] + 64 + 4 * self.max_new_tokens)
         return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
 
+    @torch.inference_mode()
     def run(
         self,
         prompts: Sequence[Tokens],
@@ -78,18 +79,8 @@ class Engine:
             targets: Tokens whose first-step log-probabilities are wanted.
             work: Counts are added here.
         """
-        with torch.inference_mode():
-            return self._run(prompts, shared, indices, targets.to(self.model.device), work)
-
-    def _run(
-        self,
-        prompts: Sequence[Tokens],
-        shared: Sequence[int],
-        indices: Sequence[int],
-        targets: Int[Tensor, "prompt target"],
-        work: Work,
-    ) -> Shard:
         device = self.model.device
+        targets = targets.to(device)
 
         def forward(tokens: Tensor, cache: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
             work.forward_tokens += tokens.numel()

@@ -17,6 +17,22 @@ class PremiseBroken(CcmError):
     """A model whose last MLP is not what the method assumes (see `ccm.models.check_premise`)."""
 
 
+def one_of(what: str, name: str, known: object) -> str:
+    """Check a name against those there are.
+
+    >>> one_of("engine", "warp", ["shared", "hooked"])
+    Traceback (most recent call last):
+    ...
+    ccm.errors.BadInput: engine 'warp': unknown. Allowed: shared, hooked.
+
+    Raises:
+        BadInput: not one of them.
+    """
+    if name not in known:  # type: ignore[operator]
+        raise BadInput(f"{what} {name!r}: unknown. {allowed(known)}.")
+    return name
+
+
 def allowed(values: object) -> str:
     """List allowed names for a message.
 

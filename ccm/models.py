@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ccm.errors import BadInput, NotAvailable, allowed
+from ccm.errors import BadInput, NotAvailable, allowed, one_of
 from ccm.organism import CHECKPOINT
 
 MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
@@ -194,6 +194,4 @@ def dtype_for(name: str) -> torch.dtype:
     Raises:
         BadInput: not one of `DTYPES`.
     """
-    if name not in DTYPES:
-        raise BadInput(f"dtype {name!r}: unknown. {allowed(DTYPES)}.")
-    return DTYPES[name]
+    return DTYPES[one_of("dtype", name, DTYPES)]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ccm.ablation import AblationValue, ablation_values, check_neurons
-from ccm.cells import check_engine
-from ccm.errors import BadInput, allowed
+from ccm.cells import ENGINES
+from ccm.errors import BadInput, one_of
 from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.models import ModelSpec, device_for, dtype_for, spec_for
 from ccm.prompts import TEMPLATES
@@ -41,17 +41,6 @@ PROTOCOLS = {
 
 
 STATISTICS_FROM = ("own", "released")
-
-
-def check_protocol(name: str) -> str:
-    """Check a protocol name.
-
-    Raises:
-        BadInput: not one of `PROTOCOLS`.
-    """
-    if name not in PROTOCOLS:
-        raise BadInput(f"protocol {name!r}: unknown. {allowed(PROTOCOLS)}.")
-    return name
 
 
 @dataclass(frozen=True)
@@ -104,25 +93,23 @@ def make_plan(config: RunConfig) -> Plan:
         BadInput: any name, number or file that cannot be used.
         NotAvailable: a device or data that are not here.
     """
-    protocol = PROTOCOLS[check_protocol(config.protocol)]
+    protocol = PROTOCOLS[one_of("protocol", config.protocol, PROTOCOLS)]
     values = tuple(ablation_values(config.ablation_value))
     spec = check_weights(spec_for(config.model, config.model_paths))
-    check_engine(config.engine)
+    one_of("engine", config.engine, ENGINES)
     if config.memory_budget is not None and config.memory_budget < 1 << 20:
         raise BadInput(
             f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
         )
     check_share(config)
     check_device_map(config)
-    if config.stats not in STATISTICS_FROM:
-        raise BadInput(f"stats {config.stats!r}: unknown. {allowed(STATISTICS_FROM)}.")
+    one_of("stats", config.stats, STATISTICS_FROM)
     if config.stats == "released":
         read_released_statistics(spec, finite=protocol.name != "released")
     device = device_for(config.device)
     dtype_for(config.dtype)
     template = config.template or spec.template
-    if template not in TEMPLATES:
-        raise BadInput(f"template {template!r}: unknown. {allowed(TEMPLATES)}.")
+    one_of("template", template, TEMPLATES)
     if config.neurons is not None:
         check_neurons(config.neurons, spec.d_mlp)
     k = len(config.neurons) if config.neurons is not None else config.k or spec.n_entropy_neurons
@@ -179,8 +166,7 @@ def check_device_map(config: RunConfig) -> None:
     """Check whether, and on what, a model is to be laid over several devices."""
     if config.device_map is None:
         return
-    if config.device_map != "auto":
-        raise BadInput(f"device map {config.device_map!r}: unknown. Allowed: auto.")
+    one_of("device map", config.device_map, ["auto"])
     if config.device != "cuda":
         raise BadInput(f"device map auto: not with device {config.device!r}. Use --device cuda.")
     if config.engine != "shared":
