@@ -102,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, required=True, help="run folder to write")
     merge.set_defaults(run=_merge)
 
+    figures = commands.add_parser("figures", help="figures and tables of finished runs")
+    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
+    figures.set_defaults(run=_figures)
+
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     _path_option(models)
     models.set_defaults(run=_models)
@@ -366,6 +371,24 @@ def _merge(options: argparse.Namespace) -> None:
 
     print(summary(merge_shares(options.shares, options.out)))
     print(f"\nrun folder: {options.out}")
+
+
+def _figures(options: argparse.Namespace) -> None:
+    if options.out is None and len(options.runs) > 1:
+        raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
+    out = options.runs[0] / "figures" if options.out is None else options.out
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file. Give a folder with --out.")
+
+    from ccm.figures.gallery import check_distinct, write_figures
+    from ccm.results import read_results
+    from ccm.tables import write_tables
+
+    runs = [read_results(path) for path in options.runs]
+    check_distinct(runs)
+    tables = write_tables(runs, out)
+    figures = write_figures(runs, out)
+    print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ def test_options_of_a_run(typed: str, refused: Refused) -> None:
     [
         (["run"], "--model"),
         ([], "COMMAND"),
-        (["train"], "'train' (choose from 'run', 'merge', 'models', 'prompts', 'measure', 'ablate', "),
+        (["train"], "'train' (choose from 'run', 'merge', "),
         (["run", "--model"], "--model: expected one argument"),
         (
             ["run", "--model", "nope"],

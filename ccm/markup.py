@@ -1,0 +1,108 @@
+"""Any text, safe inside LaTeX and Markdown."""
+
+import unicodedata
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\char36{}",  # \$ asks for a font that small installations have not
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "`": "{`}",
+    "-": "{-}",  # never a dash made of several
+    "[": "{[}",  # after the end of a row, a bracket or a star would be an option of it
+    "]": "{]}",
+    "*": "{*}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "→": r"$\rightarrow$",
+    "μ": r"$\mu$",
+    "σ": r"$\sigma$",
+    "ρ": r"$\rho$",
+    "–": "--",
+    "—": "---",
+    "’": "'",
+    "‘": "`",
+    "“": "``",
+    "”": "''",
+    "…": r"\ldots{}",
+    "ß": r"\ss{}",
+    "æ": r"\ae{}",
+    "Æ": r"\AE{}",
+    "ø": r"\o{}",
+    "Ø": r"\O{}",
+    "œ": r"\oe{}",
+    "Œ": r"\OE{}",
+    "ł": r"\l{}",
+    "Ł": r"\L{}",
+    "đ": r"\dj{}",
+    "Đ": r"\DJ{}",
+    "ð": r"\dh{}",
+    "Ð": r"\DH{}",
+    "þ": r"\th{}",
+    "Þ": r"\TH{}",
+    "ı": r"\i{}",
+}
+_ACCENTS = {
+    "\u0300": "`",
+    "\u0301": "'",
+    "\u0302": "^",
+    "\u0303": "~",
+    "\u0304": "=",
+    "\u0306": "u",
+    "\u0307": ".",
+    "\u0308": '"',
+    "\u030a": "r",
+    "\u030b": "H",
+    "\u030c": "v",
+    "\u0327": "c",
+    "\u0328": "k",
+}
+
+# Commands that the letters of the default fonts cannot make.
+T1_ONLY = (r"\k{", r"\dj{", r"\DJ{", r"\dh{", r"\DH{", r"\th{", r"\TH{")
+
+
+def escape_latex(text: str) -> str:
+    r"""Make any text safe for pdflatex, in pure ASCII.
+
+    Accented Latin letters become LaTeX accents; a character pdflatex has no glyph for becomes its
+    code point, because an undeclared one would stop the compilation.
+
+    >>> escape_latex("Zürich_100 %")
+    'Z\\"{u}rich\\_100 \\%'
+    """
+    out = []
+    for char in unicodedata.normalize("NFC", text):
+        if char in _SPECIAL:
+            out.append(_SPECIAL[char])
+        elif char.isascii():
+            out.append(char if char.isprintable() else " ")
+        else:
+            parts = unicodedata.normalize("NFD", char)
+            accent = _ACCENTS.get(parts[-1]) if len(parts) == 2 else None
+            if accent is not None and parts[0].isascii() and parts[0].isalpha():
+                out.append(f"\\{accent}{{{parts[0]}}}")
+            else:
+                out.append(f"{{[}}U+{ord(char):04X}{{]}}")
+    return "".join(out)
+
+
+def escape_markdown(text: str) -> str:
+    r"""Make any text safe for a cell of a Markdown table.
+
+    >>> escape_markdown("a_b | c")
+    'a\\_b \\| c'
+    """
+    for char in "\\|*_`<>[]$":
+        text = text.replace(char, "\\" + char)
+    return " ".join(text.split())

@@ -1,0 +1,309 @@
+"""Tables of finished runs: LaTeX that compiles alone, CSV with every digit, Markdown (Method 10)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ccm.ablation import ABLATION_VALUES
+from ccm.knowledge import SOURCES
+from ccm.markup import T1_ONLY, escape_latex, escape_markdown
+from ccm.models import MODELS
+from ccm.results import RunResults
+from ccm.run_folder import write_atomically
+
+FOLDER = "latex_tables"
+EXAMPLES = 2  # prompts per transition
+WRAPPED = 6.0  # cm, of a column of running text
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: what people read, and the numbers behind it."""
+
+    stem: str
+    caption: str
+    shown: pd.DataFrame  # texts, for LaTeX and Markdown
+    data: pd.DataFrame  # numbers in full, for CSV
+    wide: tuple[str, ...] = ()  # columns of running text, which must wrap
+
+
+def latex(table: Table) -> str:
+    """Return a document of its own: booktabs, a page as large as the table.
+
+    Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
+    only bitmaps, are used where a letter needs them.
+    """
+    columns = [str(c) for c in table.shown.columns]
+    widths = {c: max([len(c), *(len(str(v)) for v in table.shown[c])]) for c in columns}
+    spec = "".join(
+        rf">{{\raggedright\arraybackslash}}p{{{WRAPPED}cm}}"
+        if c in table.wide
+        else "l"
+        if i < 2
+        else "r"
+        for i, c in enumerate(columns)
+    )
+    # In cm, on the safe side: at 9 pt a letter is 0.16 wide, an escaped one more, and a line 0.4 high.
+    wide = max(
+        12.0, 2.5 + sum(WRAPPED + 0.5 if c in table.wide else 0.18 * widths[c] + 0.45 for c in columns)
+    )
+    lines_of = [
+        max([1, *(1 + len(escape_latex(str(row[columns.index(c)]))) // 30 for c in table.wide)])
+        for row in table.shown.itertuples(index=False)
+    ]
+    high = 3.5 + 0.41 * (sum(lines_of) + 0.18 * len(table.caption) / wide)
+    head = " & ".join(escape_latex(c) for c in columns) + r" \\"
+    body = [
+        " & ".join(escape_latex(str(v)) for v in row) + r" \\"
+        for row in table.shown.itertuples(index=False)
+    ]
+    caption = escape_latex(table.caption)
+    needs_t1 = any(letter in line for line in [caption, head, *body] for letter in T1_ONLY)
+    lines = [
+        r"\documentclass{article}",
+        *([r"\usepackage[T1]{fontenc}"] if needs_t1 else []),
+        r"\usepackage{array,booktabs}",
+        rf"\usepackage[paperwidth={wide:.1f}cm,paperheight={high:.1f}cm,margin=1cm]{{geometry}}",
+        r"\pagestyle{empty}",
+        r"\begin{document}",
+        r"\small",
+        rf"\noindent {caption}\par\medskip",
+        rf"\noindent\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{document}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """Return the caption and a table in GitHub's Markdown."""
+
+    def row(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(escape_markdown(str(c)) for c in cells) + " |"
+
+    columns = [str(c) for c in table.shown.columns]
+    body = [row(list(cells)) for cells in table.shown.itertuples(index=False)]
+    head = [row(columns), "|" + "|".join([" --- "] * len(columns)) + "|"]
+    return "\n".join([escape_markdown(table.caption), "", *head, *body]) + "\n"
+
+
+def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
+    """Write every table as .tex, .csv and .md.
+
+    Args:
+        runs: Finished runs, one a model.
+        out: The folder; `latex_tables/` is made in it.
+
+    Returns:
+        Every path written.
+    """
+    written = []
+    for table in tables_of(runs):
+        texts = {
+            "tex": latex(table),
+            "csv": table.data.to_csv(index=False, lineterminator="\n"),
+            "md": markdown(table),
+        }
+        for suffix, text in texts.items():
+            path = out / FOLDER / f"{table.stem}.{suffix}"
+            encoded = text.encode("utf-8")  # bytes: the same on every system
+
+            def write(to: Path, encoded: bytes = encoded) -> None:
+                to.write_bytes(encoded)
+
+            write_atomically(path, write)
+            written.append(path)
+    return written
+
+
+def tables_of(runs: Sequence[RunResults]) -> list[Table]:
+    """Make every table of some runs."""
+    return [
+        transition_proportions(runs),
+        transition_numbers(runs),
+        gts_by_value(runs),
+        model_dimensions(runs),
+        changed_prompts(runs),
+    ]
+
+
+def _each_value(runs: Sequence[RunResults]) -> list[tuple[RunResults, str, Mapping[str, Any]]]:
+    return [(run, value, run.scores["ablations"][value]) for run in runs for value in run.values]
+
+
+def _symbol(value: str) -> str:
+    return ABLATION_VALUES[value].symbol.replace("sigma", "σ").replace("mu", "μ").replace(" - ", " − ")
+
+
+def transition_proportions(runs: Sequence[RunResults]) -> Table:
+    """Transition scores in percent, entropy set and controls (the paper's Table 5)."""
+    shown, data = [], []
+    for run, value, scores in _each_value(runs):
+        for source in SOURCES:
+            own = scores["entropy"]["transition_scores"][source]
+            controls = scores["controls"]["transition_scores"][source]
+            row = {"model": run.display_name, "ablation": _symbol(value), "from": source}
+            row |= {f"entropy to {k}": _percent(own[k]) for k in SOURCES}
+            row |= {f"controls to {k}": _mean(controls[k]) for k in SOURCES}
+            shown.append(row)
+            for k in SOURCES:
+                data.append(
+                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    | {name: own[k][name] for name in ("count", "total", "percent", "low", "high")}
+                    | {f"controls_{name}": v for name, v in controls[k].items()}
+                )
+    return Table(
+        "transition_scores_proportions",
+        "Transition scores, percent of the prompts of a class before ablation. Entropy set: share with "
+        "its exact 95 % interval; controls: mean ± 3 standard errors. A dash: no prompt of the class.",
+        pd.DataFrame(shown),
+        pd.DataFrame(data),
+    )
+
+
+def transition_numbers(runs: Sequence[RunResults]) -> Table:
+    """Transition counts, entropy set and the controls' mean and range (the paper's Table 5)."""
+    shown, data = [], []
+    for run, value, scores in _each_value(runs):
+        own = scores["entropy"]["transition_counts"]
+        sets = scores["controls"]["sets"]
+        for source in SOURCES:
+            row: dict[str, object] = {
+                "model": run.display_name,
+                "ablation": _symbol(value),
+                "from": source,
+                "prompts": sum(own[source].values()),
+            }
+            row |= {f"entropy to {k}": own[source][k] for k in SOURCES}
+            for k in SOURCES:
+                counts = np.asarray([entry["transition_counts"][source][k] for entry in sets])
+                few = {"mean": None, "least": None, "most": None}
+                found = (
+                    {
+                        "mean": float(counts.mean()),
+                        "least": int(counts.min()),
+                        "most": int(counts.max()),
+                    }
+                    if len(counts)
+                    else few
+                )
+                row[f"controls to {k}"] = (
+                    f"{found['mean']:.1f} ({found['least']} to {found['most']})" if len(counts) else "–"
+                )
+                data.append(
+                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    | {"count": own[source][k]}
+                    | {f"controls_{name}": v for name, v in found.items()}
+                )
+            shown.append(row)
+    return Table(
+        "transition_scores_counts",
+        "Transition counts, prompts. Controls: mean (least to most) over the control sets.",
+        pd.DataFrame(shown),
+        pd.DataFrame(data),
+    )
+
+
+def gts_by_value(runs: Sequence[RunResults]) -> Table:
+    """Global transition scores by ablation value with their Q-values (the paper's Table 6)."""
+    shown, data = [], []
+    for run, value, scores in _each_value(runs):
+        own, controls = scores["entropy"], scores["controls"]["gts"]
+        q, p, most = own["q_value"], own["permutation_p"], controls["high"]
+        shown.append(
+            {
+                "model": run.display_name,
+                "ablation": _symbol(value),
+                "GTS": _percent(own["gts"]),
+                "changed": f"{own['gts']['count']}/{own['gts']['total']}",
+                "controls": _mean(controls),
+                "largest control": "–" if most is None else f"{most:.1f}",
+                "Q": "–" if q is None else f"{q:.1f}",
+                "p": "–" if p is None else f"{p:.4f}",
+            }
+        )
+        data.append(
+            {"model": run.model, "ablation_value": value}
+            | dict(own["gts"])
+            | {f"controls_{name}": v for name, v in controls.items()}
+            | {"q_value": q, "permutation_p": p, "n_controls": scores["controls"]["n"]}
+        )
+    return Table(
+        "ablation_value_wise_gts",
+        "Global transition score (GTS), percent of prompts whose source changed, with its exact 95 % "
+        "interval; controls: mean ± 3 standard errors; Q: quantile of the entropy set among the "
+        "controls, 0 to 100; p: one-sided permutation test.",
+        pd.DataFrame(shown),
+        pd.DataFrame(data),
+    )
+
+
+def model_dimensions(runs: Sequence[RunResults]) -> Table:
+    """Dimensions of the models (the paper's Table 4)."""
+    rows: list[dict[str, object]] = []
+    for run in runs:
+        spec = MODELS.get(run.model)
+        rows.append(
+            {
+                "model": run.display_name,
+                "d_model": len(run.singular_values),
+                "d_mlp": len(run.measures),
+                "d_vocab": "–" if spec is None else spec.d_vocab,  # a run does not store these two
+                "layers": "–" if spec is None else spec.n_layers,
+                "null-space dimensions": int(run.identity["null_space_dims"]),
+                "entropy neurons": len(run.entropy_neurons),
+            }
+        )
+    table = pd.DataFrame(rows)
+    caption = "Model dimensions. A dash: not stored by the run of a model given as a folder."
+    return Table("model_dimensions", caption, table, table)
+
+
+def changed_prompts(runs: Sequence[RunResults]) -> Table:
+    """Prompts whose source changed: the first ones of every transition, and how many there are."""
+    rows: list[dict[str, object]] = []
+    columns = ["model", "ablation", "transition", "prompts", "prompt", "answer before", "answer after"]
+    for run, value, _ in _each_value(runs):
+        before = run.plain["source"].to_numpy(object)
+        after = run.ablated[value]["source"].to_numpy(object)
+        for k in SOURCES:
+            for k2 in SOURCES:
+                moved = np.flatnonzero((before == k) & (after == k2)) if k != k2 else np.zeros(0, int)
+                for i in moved[:EXAMPLES]:
+                    cells = (
+                        run.display_name,
+                        _symbol(value),
+                        f"{k} → {k2}",
+                        len(moved),
+                        run.prompts["knowledge_probing_prompt"].iloc[i],
+                        run.plain["text"].iloc[i].strip(),
+                        run.ablated[value]["text"].iloc[i].strip(),
+                    )
+                    rows.append(dict(zip(columns, cells, strict=True)))
+    caption = f"Prompts whose knowledge source changed, up to {EXAMPLES} a transition."
+    if not rows:
+        caption += " Here none changed."
+    table = pd.DataFrame(rows, columns=columns)
+    return Table("changed_prompts", caption, table, table, wide=tuple(columns[-3:]))
+
+
+def _percent(r: Mapping[str, Any]) -> str:
+    if r["percent"] is None:
+        return "–"
+    return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
+
+
+def _mean(control: Mapping[str, Any]) -> str:
+    mean, error = control["mean"], control["three_standard_errors"]
+    if mean is None:
+        return "–"
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"

@@ -1,0 +1,118 @@
+"""Finished run folders made of random results: no model, any size, any edge case."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ccm.ablation import ActivationStatistics
+from ccm.knowledge import SOURCES
+from ccm.run_folder import (
+    ACTIVATION_STATS,
+    MEASURES,
+    PROMPTS,
+    SCORES,
+    SINGULAR_VALUES,
+    RunFolder,
+    write_json,
+    write_statistics,
+    write_table,
+)
+from ccm.summary import scores_of_run
+
+
+def make_run(
+    path: Path,
+    *,
+    model: str = "made",
+    prompts: int = 60,
+    before: Sequence[str] = SOURCES,
+    moved: float = 0.2,  # share of prompts whose source changes
+    controls: int = 5,
+    d_mlp: int = 40,
+    d_model: int = 12,
+    k: int = 3,
+    values: Sequence[str] = ("mean_ablation",),
+    text: str = " Rom.",
+    same_log_probs: bool = False,  # every prompt alike, before and after
+    protocol: str = "corrected",
+    seed: int = 0,
+) -> RunFolder:
+    """Write a run folder with everything figures and tables read."""
+    random = np.random.default_rng(seed)
+    chosen = sorted(int(i) for i in random.choice(d_mlp, k, replace=False))
+    identity = {
+        "model": model,
+        "protocol": protocol,
+        "ablation_values": list(values),
+        "controls": controls,
+        "null_space_dims": 2,
+        "k": k,
+        "min_rho": 0.5,
+        "neurons": None,
+        "stats": "own",
+        "shard": None,
+    }
+    folder = RunFolder(path, identity)
+    sets = {"entropy": chosen, **{f"control_{i:03d}": [i] * k for i in range(controls)}}
+    source = np.asarray([before[i % len(before)] for i in range(prompts)], dtype=object)
+
+    def cell(share: float) -> pd.DataFrame:
+        after = source.copy()
+        for i in np.flatnonzero(random.random(prompts) < share):
+            after[i] = random.choice([s for s in SOURCES if s != source[i]])
+        log_probs = {
+            f"log_prob_{s.lower()}": np.full(prompts, -1.0)
+            if same_log_probs
+            else random.normal(-2, 1, prompts) + 2.0 * (source == s)
+            for s in SOURCES
+        }
+        entropy = random.random(prompts)
+        return pd.DataFrame(
+            {"text": [text] * prompts, "source": after, "entropy": entropy, **log_probs}
+        )
+
+    write_table(folder.cell("", "plain"), cell(0.0))
+    for value in values:
+        for name in sets:
+            write_table(folder.cell(value, name), cell(moved if name == "entropy" else moved / 4))
+    rho = random.random(d_mlp) * 0.4
+    rho[chosen] = 0.9
+    write_table(
+        path / MEASURES,
+        pd.DataFrame(
+            {
+                "neuron_idx": np.arange(d_mlp),
+                "logitvar": random.lognormal(-7, 1, d_mlp),
+                "norm": random.lognormal(0, 0.3, d_mlp),
+                "rho": rho,
+                "entropy_neuron": np.isin(np.arange(d_mlp), chosen),
+            }
+        ),
+    )
+    spectrum = np.sort(random.lognormal(1, 0.5, d_model))[::-1].copy()
+    spectrum[-1] = 0.0  # as with LayerNorm
+    write_table(path / SINGULAR_VALUES, pd.DataFrame({"singular_value": spectrum}))
+    low, high = -random.random(d_mlp), 3 + random.random(d_mlp)
+    statistics = ActivationStatistics(
+        mean=np.full(d_mlp, 0.1), std=np.full(d_mlp, 0.5), median=low / 2, mode=low, min=low, max=high
+    )
+    write_statistics(path / ACTIVATION_STATS, statistics, positions=1000)
+    write_table(
+        path / PROMPTS,
+        pd.DataFrame(
+            {
+                "rel_lemma": ["capital-of"] * prompts,
+                "knowledge_probing_prompt": [
+                    f"{i} is the capital of Italy. {i} is" for i in range(prompts)
+                ],
+                "counter_knowledge_object": ["Italy"] * prompts,
+                "parametric_knowledge_object": ["France"] * prompts,
+            }
+        ),
+    )
+    folder.note(sets=sets, entropy_neurons=chosen, facts={"facts": 20, "recalled": 15})
+    write_json(path / SCORES, scores_of_run(folder, protocol == "released"))
+    folder.note(complete=True)
+    return folder
