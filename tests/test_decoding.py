@@ -371,6 +371,19 @@ def test_how_much_is_worked_on_at_once_changes_nothing(
         assert_same(again.decoded, i, whole.decoded, i, f"{config.id}, 4 prompts a part")
 
 
+def test_an_ablation_that_lifts_a_token_beyond_exp_has_an_entropy(tmp_path: Path) -> None:
+    """Rows are taken relative to the plain argmax; float32's exp ends 88 nats above it."""
+    model = edited_head(tmp_path / "steep", SMALL, lambda head: 40 * head)
+    prompts = token_prompts(5, SMALL, seed=4, min_len=3, max_len=6)
+    ablations = random_sets(SMALL.d_mlp, [12], 1e4)
+    done = run(model, prompts, ablations)
+    plain, wanted = (hooked.decode(model, prompts, a) for a in (PLAIN, ablations[0]))
+    targets = torch.from_numpy(plain.first.top_tokens[:, :1])
+    fall = hooked.decode(model, prompts, ablations[0], targets=targets).first.log_probs
+    assert fall.min() < -100, "nothing is lifted that far: exp holds it"
+    np.testing.assert_allclose(done.decoded.entropy[:, 1], wanted.first.entropy, atol=1e-4)
+
+
 # --- ties -------------------------------------------------------------------------------------------
 
 
@@ -1102,6 +1115,29 @@ def test_no_prefix_has_more_sharers_than_allowed() -> None:
     groups = shared_prefixes([[0, 1, 2, i] for i in range(40)])
     assert max(len(members) for members, _ in groups) == MAX_SHARERS
     assert all(length == 3 for _, length in groups)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Memory that is taken and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_family
+def test_what_a_mask_hides_is_no_nan(config: ToyConfig, nan_in_new_memory: None) -> None:
+    """A row begins later than its neighbours: what lies before it must be cleared, masked or not."""
+    assert torch.empty(3).isnan().all()
+    model = loaded(config)
+    # Prefixes of two lengths, and none, before suffixes of one length.
+    stems = [token_prompts(1, config, n, n, n)[0] for n in (4, 7)]
+    prompts = [[3], *([*stem, 5] for stem in stems), *([*stem, 7, 8] for stem in stems)]
+    prompts += token_prompts(2, config, seed=1, min_len=9, max_len=12)
+    done = run(model, prompts, random_sets(config.d_mlp, [5, 9], 1.0))
+    for i in range(3):
+        assert np.isfinite(done.decoded.entropy[:, i]).all(), i
+    assert done.tokens(0) == hooked.decode(model, prompts).tokens
 
 
 @each_toy
