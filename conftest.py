@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ccm.ablation import ablation_values
-from ccm.cli import parse_model_paths
+from ccm.arguments import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
 from ccm.models import MODELS, device_for, dtype_for, spec_for

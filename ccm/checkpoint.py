@@ -148,11 +148,7 @@ class LoadedModel:
 
 
 def load(
-    spec: ModelSpec,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    *,
-    spread: bool = False,
+    spec: ModelSpec, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
 ) -> LoadedModel:
     """Load a model's weights and tokenizer and check that the method's premise holds for it.
 
@@ -160,8 +156,6 @@ def load(
         spec: A row of `MODELS`, or `spec_for(folder)`.
         device: Where to run.
         dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
-        spread: Lay the layers over all GPUs, for a model that fits no single one: see
-            `spread_over_devices`.
 
     Raises:
         NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline).
@@ -176,59 +170,8 @@ def load(
     spec = check_weights(spec)
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
-    where = torch.device("cpu") if spread else device
-    loaded = _read_weights(spec, source, where, dtype)
-    model = assemble(spec, loaded, _tokenizer(source), where, dtype, source=source)
-    return spread_over_devices(model) if spread else model
-
-
-def spread_over_devices(
-    model: LoadedModel, max_memory: dict[int | str, int] | None = None, folder: Path | None = None
-) -> LoadedModel:
-    """Lay a loaded model's body over several devices, layer by layer, as a second copy of its weights.
-
-    Args:
-        model: On the CPU; its bridge and its own matrices stay there until they are asked for.
-        max_memory: Bytes for each device, GPUs by number; by default what is free on every GPU.
-        folder: Where to put what fits nowhere; None refuses such a model.
-
-    Returns:
-        The model, whose `device` is that of its final norm: residuals and activations end there.
-
-    Raises:
-        NotAvailable: it does not fit.
-    """
-    from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import offload_state_dict
-
-    body = model.body
-    places = infer_auto_device_map(
-        body,
-        max_memory=max_memory,
-        no_split_module_classes=list(body._no_split_modules or []),
-        dtype=model.dtype,
-    )
-    if folder is None and "disk" in places.values():
-        size = sum(p.numel() * p.element_size() for p in body.parameters())
-        raise NotAvailable(
-            f"{model.spec.name}: {size / 2**30:.1f} GiB of weights fit on no combination of the "
-            "devices here. Use --dtype bfloat16, or a machine with more memory."
-        )
-    if folder is not None:
-        offload_state_dict(str(folder), body.state_dict())
-    dispatch_model(body, places, offload_dir=None if folder is None else str(folder))
-    # Read before: placing it may have left an empty shell.
-    last = places[max((name for name in places if _is_above(name, model, body)), key=len)]
-    model.device = torch.device("cpu" if last == "disk" else last)
-    for name in ("final_norm", "W_U", "b_U", "W_out"):
-        model.__dict__.pop(name, None)  # cached where they were
-    return model
-
-
-def _is_above(name: str, model: LoadedModel, body: Any) -> bool:
-    """Whether a module of the body is its final norm or holds it."""
-    module = body.get_submodule(name)
-    return any(child is model.norm for child in module.modules())
+    loaded = _read_weights(spec, source, device, dtype)
+    return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
 
 
 def assemble(

@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no tracebac
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,6 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
+from ccm.arguments import (
+    engine_options,
+    facts_options,
+    measure_options,
+    model_options,
+    parse_model_paths,
+    path_option,
+    rehearse_options,
+    share,
+)
 from ccm.errors import BadInput, CcmError, allowed, one_of
 
 PROGRAM = "ccm"
@@ -63,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="the whole experiment, into a run folder")
-    _model_options(run)
-    _facts_options(run)
+    model_options(run)
+    facts_options(run)
     run.add_argument(
         "--ablation-value",
         default="mean_ablation",
@@ -73,9 +82,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
     run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
-    _measure_options(run)
+    measure_options(run)
     run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
-    _engine_options(run)
+    engine_options(run)
     run.add_argument(
         "--device-map", help="auto: lay the layers over all GPUs, for a model that fits no single one"
     )
@@ -90,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
     run.add_argument(
         "--shard",
-        type=_share,
+        type=share,
         metavar="I/N",
         help="decode only the I-th of N shares of the prompts; `ccm merge` joins them",
     )
@@ -108,153 +117,39 @@ def parser() -> argparse.ArgumentParser:
     figures.set_defaults(run=_figures)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
-    _path_option(models)
+    path_option(models)
     models.set_defaults(run=_models)
 
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
-    _model_options(prompts)
-    _facts_options(prompts)
+    model_options(prompts)
+    facts_options(prompts)
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
     prompts.set_defaults(run=_prompts)
 
     measure = commands.add_parser("measure", help="LogitVar, norm and rho of last-layer neurons")
-    _model_options(measure)
-    _measure_options(measure)
+    model_options(measure)
+    measure_options(measure)
     measure.add_argument("--out", type=Path, help="CSV file to write")
     measure.set_defaults(run=_measure)
 
     ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
-    _model_options(ablate)
+    model_options(ablate)
     ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
     ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
     sets = ablate.add_mutually_exclusive_group(required=True)
     sets.add_argument("--neurons", help="one set: 1,2,3")
     sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
     ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
-    _engine_options(ablate)
+    engine_options(ablate)
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=_ablate)
 
     rehearse = commands.add_parser(
         "rehearse", help="time and memory of a published model's run, on random weights"
     )
-    _rehearse_options(rehearse)
+    rehearse_options(rehearse)
     rehearse.set_defaults(run=_rehearse)
     return top
-
-
-def _rehearse_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="one of the five published models")
-    command.add_argument("--prompts", type=int, default=256, help="probing prompts (default: 256)")
-    command.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
-    command.add_argument(
-        "--ablation-value", default="all", help="as for `ccm run` (default: all five in one decode)"
-    )
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: auto)")
-    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    command.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="with tokenizer.json (default: a stand-in whose prompts are about as long)",
-    )
-    command.add_argument(
-        "--seed", type=int, default=123, help="of weights, prompts and controls (default: 123)"
-    )
-    command.add_argument(
-        "--hooked", action="store_true", help="time a plain pass with TransformerLens hooks, too"
-    )
-    command.add_argument("--out", type=Path, help="JSON file to write")
-    command.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep what such a run leaves behind (random results)"
-    )
-
-
-def _path_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model-path",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="checkpoint folder of a named model; may be repeated",
-    )
-
-
-def _model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="a name of `ccm models`, or a folder")
-    _path_option(command)
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto (default: cpu)")
-    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    command.add_argument(
-        "--protocol",
-        default="corrected",
-        help="corrected (default), or released: with the released code's behaviours",
-    )
-
-
-def _engine_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--engine",
-        default="shared",
-        help="shared (default): one decode for all sets; hooked: the slow reference, a pass a set",
-    )
-    command.add_argument(
-        "--memory-budget",
-        type=_bytes,
-        metavar="SIZE",
-        help="what a shard may use, like 500M or 8G (default: half of what is free)",
-    )
-
-
-def _bytes(text: str) -> int:
-    """Parse a size: `500M`, `8G` or plain bytes."""
-    units = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    try:
-        size = float(number) * unit
-    except ValueError:
-        size = math.nan
-    if not (1 << 20) <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size. Give 1M or more, like 500M or 8G.")
-    return int(size)
-
-
-def _share(text: str) -> tuple[int, int]:
-    """Parse `2/8`."""
-    i, slash, n = text.partition("/")
-    if not (slash and i.isascii() and i.isdecimal() and n.isascii() and n.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share. Give I/N, like 2/8.")
-    return int(i), int(n)
-
-
-def _facts_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--facts", help="pararel, or a folder with facts.csv and relations.csv (default: its own)"
-    )
-    command.add_argument("--template", help="bare, instruction or chat (default: the model's)")
-
-
-def _measure_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-k", type=int, help="entropy neurons to select (default: the model's)")
-    command.add_argument("--min-rho", type=float, help="least rho to select (default: the model's)")
-    command.add_argument("--null-space-dims", type=int, help="directions of V0 (default: its own)")
-
-
-def parse_model_paths(entries: Sequence[str]) -> dict[str, Path]:
-    """Parse `NAME=DIR` entries.
-
-    Raises:
-        BadInput: an entry without `=`, or a folder that is not there.
-    """
-    paths = {}
-    for entry in entries:
-        name, equals, folder = entry.partition("=")
-        if not (name and equals and folder):
-            raise BadInput(f"--model-path {entry!r}: not NAME=DIR. Give gpt2-small=/path/to/folder.")
-        if not Path(folder).is_dir():
-            raise BadInput(f"--model-path {entry!r}: no such folder {folder!r}.")
-        paths[name] = Path(folder)
-    return paths
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:

@@ -51,6 +51,7 @@ from ccm.run_folder import (
     write_statistics,
     write_table,
 )
+from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
 from ccm.weights import revision, weight_files
 
@@ -112,8 +113,10 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
 def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
     """Every step that needs the model, in order."""
     config = plan_.config
-    spread = config.device_map is not None
-    model = load(plan_.spec, plan_.device, config.dtype, spread=spread)
+    if config.device_map is None:
+        model = load(plan_.spec, plan_.device, config.dtype)
+    else:
+        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype))
     folder.note(weights={"source": model.source, "revision": revision(plan_.spec)})
     clock("load")
     prompts = prompts_step(folder, plan_, model)

@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from ccm.ablation import STATISTICS
-from ccm.cli import main, new_file, parse_model_paths
+from ccm.arguments import parse_model_paths
+from ccm.cli import main, new_file
 from ccm.errors import BadInput
 from ccm.external import parse_neurons
 from ccm.models import MODELS, PUBLISHED

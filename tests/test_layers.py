@@ -17,6 +17,7 @@ ORDER = (
     "models",
     "weights",
     "checkpoint",
+    "spreading",
     "prompts",
     "ablation",
     "completions",
@@ -56,6 +57,7 @@ ORDER = (
     "meter",
     "stages",
     "rehearsal",
+    "arguments",
     "cli",
     "__main__",
 )

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccm.checkpoint import load, spread_over_devices
+from ccm.checkpoint import load
 from ccm.cli import main
 from ccm.completions import merge
 from ccm.decoding import decode_sets
 from ccm.errors import NotAvailable
 from ccm.models import spec_for
+from ccm.spreading import spread_over_devices
 from tests.test_decoding import assert_same, random_sets
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
