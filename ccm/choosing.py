@@ -8,14 +8,14 @@ itself by more than a referee could repair, and near ties stand as they fall.)
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.checkpoint import LoadedModel
 from ccm.completions import N_TOP, Work, most_likely
 from ccm.forward import run_body
+from ccm.room import Room
 from ccm.screening import (
     Nodes,
     Screen,
@@ -27,6 +27,9 @@ from ccm.screening import (
     pair_slack,
     shortlisted,
 )
+
+# Room that a GPU's lists begin with: pairs that are not certified, and pairs that need a whole row.
+UNSURE, WHOLE = 1 << 12, 1 << 6
 
 
 @dataclass(frozen=True)
@@ -63,30 +66,44 @@ class Referee:
     model: LoadedModel
     screen: Screen
     prefix: Callable[[int], list[int]]  # a node's tokens
+    room: Room
     work: Work
     alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def rows(
-        self, node: Int[Tensor, "near"], sets: Int[Tensor, "near"]
+        self,
+        name: str,
+        node: Int[Tensor, "pair"],
+        sets: Int[Tensor, "pair"],
+        doubtful: Bool[Tensor, "pair"],
     ) -> Iterator[tuple[int, Float[Tensor, "d_vocab"]]]:
-        """Yield the place of each pair among those given, and its ablated logits."""
+        """Yield the place of each doubtful pair, and its ablated logits.
+
+        Args:
+            name: What `room` calls the list of them.
+            node: Node of each pair.
+            sets: Set of each pair.
+            doubtful: Which ones; hardly ever any.
+        """
         if self.model.dtype != torch.float32:
             return
+        near = self.room.places(name, doubtful, least=0)
+        if not len(near):
+            return
         model, screen = self.model, self.screen
-        for i in sorted(set(node.tolist())):
+        near = near[near < len(node)]
+        at, of = node[near], sets[near]
+        for i in sorted(set(at.tolist())):
             if i not in self.alone:
                 tokens = torch.tensor([self.prefix(i)], device=model.device)
                 self.alone[i] = run_body(model, tokens, last_only=True)
                 self.work.forward_tokens += tokens.numel()
             x, a = self.alone[i]
-            for p in torch.nonzero(node == i)[:, 0].tolist():
-                self.work.refereed += 1
-                self.work.full_rows += 1
-                of = sets[p]
-                neurons = screen.selected[screen.slots[of]]  # (k,)
-                c = (screen.values[of] - a[0, -1][neurons]) * screen.present[of]
+            for p in torch.nonzero(at == i)[:, 0].tolist():
+                neurons = screen.selected[screen.slots[of[p]]]  # (k,)
+                c = (screen.values[of[p]] - a[0, -1][neurons]) * screen.present[of[p]]
                 moved = x[0, -1] + c @ model.W_out[neurons]
-                yield p, (model.final_norm(moved[None]) @ model.W_U + model.b_U)[0]
+                yield int(near[p]), (model.final_norm(moved[None]) @ model.W_U + model.b_U)[0]
 
 
 def choose(
@@ -96,40 +113,53 @@ def choose(
     sets: Int[Tensor, "pair"],
     sizes: AtOnce,
     referee: Referee,
-    work: Work,
 ) -> Int[Tensor, "pair"]:
-    """Next token of every (node, set) pair: certified, shortlisted, by its whole row, or refereed."""
-    chosen = nodes.likely[:, 0][node]
-    sure = certified(screen, nodes)
-    unsure = torch.nonzero(~sure.reshape(-1)[node * sure.shape[1] + sets])[:, 0]
-    near = list[Tensor]()
-    work.certified += len(node) - len(unsure)
-    for part in torch.split(unsure, sizes.pairs):
-        at, of = node[part], sets[part]
-        c = changes(screen, nodes, at, of)
-        scale = ablated_scale(screen, nodes, at, of, c)
-        tau = pair_slack(screen, nodes, at, of, c, scale)
-        proved, chosen[part] = shortlisted(screen, nodes, at, of, c, scale, tau)
-        rest = torch.nonzero(~proved)[:, 0]
-        work.shortlisted += len(part) - len(rest)
-        work.low_rank += len(rest)
-        for i in torch.split(rest, sizes.rows(2 + c.shape[1])):
-            rows = low_rank_rows(
-                screen.beta,
-                nodes.sz[at[i]][:, None],
-                c[i][:, None],
-                scale[i][:, None],
-                screen.P[screen.slots[of[i]]],
-            )[:, 0]
-            best = rows.topk(2)
-            chosen[part[i]] = best.indices[:, 0]
-            close = best.values[:, 0] - best.values[:, 1] <= tau[i]
-            near.append(part[i[close]])
-    if near:
-        doubtful = torch.cat(near)
-        for place, logits in referee.rows(node[doubtful], sets[doubtful]):
-            chosen[doubtful[place]] = logits.argmax()
-    return chosen
+    """Next token of every (node, set) pair: certified, shortlisted, by its whole row, or refereed.
+
+    The room's lists "unsure", "whole" and "near" are of those that were not certified, those of them
+    that the shortlist did not settle, and the near ties among those.
+    """
+    room, sure = referee.room, certified(screen, nodes)
+    unsure = room.places("unsure", ~sure.reshape(-1)[node * sure.shape[1] + sets], least=UNSURE)
+    # A place more than there are pairs, for what fills up lists.
+    chosen = nodes.likely[:, 0][_with_spare(node)]
+    at, of = _with_spare(node)[unsure], _with_spare(sets)[unsure]
+    proved, taus = list[Tensor](), list[Tensor]()
+    for part in slices(len(unsure), sizes.pairs):
+        c = changes(screen, nodes, at[part], of[part])
+        scale = ablated_scale(screen, nodes, at[part], of[part], c)
+        tau = pair_slack(screen, nodes, at[part], of[part], c, scale)
+        settled, token = shortlisted(screen, nodes, at[part], of[part], c, scale, tau)
+        chosen[unsure[part]] = token
+        proved.append(settled)
+        taus.append(tau)
+    if not proved:
+        return chosen[:-1]
+    whole = room.places("whole", ~torch.cat(proved) & (unsure < len(node)), least=WHOLE)
+    pair = torch.cat([unsure, torch.full_like(unsure[:1], len(node))])[whole]
+    at, of, tau = (_with_spare(values)[whole] for values in (at, of, torch.cat(taus)))
+    close = list[Tensor]()
+    for part in slices(len(whole), sizes.rows(2 + screen.slots.shape[1])):
+        c = changes(screen, nodes, at[part], of[part])
+        rows = low_rank_rows(
+            screen.beta,
+            nodes.sz[at[part]][:, None],
+            c[:, None],
+            ablated_scale(screen, nodes, at[part], of[part], c)[:, None],
+            screen.P[screen.slots[of[part]]],
+        )[:, 0]
+        best = rows.topk(2)
+        chosen[pair[part]] = best.indices[:, 0]
+        close.append(best.values[:, 0] - best.values[:, 1] <= tau[part])
+    if close:
+        for i, logits in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
+            chosen[pair[i]] = logits.argmax()
+    return chosen[:-1]
+
+
+def _with_spare(values: Tensor) -> Tensor:
+    """Values with one more behind, for the places that fill up a list."""
+    return torch.cat([values, values[:1]])
 
 
 def read_first_tokens(
@@ -138,26 +168,26 @@ def read_first_tokens(
     targets: Int[Tensor, "node target"],
     sizes: AtOnce,
     referee: Referee,
-    work: Work,
     *,
     own_top: bool,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Tensor]:
     """First-token entropies, log-probabilities and top tokens of every set, as in `Shard`.
 
-    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time.
+    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. The room's
+    lists have "first" in their names, those of near ties "near".
     """
     n, n_sets, device = len(targets), len(screen.slots), targets.device
     everyone = torch.arange(n, device=device)
     plain = nodes.sz / nodes.scale[:, None] + screen.beta
     # Set 0 is the plain run.
-    plain_tops = _tops(plain, everyone, torch.zeros_like(everyone), nodes.slack, referee)
+    zeros = torch.zeros_like(everyone)
+    plain_tops = _tops("near, first", plain, everyone, zeros, nodes.slack, referee)
     asked = torch.cat([targets, plain_tops], dim=1)
     n_top = plain_tops.shape[1]
     entropy = torch.empty((n, n_sets), device=device)
     log_probs = torch.empty((n, n_sets, asked.shape[1]), device=device)
     tops = plain_tops[:, None].repeat(1, n_sets if own_top else 1, 1)
     top_log_probs = torch.empty(tops.shape, device=device)
-    work.first_rows += n * n_sets
     width = max(1, min(n, sizes.rows(2) // 8))
     for exact_shift in (False, True):
         for of, at, rows, scale in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
@@ -174,20 +204,24 @@ def read_first_tokens(
                 sets = torch.arange(of.start, of.stop, device=device).repeat_interleave(rows.shape[1])
                 c = changes(screen, nodes, node, sets)
                 tau = pair_slack(screen, nodes, node, sets, c, scale.reshape(-1))
-                best = _tops(rows.flatten(0, 1), node, sets, tau, referee).view(*rows.shape[:2], -1)
+                name = f"near, first, {of.start}, {at.start}, {exact_shift}"
+                best = _tops(name, rows.flatten(0, 1), node, sets, tau, referee)
+                best = best.view(*rows.shape[:2], -1)
                 tops[at, of] = best.transpose(0, 1)
                 found = rows.gather(-1, best) - log_z[..., None]
                 top_log_probs[at, of] = found.transpose(0, 1)
-        if bool(entropy.isfinite().all()):
+        if exact_shift or not len(
+            referee.room.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
+        ):
             break
     if not own_top:
         top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
     return {
-        "entropy": entropy.cpu().numpy(),
-        "asked": asked.cpu().numpy(),
-        "log_probs": log_probs.cpu().numpy(),
-        "top_tokens": tops.cpu().numpy(),
-        "top_log_probs": top_log_probs.cpu().numpy(),
+        "entropy": entropy,
+        "asked": asked,
+        "log_probs": log_probs,
+        "top_tokens": tops,
+        "top_log_probs": top_log_probs,
     }
 
 
@@ -219,6 +253,7 @@ def _all_rows(
 
 
 def _tops(
+    name: str,
     rows: Float[Tensor, "pair d_vocab"],
     node: Int[Tensor, "pair"],
     sets: Int[Tensor, "pair"],
@@ -229,7 +264,7 @@ def _tops(
     n = min(N_TOP + 1, rows.shape[1])
     tops = most_likely(rows, n)
     values = rows.gather(1, tops)
-    close = torch.nonzero((values[:, :-1] - values[:, 1:] <= tau[:, None]).any(1))[:, 0]
-    for place, logits in referee.rows(node[close], sets[close]):
-        tops[close[place]] = most_likely(logits[None], n)[0]
+    close = (values[:, :-1] - values[:, 1:] <= tau[:, None]).any(1)
+    for i, logits in referee.rows(name, node, sets, close):
+        tops[i] = most_likely(logits[None], n)[0]
     return tops[:, :N_TOP]

@@ -31,6 +31,7 @@ from ccm.errors import CcmError
 from ccm.models import MAX_NEW_TOKENS
 from ccm.prefill import shared_prefixes
 from ccm.prompts import SPLITTER
+from ccm.room import Room
 from ccm.screening import build_screen
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
@@ -116,6 +117,7 @@ def decode_sets(
         max_new_tokens=max_new_tokens,
         own_top=own_top,
         observing=observe is not None,
+        room=Room(exact=model.device.type != "cuda"),
     )
     if not prompts:
         raise ValueError("no prompts to decode")

@@ -20,8 +20,9 @@ from torch import Tensor
 from ccm.checkpoint import LoadedModel
 from ccm.choosing import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.completions import Shard, Tokens, Work
-from ccm.forward import RowCache, run_body
+from ccm.forward import RowCache, Rows, plan_rows, run_body
 from ccm.prefill import prefill
+from ccm.room import Room, distinct
 from ccm.screening import Screen, read_nodes
 
 
@@ -37,6 +38,7 @@ class Engine:
     max_new_tokens: int
     own_top: bool
     observing: bool
+    room: Room
     # Observed rows of the part at work, shown once it is done: a part that fails is run again.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
 
@@ -96,35 +98,37 @@ class Engine:
         cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
         x, a = prefill(prompts, shared, self.begun, cache, forward, device, self.at_once.tokens)
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
-        first: dict[str, Any] = {}
+        first: dict[str, Tensor] = {}
         for step in range(self.max_new_tokens):
             nodes = read_nodes(self.screen, x, a)
-            work.nodes += len(x)
-            work.full_rows += len(x)
 
             def prefix(i: int) -> list[int]:
                 return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
 
-            referee = Referee(self.model, self.screen, prefix, work)
-            if step == 0:
-                first = read_first_tokens(
-                    self.screen, nodes, targets, self.at_once, referee, work, own_top=self.own_top
-                )
-            chosen = choose(
-                self.screen, nodes, tree.node, tree.sets, self.at_once, referee, work
-            )  # (pair,)
-            ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
-            if step == self.max_new_tokens - 1:
-                ended = torch.ones_like(ended)
-            parent = tree.grow(chosen, ended)
-            if not len(parent):
-                break
+            referee = Referee(self.model, self.screen, prefix, self.room, work)
+            self.room.start()
+            while True:
+                if step == 0 and (not first or self.room.was_short("first")):
+                    first = read_first_tokens(
+                        self.screen, nodes, targets, self.at_once, referee, own_top=self.own_top
+                    )
+                chosen = choose(self.screen, nodes, tree.node, tree.sets, self.at_once, referee)
+                ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
+                if step == self.max_new_tokens - 1:
+                    ended = torch.ones_like(ended)
+                growth = tree.plan(chosen, ended, self.room)
+                if self.room.holds():
+                    break
+            self._count(work, len(x), len(tree.node), step == 0)
             past = end + step  # slots of the cache in use
-            tree.arrange(cache.branch(parent, past))
+            if not tree.grow(growth, self.room):
+                break
+            moved = slice(self.room.count("moved"))
+            cache.move(growth.rows.moved[moved], growth.rows.source[moved], past, len(tree.paths))
             positions = lengths[tree.origin] + step
             read = [
                 forward(tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
-                for rows in slices(len(parent), self.at_once.tokens)
+                for rows in slices(len(tree.paths), self.at_once.tokens)
             ]
             x, a = torch.cat([x[:, -1] for x, _ in read]), torch.cat([a[:, -1] for _, a in read])
         if device.type == "cuda":
@@ -135,8 +139,33 @@ class Engine:
             leaves=leaves,
             texts=tuple(self.model.decode(tokens) for tokens in leaves),
             leaf=leaf,
-            **first,
+            **{name: values.cpu().numpy() for name, values in first.items()},
         )
+
+    def _count(self, work: Work, nodes: int, pairs: int, first: bool) -> None:
+        """Add up what a step cost, once its lists are settled."""
+        room = self.room
+        work.nodes += nodes
+        work.first_rows += nodes * len(self.full) if first else 0
+        work.certified += pairs - room.count("unsure")
+        work.shortlisted += room.count("unsure") - room.count("whole")
+        work.low_rank += room.count("whole")
+        work.refereed += room.total("near")
+        work.full_rows += nodes + room.total("near")
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """What a step adds to a tree; lists of a `Room`, which may be filled up."""
+
+    ended: Bool[Tensor, "pair"]
+    branch: Int[Tensor, "pair"]  # each pair's (node, token), among all distinct ones
+    grown: Int[Tensor, "branch step"]  # tokens since the prompt
+    origin: Int[Tensor, "branch"]
+    on: Int[Tensor, "on"]  # pairs that go on
+    kept: Int[Tensor, "kept"]  # branches that go on
+    node: Int[Tensor, "on"]  # which of these each pair is on
+    rows: Rows
 
 
 class _Tree:
@@ -153,35 +182,54 @@ class _Tree:
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
         self.leaf = torch.full_like(self.pair, -1)  # place among all branches
 
-    def grow(self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"]) -> Int[Tensor, "branch"]:
-        """Add a token to every pair; return the parents of those branches that go on, ascending.
+    def plan(self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"], room: Room) -> _Growth:
+        """Add a token to every pair, and find out what goes on.
 
         Everything that happens next happens once per distinct (node, token). A branch may end for some
-        sets (a splitter) and go on for others.
+        sets (a splitter) and go on for others. The room's lists are "branches", "on", "kept", "moved".
         """
-        key, branch = _distinct(self.node * self.d_vocab + chosen, len(self.paths) * self.d_vocab)
-        parent, token = key // self.d_vocab, key % self.d_vocab
-        grown = torch.cat([self.paths[parent], token[:, None]], dim=1)
-        place = sum(map(len, self.branches)) + branch
-        self.branches.append(grown)
-        self.leaf[self.pair] = torch.where(ended, place, self.leaf[self.pair])
-        on = torch.nonzero(~ended)[:, 0]
-        self.pair, self.sets = self.pair[on], self.sets[on]
-        kept, self.node = _distinct(branch[on], len(key))
-        self.paths, self.origin = grown[kept], self.origin[parent[kept]]
-        return parent[kept]
+        keys = self.node * self.d_vocab + chosen
+        key, branch = room.distinct("branches", keys, len(self.paths) * self.d_vocab)
+        parent = key // self.d_vocab
+        on = room.places("on", ~ended)
+        # What fills up the list of pairs is on no branch.
+        branches = torch.cat([branch, torch.full_like(branch[:1], len(key))])[on]
+        kept, node = room.distinct("kept", branches, len(key))
+        return _Growth(
+            ended=ended,
+            branch=branch,
+            grown=torch.cat([self.paths[parent], (key % self.d_vocab)[:, None]], dim=1),
+            origin=self.origin[parent],
+            on=on,
+            kept=kept,
+            node=node,
+            rows=plan_rows(parent[kept], room, room.so_far("kept")),
+        )
 
-    def arrange(self, held: Int[Tensor, "node"]) -> None:
-        """Number nodes by the cache rows that hold them: row i holds node `held[i]`."""
+    def grow(self, growth: _Growth, room: Room) -> int:
+        """Do what was planned; nodes are numbered by the cache rows that hold them.
+
+        Returns:
+            How many nodes there are now.
+        """
+        n_on, n = room.count("on"), room.count("kept")
+        place = sum(map(len, self.branches)) + growth.branch
+        self.leaf[self.pair] = torch.where(growth.ended, place, self.leaf[self.pair])
+        self.branches.append(growth.grown[: room.count("branches")])
+        on, held = growth.on[:n_on], growth.rows.branch[:n]
+        self.pair, self.sets = self.pair[on], self.sets[on]
         row = torch.empty_like(held)
-        row[held] = torch.arange(len(held), device=held.device)
-        self.node, self.paths, self.origin = row[self.node], self.paths[held], self.origin[held]
+        row[held] = torch.arange(n, device=held.device)
+        self.node = row[growth.node[:n_on]]
+        branch = growth.kept[:n][held]
+        self.paths, self.origin = growth.grown[branch], growth.origin[branch]
+        return n
 
     def leaves(
         self, eos: Bool[Tensor, "d_vocab"]
     ) -> tuple[Int[np.ndarray, "prompt set"], tuple[tuple[int, ...], ...]]:
         """Which continuation each set chose, and all of them, without the EOS that ended them."""
-        used, leaf = _distinct(self.leaf, sum(map(len, self.branches)))
+        used, leaf = distinct(self.leaf, sum(map(len, self.branches)))
         places, found, start = used.cpu(), list[tuple[int, ...]](), 0
         for grown in self.branches:
             mine = places[(places >= start) & (places < start + len(grown))] - start
@@ -193,16 +241,3 @@ class _Tree:
             ]
             start += len(grown)
         return leaf.view(-1, self.n_sets).cpu().numpy().astype(np.int32), tuple(found)
-
-
-def _distinct(
-    keys: Int[Tensor, "pair"], n_keys: int
-) -> tuple[Int[Tensor, "distinct"], Int[Tensor, "pair"]]:
-    """Distinct keys below `n_keys`, ascending, and each pair's place among them."""
-    if n_keys > 32 * len(keys):
-        return torch.unique(keys, return_inverse=True)  # type: ignore[no-any-return]
-    # Counting beats sorting where the table is no larger than the pairs are many.
-    there = torch.zeros(n_keys, dtype=torch.bool, device=keys.device)
-    there[keys] = True
-    place = there.cumsum(0) - 1
-    return torch.nonzero(there)[:, 0], place[keys]

@@ -1,6 +1,7 @@
 """The one place that runs the transformer for the shared decode: tokens in, two tensors out."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache as once
 from typing import Any
 
@@ -9,6 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.checkpoint import LoadedModel
+from ccm.room import Room
+
+PREPARED = ("gpt2", "gpt_neox", "phi", "mistral", "llama")
 
 
 def run_body(
@@ -47,7 +51,12 @@ def run_body(
         past, n = cache.get_seq_length(), tokens.shape[1]
         slots = torch.arange(past + n, device=tokens.device)
         # Each row's first token lies `position` slots before its first new one.
-        masked["attention_mask"] = (slots >= past - positions[:, None]).long()
+        there = slots >= past - positions[:, None]  # (node, slot)
+        if _takes_prepared_masks(model, past + n):
+            causal = slots <= past + slots[:n, None]  # (position, slot)
+            masked["attention_mask"] = there[:, None, None] & causal
+        else:
+            masked["attention_mask"] = there.long()
         masked["position_ids"] = positions[:, None] + slots[:n]
     hooks = [
         model.norm.register_forward_pre_hook(keep("x")),
@@ -64,6 +73,21 @@ def run_body(
     assert seen["a"].shape == (*x.shape[:2], model.spec.d_mlp), seen["a"].shape
     # Of a model that is spread over devices, its layers may have read them elsewhere.
     return x.to(model.device), seen["a"].to(model.device)
+
+
+def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:
+    """Whether each layer may be handed its mask as it is.
+
+    Otherwise transformers makes it, and a GPU's host waits while it looks whether any slot is masked.
+    Other architectures may read more than a mask from it, and beyond a window layers differ.
+    """
+    config = model.body.config
+    window = getattr(config, "sliding_window", None)
+    return (
+        config.model_type in PREPARED
+        and config._attn_implementation == "sdpa"
+        and (window is None or slots <= window)
+    )
 
 
 class RowCache:
@@ -125,36 +149,21 @@ class RowCache:
         for buffer in (*self.keys, *self.values):
             buffer[rows, :, :stop] = 0
 
-    def branch(self, parent: Int[Tensor, "row"], past: int) -> Int[Tensor, "row"]:
-        """Give every branch a row with its parent's first `past` slots.
+    def move(self, rows: Int[Tensor, "moved"], source: Int[Tensor, "moved"], past: int, n: int) -> None:
+        """Copy the first `past` slots of source rows to others, none of which is a source.
 
         Args:
-            parent: Row that each branch grows from, ascending; rows without branches are dropped.
+            rows: Where they go.
+            source: Where they are.
             past: Slots in use.
-
-        Returns:
-            Which branch each of the first rows now holds.
+            n: Rows in use from now on.
         """
-        n = len(parent)
-        eldest = torch.ones_like(parent, dtype=torch.bool)
-        eldest[1:] = parent[1:] != parent[:-1]
-        stays = eldest & (parent < n)
-        n_stay = int(stays.sum())
-        branch = torch.argsort(~stays, stable=True)  # those that stay, then those that move
-        held = torch.zeros(n, dtype=torch.bool, device=parent.device)
-        held[parent[branch[:n_stay]]] = True
-        moved, free = branch[n_stay:], torch.argsort(held, stable=True)[: n - n_stay]
-        order = torch.empty_like(parent)
-        order[parent[branch[:n_stay]]], order[free] = branch[:n_stay], moved
         if n > self.rows:
             self._grow(n)
-        if len(moved):
-            # A free row has no branch at all, or its eldest would hold it: it is nobody's source.
-            source = parent[moved]
+        if len(rows):
             for buffer in (*self.keys, *self.values):
                 used, here = buffer[:, :, :past], buffer.device
-                used.index_copy_(0, free.to(here), used.index_select(0, source.to(here)))
-        return order
+                used.index_copy_(0, rows.to(here), used.index_select(0, source.to(here)))
 
     def _grow(self, rows: int) -> None:
         before, self.rows = self.rows, rows + rows // 4
@@ -162,6 +171,43 @@ class RowCache:
             for i, buffer in enumerate(buffers):
                 buffers[i] = buffer.new_empty((self.rows, *buffer.shape[1:]))
                 buffers[i][:before] = buffer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which row of a cache every branch takes."""
+
+    branch: Int[Tensor, "row"]  # that each row holds
+    moved: Int[Tensor, "moved"]  # rows that take their slots from another
+    source: Int[Tensor, "moved"]  # that other
+
+
+def plan_rows(parent: Int[Tensor, "branch"], room: Room, n: int | Tensor) -> Rows:
+    """Give every branch a row, so that as few as can be are copied.
+
+    A branch stays in its parent's row if it is the eldest there and the row is among the first n; the
+    others move to rows that are free then. A free row has no branch at all, or its eldest would hold
+    it, so it is nobody's source. Rows without branches are dropped.
+
+    Args:
+        parent: Row that each branch grows from, ascending.
+        room: For the list of rows that move, called "moved".
+        n: How many branches there are; what follows after them means nothing.
+    """
+    size = len(parent)
+    place = torch.arange(size, device=parent.device)
+    eldest = torch.ones_like(parent, dtype=torch.bool)
+    eldest[1:] = parent[1:] != parent[:-1]
+    there = place < n
+    stays = there & eldest & (parent < n)
+    branch = torch.full((size + 1,), -1, device=parent.device)
+    branch[torch.where(stays, parent, size)] = place
+    branch = branch[:size]
+    free = there & (branch < 0)
+    movers = torch.argsort(stays | ~there, stable=True)  # those that move, then all others
+    branch = torch.where(free, movers[(free.cumsum(0) - 1).clamp_min(0)], branch)
+    moved = room.places("moved", free)
+    return Rows(branch, moved, parent[torch.cat([branch, branch[:1]])[moved]])
 
 
 @once

@@ -24,7 +24,7 @@ from ccm.checkpoint import LoadedModel, load
 from ccm.completions import Completions, Decoded, Shard, Work, merge
 from ccm.decoding import decode, decode_sets
 from ccm.errors import CcmError
-from ccm.forward import RowCache, run_body
+from ccm.forward import RowCache, plan_rows, run_body
 from ccm.knowledge import SOURCES, knowledge_source
 from ccm.models import MAX_NEW_TOKENS, MODELS, spec_for
 from ccm.neurons import controls, measure, select
@@ -32,6 +32,7 @@ from ccm.plan import find_facts
 from ccm.prefill import MAX_SHARERS, prefill, shared_prefixes
 from ccm.probing import build_prompts
 from ccm.prompts import SPLITTER, answer_object
+from ccm.room import Room
 from tests.strategies import toy_configs
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import FAMILIES, GROUPED, ToyConfig, token_prompts, toy_folder
@@ -1046,7 +1047,7 @@ def test_rows_of_one_cache_go_on_as_each_prefix_would_alone(config: ToyConfig) -
         x, a = prefill(prompts, shared, begun, cache, forward, model.device, at_once=12)
         check_alone(model, prompts, x, a)
         for step, parents in enumerate(([0, 0, 0, 1, 3, 3, 4, 5, 5], [1, 4, 4, 8], [0, 1, 2, 3, 3, 3])):
-            held = cache.branch(torch.tensor(parents), 80 + step)
+            held = branch(cache, torch.tensor(parents), 80 + step)
             assert sorted(held.tolist()) == list(range(len(parents)))
             prompts = [[*prompts[parents[i]], 3 + int(i) + step] for i in held]
             positions = torch.tensor([len(p) - 1 for p in prompts])
@@ -1065,6 +1066,13 @@ def check_alone(
             assert difference_ < 1e-4 * its.abs().max(), (model.spec.name, prompt)
 
 
+def branch(cache: RowCache, parents: torch.Tensor, past: int) -> torch.Tensor:
+    """Give every branch a row; returns which one each row holds."""
+    rows = plan_rows(parents, Room(exact=True), len(parents))
+    cache.move(rows.moved, rows.source, past, len(parents))
+    return rows.branch
+
+
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=24).map(sorted), st.integers(1, 30))
 def test_branches_hold_what_their_parents_held(parents: list[int], past: int) -> None:
     cache = RowCache(2)
@@ -1073,7 +1081,7 @@ def test_branches_hold_what_their_parents_held(parents: list[int], past: int) ->
     rows = [torch.randn(4, 8, 3, 30, 5, generator=random_)[i] for i in range(4)]
     for layer in range(2):
         cache.write(layer, slice(0, 8), 0, rows[layer], rows[2 + layer])
-    held = cache.branch(torch.tensor(parents), past)
+    held = branch(cache, torch.tensor(parents), past)
     source = torch.tensor(parents)[held]
     for layer in range(2):
         for buffer, before in ((cache.keys, rows[layer]), (cache.values, rows[2 + layer])):

@@ -22,6 +22,7 @@ ORDER = (
     "ablation",
     "completions",
     "screening",
+    "room",
     "forward",
     "prefill",
     "choosing",

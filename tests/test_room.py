@@ -1,0 +1,207 @@
+"""Lists of guessed length hold what lists of the right length hold, and nobody waits for them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ccm import choosing, decoding, hooked
+from ccm.ablation import Ablation
+from ccm.checkpoint import load
+from ccm.completions import Shard, Work
+from ccm.forward import plan_rows
+from ccm.models import spec_for
+from ccm.room import Room, distinct
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
+
+masks = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)
+
+
+@given(masks, st.integers(0, 8))
+def test_a_list_that_holds_is_the_exact_one(mask: torch.Tensor, least: int) -> None:
+    guessed, exact = Room(exact=False), Room(exact=True)
+    wanted = exact.places("list", mask)
+    found = guessed.places("list", mask, least)
+    if len(wanted) > least:
+        assert not guessed.holds()
+        assert guessed.was_short("list")
+        guessed.start()
+        found = guessed.places("list", mask, least)
+    assert guessed.holds()
+    assert torch.equal(found[: guessed.count("list")], wanted)
+    assert (found[guessed.count("list") :] == len(mask)).all()
+    assert guessed.count("list") == exact.count("list") == guessed.total("is") == len(wanted)
+
+
+def test_room_grows_with_need_and_what_hardly_happens_keeps_none() -> None:
+    room, many = Room(exact=False), torch.ones(30, dtype=torch.bool)
+
+    def lengths(mask: torch.Tensor) -> tuple[int, int, bool]:
+        room.start()
+        usual, rare = room.places("usual", mask, least=4), room.places("rare", mask, least=0)
+        return len(usual), len(rare), room.holds()
+
+    assert lengths(~many) == (4, 0, True)
+    assert lengths(many[:10]) == (4, 0, False)
+    assert lengths(many[:10]) == (10, 10, True)
+    assert lengths(many) == (20, 0, False)
+    assert lengths(many) == (30, 30, True)
+    assert lengths(~many) == (30, 0, True)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(0, 4))
+def test_distinct_keys_and_places_are_numpys(keys: list[int], fillers: int) -> None:
+    wanted, inverse = np.unique(keys, return_inverse=True)
+    for n_keys in (13, 13 * 40):  # by counting, and by sorting
+        found, place = distinct(torch.tensor(keys), n_keys)
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(place, inverse)
+    room = Room(exact=False)
+    found, place = room.distinct("keys", torch.tensor([*keys, *[13] * fillers]), 13)
+    assert room.holds()
+    np.testing.assert_array_equal(found[: room.count("keys")], wanted)
+    np.testing.assert_array_equal(place[: len(keys)], inverse)
+    assert ((found >= 0) & (found < 13)).all(), "what fills up a list must be some key"
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=24).map(sorted), st.integers(0, 5))
+def test_rows_are_planned_alike_for_lists_of_any_length(parents: list[int], fillers: int) -> None:
+    n, exact, guessed = len(parents), Room(exact=True), Room(exact=False)
+    wanted = plan_rows(torch.tensor(parents), exact, n)
+    rows = plan_rows(torch.tensor([*parents, *[0] * fillers]), guessed, torch.tensor(n))
+    assert guessed.holds()
+    assert torch.equal(rows.branch[:n], wanted.branch)
+    moved = guessed.count("moved")
+    assert torch.equal(rows.moved[:moved], wanted.moved)
+    assert torch.equal(rows.source[:moved], wanted.source)
+
+
+# --- the whole decode -----------------------------------------------------------------------------
+
+
+def decoded(config: ToyConfig, sizes: tuple[int, ...], **options: Any) -> tuple[list[Shard], Work]:
+    model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, seed=3)
+    random_ = np.random.default_rng(0)
+    sets = []
+    for size in sizes:
+        neurons = random_.choice(config.d_mlp, size, replace=False)
+        values = tuple(float(v) for v in 3 * random_.normal(size=size))
+        sets.append(Ablation("set", tuple(int(i) for i in neurons), values))
+    work = Work()
+    return list(decoding.decode_sets(model, prompts, sets, work=work, **options)), work
+
+
+each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
+
+
+@each_toy
+@pytest.mark.parametrize("own_top", [False, True])
+def test_guessed_lengths_change_neither_results_nor_counts(
+    config: ToyConfig, own_top: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, wanted = decoded(config, (5, 0, 12, 5, 5, 5), own_top=own_top)
+    waits = []
+
+    class Guessing(Room):
+        def holds(self) -> bool:
+            waits.append(super().holds())
+            return waits[-1]
+
+    monkeypatch.setattr(decoding, "Room", lambda exact: Guessing(exact=False))
+    for unsure, whole in ((1, 1), (1 << 12, 1 << 6)):
+        monkeypatch.setattr(choosing, "UNSURE", unsure)
+        monkeypatch.setattr(choosing, "WHOLE", whole)
+        waits.clear()
+        shards, work = decoded(config, (5, 0, 12, 5, 5, 5), own_top=own_top)
+        assert work == wanted
+        if unsure > 1:
+            assert waits.count(False) <= work.refereed, "a step waits once, but for near ties"
+        else:
+            assert not all(waits), "no list was too short: nothing was tested"
+        for mine, its in zip(shards, exact, strict=True):
+            assert mine.leaves == its.leaves
+            assert mine.texts == its.texts
+            for name in ("prompts", "leaf", "entropy", "asked", "log_probs", "top_tokens"):
+                np.testing.assert_array_equal(getattr(mine, name), getattr(its, name))
+
+
+# --- one wait a step ------------------------------------------------------------------------------
+
+
+class Finished(Exception):
+    """Enough steps were seen."""
+
+
+class Unread(Room):
+    """Invents the lengths: what holds no data cannot be read, and says so."""
+
+    def holds(self) -> bool:
+        STEPS.append(len(STEPS))
+        if len(STEPS) == 4:
+            raise Finished
+        self._count = {name: min(given, 5) for name, given in self._given.items()}
+        self._count |= {"kept": 4, "moved": 1, "on": 7}
+        return True
+
+
+STEPS: list[int] = []
+
+
+@contextlib.contextmanager
+def no_data() -> Iterator[None]:
+    """Tensors have shapes and nothing in them: whatever asks for a value fails."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        yield
+
+
+def test_what_holds_no_data_cannot_be_read() -> None:
+    with no_data():
+        values = torch.arange(5) + 1
+        for ask in (
+            lambda: values.sum().item(),
+            lambda: bool((values > 2).all()),
+            lambda: torch.nonzero(values),
+            lambda: values[values > 2],
+            lambda: torch.unique(values),
+        ):
+            with pytest.raises(Exception, match=r"aten\.|not linked"):
+                ask()
+
+
+@each_toy
+def test_a_step_reads_nothing_but_the_lengths_of_its_lists(
+    config: ToyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import masking_utils
+
+    # transformers looks for masked slots unless it sees that there is no data.
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *args: False)
+    monkeypatch.setattr(decoding, "Room", lambda exact: Unread(exact=False))
+    STEPS.clear()
+    run = decoding.Engine.run
+    monkeypatch.setattr(decoding.Engine, "run", lambda *args: within(no_data(), run, *args))
+    with pytest.raises(Finished):
+        decoded(config, (5, 0, 12, 5))
+    assert len(STEPS) == 4
+
+
+def within(context: Any, call: Any, *args: Any) -> Any:
+    with context:
+        return call(*args)
+
+
+def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = next(c for c in FAMILIES if c.family == "mistral")
+    model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, seed=3)
+    wide = hooked.decode(model, prompts).tokens
+    for settings in (model.body.config, model.bridge.original_model.config):
+        monkeypatch.setattr(settings, "sliding_window", 6)
+    narrow = hooked.decode(model, prompts).tokens
+    assert narrow != wide, "the window hides nothing: nothing was tested"
+    assert decoding.decode(model, prompts).tokens == narrow
