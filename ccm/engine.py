@@ -60,7 +60,8 @@ class Engine:
         kv_heads: int = cfg.n_key_value_heads or cfg.n_heads
         cache: int = spec.n_layers * 2 * kv_heads * cfg.d_head * (length + self.max_new_tokens) * size
         observed = 4 * (length + self.max_new_tokens) * spec.d_mlp if self.observing else 0
-        pairs = n_sets * (16 * self.screen.slots.shape[1] + 64 + 4 * self.max_new_tokens)
+        # Some thirty numbers of 8 bytes in lists that are as long as there are pairs, and their tokens.
+        pairs = n_sets * (16 * self.screen.slots.shape[1] + 240 + 8 * self.max_new_tokens)
         return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
 
     @torch.inference_mode()
