@@ -1,7 +1,5 @@
 """Lists of guessed length hold what lists of the right length hold, and nobody waits for them."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccm import choosing, decoding, hooked
 from ccm.ablation import Ablation
@@ -19,6 +16,7 @@ from ccm.forward import plan_rows
 from ccm.models import spec_for
 from ccm.room import Room, distinct
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
+from tests.without_data import Finished, InventedLengths, no_data
 
 masks = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)
 
@@ -134,32 +132,6 @@ def test_guessed_lengths_change_neither_results_nor_counts(
 # --- one wait a step ------------------------------------------------------------------------------
 
 
-class Finished(Exception):
-    """Enough steps were seen."""
-
-
-class Unread(Room):
-    """Invents the lengths: what holds no data cannot be read, and says so."""
-
-    def holds(self) -> bool:
-        STEPS.append(len(STEPS))
-        if len(STEPS) == 4:
-            raise Finished
-        self._count = {name: min(given, 5) for name, given in self._given.items()}
-        self._count |= {"kept": 4, "moved": 1, "on": 7}
-        return True
-
-
-STEPS: list[int] = []
-
-
-@contextlib.contextmanager
-def no_data() -> Iterator[None]:
-    """Tensors have shapes and nothing in them: whatever asks for a value fails."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        yield
-
-
 def test_what_holds_no_data_cannot_be_read() -> None:
     with no_data():
         values = torch.arange(5) + 1
@@ -182,18 +154,18 @@ def test_a_step_reads_nothing_but_the_lengths_of_its_lists(
 
     # transformers looks for masked slots unless it sees that there is no data.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *args: False)
-    monkeypatch.setattr(decoding, "Room", lambda exact: Unread(exact=False))
-    STEPS.clear()
+    room = InventedLengths(3, kept=4, moved=1, on=7, branches=5)
+    monkeypatch.setattr(decoding, "Room", lambda exact: room)
     run = decoding.Engine.run
-    monkeypatch.setattr(decoding.Engine, "run", lambda *args: within(no_data(), run, *args))
+
+    def without_data(*args: Any) -> Any:
+        with no_data():
+            return run(*args)
+
+    monkeypatch.setattr(decoding.Engine, "run", without_data)
     with pytest.raises(Finished):
         decoded(config, (5, 0, 12, 5))
-    assert len(STEPS) == 4
-
-
-def within(context: Any, call: Any, *args: Any) -> Any:
-    with context:
-        return call(*args)
+    assert room.left == -1
 
 
 def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
