@@ -32,10 +32,12 @@ def run_pytest(
     *arguments: str, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run pytest anew; without a cache of weights or data, so that every machine says the same."""
+    # Syrupy leaves the reports of a worker's run to the worker's controller.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *arguments],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "CCM_DATA_DIR": "", "COLUMNS": "200", **environment},
+        env={**inherited, "HF_HUB_OFFLINE": "1", "CCM_DATA_DIR": "", "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
         timeout=300,
