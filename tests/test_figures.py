@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResults:
 def drawn(run: RunResults) -> dict[str, Drawing]:
     """Every figure of it by file name; read-only."""
     everything = [*figures_of_run(run), *figures_across([run])]
-    return {stem.split("/")[-1]: draw() for stem, draw in everything}
+    return {entry.stem.split("/")[-1]: entry.draw() for entry in everything}
 
 
 def texts(figure: Figure) -> str:
@@ -72,9 +72,10 @@ def draw_all(path: Path) -> dict[str, Drawing]:
     """Draw and render every figure of a run folder."""
     run = read_results(path)
     found = {}
-    for stem, draw in [*figures_of_run(run), *figures_across([run])]:
-        found[stem.split("/")[-1]] = draw()
-        render(found[stem.split("/")[-1]])
+    for entry in [*figures_of_run(run), *figures_across([run])]:
+        name = entry.stem.split("/")[-1]
+        found[name] = entry.draw()
+        render(found[name])
     return found
 
 
@@ -95,7 +96,7 @@ def test_every_figure_of_the_method_is_there(run: RunResults) -> None:
         f"made/made_{value}_ablation_log_nd_pk",
         f"made/made_{value}_ablation_empirical_noises",
     }
-    stems = [stem for stem, _ in figures_of_run(run)]
+    stems = [entry.stem for entry in figures_of_run(run)]
     assert wanted <= set(stems)
     assert len(stems) == len(set(stems)) == 3 + 7 * 2
 
@@ -446,11 +447,11 @@ def test_another_process_writes_the_same_bytes(run: RunResults, tmp_path: Path) 
     code = (
         "import sys; from pathlib import Path; from ccm.figures.canvas import save\n"
         "from ccm.figures.gallery import figures_of_run; from ccm.results import read_results\n"
-        "drawn = dict(figures_of_run(read_results(Path(sys.argv[1]))))\n"
+        "drawn = {e.stem: e.draw for e in figures_of_run(read_results(Path(sys.argv[1])))}\n"
         "for stem in sys.argv[3:]: save(drawn[stem](), Path(sys.argv[2]) / stem)\n"
         "print('matplotlib.pyplot' in sys.modules)\n"
     )
-    figures = dict(figures_of_run(run))
+    figures = {entry.stem: entry.draw for entry in figures_of_run(run)}
     stems = [
         stem for stem in figures if "rho" in stem or stem.endswith("mean_ablation-conversion_ratios")
     ]  # points, and bars with hatches
@@ -495,7 +496,7 @@ def test_two_models_side_by_side(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_run(tmp_path / name, model=name)
     runs = [read_results(tmp_path / name) for name in ("one", "two")]
-    across = {stem: draw() for stem, draw in figures_across(runs)}
+    across = {entry.stem: entry.draw() for entry in figures_across(runs)}
     assert list(across["knowledge_source_sizes"].data["models"]) == ["one", "two"]
     with pytest.raises(BadInput, match="a run of one, as"):
         check_distinct([runs[0], runs[0]])

@@ -1,6 +1,7 @@
 """All figures of one or more runs, under the names of Method 10."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,53 +15,123 @@ FOLDER = "entropy_neurons_figures"
 Draw = Callable[[], Drawing]
 
 
-def figures_of_run(run: RunResults) -> Iterator[tuple[str, Draw]]:
+@dataclass(frozen=True)
+class Entry:
+    """One figure of the gallery: named, explained, not drawn yet."""
+
+    stem: str  # path below the figures' folder, without its suffix
+    title: str
+    caption: str  # how to read it, in plain words
+    draw: Draw
+    value: str | None = None  # the ablation value it belongs to; None: to all of the run
+
+
+def figures_of_run(run: RunResults) -> Iterator[Entry]:
     """Name every figure of one model, without drawing it yet.
 
     Args:
         run: A finished run.
 
     Yields:
-        The path below the figures' folder, without its suffix, and the call that draws it.
+        An entry a figure: those of the whole run first, then those of each ablation value.
     """
     name, model = run.model, run.display_name
     k, dims = len(run.entropy_neurons), int(run.identity["null_space_dims"])
     few = f"nb_neurons_with_low_logitvar={k}"
     # Neurons that were named by hand were chosen by no threshold.
     threshold = None if run.identity.get("neurons") is not None else float(run.identity["min_rho"])
-    yield (
+    yield Entry(
         f"{name}/{name}_logitvar_and_rho-{few}",
+        "LogitVar against ρ",
+        "Each point is a neuron of the last layer. Entropy neurons (red) write almost only into the "
+        "null space of the unembedding (ρ near 1, right) and move all logits alike (low LogitVar, "
+        "bottom).",
         partial(neurons.logitvar_and_rho, run.measures, model, threshold),
     )
-    yield (
+    yield Entry(
         f"{name}/singular_values_and_null_space_nb_dims={dims}",
+        "Spectrum of the unembedding",
+        "Singular values of the unembedding, largest first. What is written into the directions of the "
+        "lowest ones (red, the null space) barely reaches the logits.",
         partial(neurons.singular_value_spectrum, run.singular_values, dims, model),
     )
-    yield f"{name}/{name}_weight_norm_distro-{few}", partial(neurons.weight_norms, run.measures, model)
+    yield Entry(
+        f"{name}/{name}_weight_norm_distro-{few}",
+        "Weight norms",
+        "Norms of the output weights of the entropy neurons (red) and of all other neurons of the last "
+        "layer: density above, quartiles below.",
+        partial(neurons.weight_norms, run.measures, model),
+    )
     for value in run.values:
-        scores = run.scores["ablations"][value]
-        stem = f"{name}/{name}_{value}"
-        yield f"{stem}-conversion_ratios", partial(shares.conversion_ratios, scores, model, value)
-        yield f"{stem}_transition_score", partial(shares.gts_histogram, scores, model, value)
-        yield f"{stem}-ndck_pkck_conversion_ratios", partial(shares.to_context, scores, model, value)
-        ablated = run.ablated[value]
-        for names in RATIOS:
-            yield (
-                f"{stem}_ablation_log_{'_'.join(names).lower()}",
-                partial(log_ratios.log_ratio, run.plain, ablated, names, model, value),
-            )
-        yield (
-            f"{stem}_ablation_empirical_noises",
-            partial(log_ratios.log_ratio_differences, run.plain, ablated, model, value),
+        yield from _figures_of_value(run, value)
+
+
+def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
+    """Name the figures of one ablation value."""
+    name, model = run.model, run.display_name
+    scores, ablated = run.scores["ablations"][value], run.ablated[value]
+    stem = f"{name}/{name}_{value}"
+    yield Entry(
+        f"{stem}-conversion_ratios",
+        "Conversion ratios",
+        "Of the prompts that were not answered from a source, the share that is after the ablation. "
+        "Coloured: the entropy set; grey: the control sets.",
+        partial(shares.conversion_ratios, scores, model, value),
+        value,
+    )
+    yield Entry(
+        f"{stem}_transition_score",
+        "Global transition score",
+        "How many control sets changed what share of the answers' sources. Red line: the entropy set. "
+        "The further right of all controls it lies, the less chance explains it.",
+        partial(shares.gts_histogram, scores, model, value),
+        value,
+    )
+    yield Entry(
+        f"{stem}-ndck_pkck_conversion_ratios",
+        "Turning to the context",
+        "Of the prompts answered with neither object (ND), and of those answered from the weights "
+        "(PK), the share that is answered from the context (CK) after the ablation.",
+        partial(shares.to_context, scores, model, value),
+        value,
+    )
+    for over, under in RATIOS:
+        yield Entry(
+            f"{stem}_ablation_log_{over.lower()}_{under.lower()}",
+            f"Log-ratio of {over} to {under}",
+            f"How much likelier the first token of the {over} answer is than that of the {under} "
+            "answer, before (top) and after the ablation (bottom), by the source before it.",
+            partial(log_ratios.log_ratio, run.plain, ablated, (over, under), model, value),
+            value,
         )
+    yield Entry(
+        f"{stem}_ablation_empirical_noises",
+        "Change of the log-ratios",
+        "The three log-ratios before the ablation minus after it, by the source before it. At 0 "
+        "nothing has changed.",
+        partial(log_ratios.log_ratio_differences, run.plain, ablated, model, value),
+        value,
+    )
 
 
-def figures_across(runs: Sequence[RunResults]) -> Iterator[tuple[str, Draw]]:
+def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
     """Name the figures that lay models side by side, as `figures_of_run` does."""
     sizes = [(run.display_name, run.scores["sources"]) for run in runs]
-    yield "knowledge_source_sizes", partial(shares.class_sizes, sizes)
+    yield Entry(
+        "knowledge_source_sizes",
+        "Knowledge sources before ablation",
+        "How many prompts were answered from the context (CK), with neither object (ND), and from the "
+        "weights (PK).",
+        partial(shares.class_sizes, sizes),
+    )
     ranges = [(run.display_name, run.statistics, run.entropy_neurons) for run in runs]
-    yield "neuron_activation_distributions", partial(activations.activation_ranges, ranges)
+    yield Entry(
+        "neuron_activation_distributions",
+        "Activations of the entropy neurons",
+        "A row a neuron: where its activations lie, and the five constants that an ablation may put in "
+        "their place.",
+        partial(activations.activation_ranges, ranges),
+    )
 
 
 def check_distinct(runs: Sequence[RunResults]) -> None:
@@ -93,8 +164,8 @@ def write_figures(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """
     check_distinct(runs)
     written = []
-    everything = [figure for run in runs for figure in figures_of_run(run)]
-    for stem, draw in [*everything, *figures_across(runs)]:
+    everything = [entry for run in runs for entry in figures_of_run(run)]
+    for entry in [*everything, *figures_across(runs)]:
         # One at a time: a hundred open figures would be gigabytes.
-        written += save(draw(), out / FOLDER / stem)
+        written += save(entry.draw(), out / FOLDER / entry.stem)
     return written
