@@ -222,7 +222,7 @@ def _run(options: argparse.Namespace) -> None:
     from ccm.experiment import run, run_share
     from ccm.models import spec_for
     from ccm.plan import make_plan
-    from ccm.report import summary
+    from ccm.terminal import summary
 
     if options.neurons == "published":
         spec = spec_for(options.model, _model_paths(options))
@@ -262,7 +262,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from ccm.merging import merge_shares
-    from ccm.report import summary
+    from ccm.terminal import summary
 
     print(summary(merge_shares(options.shares, options.out)))
     print(f"\nrun folder: {options.out}")
@@ -289,7 +289,7 @@ def _figures(options: argparse.Namespace) -> None:
 def _models(options: argparse.Namespace) -> None:
     paths = parse_model_paths(options.model_path)
 
-    from ccm.report import models_table
+    from ccm.terminal import models_table
 
     print(models_table(paths))
 

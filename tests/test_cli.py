@@ -19,8 +19,8 @@ from ccm.errors import BadInput
 from ccm.external import parse_neurons
 from ccm.models import MODELS, PUBLISHED
 from ccm.organism import CHECKPOINT
-from ccm.report import share, summary
 from ccm.scores import ratio
+from ccm.terminal import share, summary
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 
@@ -204,7 +204,7 @@ def test_models_says_what_is_here_where_and_how_big(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("ccm.report.weight_files", without_cache)
+    monkeypatch.setattr("ccm.terminal.weight_files", without_cache)
     toy = toy_folder(ToyConfig("gpt2"))
     assert main(["models", "--model-path", f"mine={toy}", "--model-path", f"gpt2-small={toy}"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()

@@ -42,7 +42,7 @@ ORDER = (
     "experiment",
     "merging",
     "external",
-    "report",
+    "terminal",
     "results",
     "figures",  # its __init__ alone
     "figures.canvas",
