@@ -30,7 +30,7 @@ from ccm.knowledge import (
     object_tokens,
 )
 from ccm.neurons import controls, measure, select
-from ccm.plan import Plan, Protocol, RunConfig, identity, make_plan
+from ccm.plan import Plan, Protocol, RunConfig, asked, identity, make_plan
 from ccm.probing import build_prompts, prompt_table, table_prompts
 from ccm.prompts import (
     ProbingPrompt,
@@ -106,7 +106,7 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
     if "memory_budget" not in folder.manifest:
         # Kept, because parts cut otherwise would round otherwise when the run is resumed.
         budget = config.memory_budget or default_budget(plan_.device)
-        folder.note(memory_budget=budget, work=Work())
+        folder.note(memory_budget=budget, work=Work(), asked=asked(config))
     return folder, plan_
 
 

@@ -26,7 +26,7 @@ from ccm.run_folder import (
 # What every share made for itself and must have made alike, and what it was told.
 FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, ACTIVATION_STATS)
 NOTES = ("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "sets")
-KEPT = (*NOTES, "weights", "first_prompt_tokens")
+KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
 
 
 def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -62,7 +62,11 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             work.add(Work(**manifest["work"]))
             for stage, seconds in manifest["timings_s"].items():
                 merged.time(stage, seconds)
-        merged.note(**{key: manifests[0][key] for key in KEPT}, work=work, shares=len(folders))
+        merged.note(
+            **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
+            work=work,
+            shares=len(folders),
+        )
         store = ShardStore(out)
         for source in stores:
             for shard in source.read():

@@ -190,6 +190,12 @@ def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
     return load_pararel()
 
 
+def asked(config: RunConfig) -> dict[str, Any]:
+    """Where things were looked for: no result depends on it, but it takes that to run again."""
+    paths = {name: str(path) for name, path in config.model_paths.items()}
+    return {"model": config.model, "facts": config.facts, "model_paths": paths}
+
+
 def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
     """Everything a result depends on: two starts with the same identity give the same bytes."""
     config = plan_.config

@@ -48,6 +48,7 @@ class RunResults:
     prompts: pd.DataFrame  # a row per probing prompt
     plain: pd.DataFrame  # the plain run's cell
     ablated: Mapping[str, pd.DataFrame]  # the entropy set's cell by ablation value
+    manifest: Mapping[str, Any]  # manifest.json: what else is known of the run
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -101,6 +102,7 @@ def read_results(path: Path) -> RunResults:
         prompts=_table(path / PROMPTS, PROMPT_COLUMNS),
         plain=_table(path / "plain.parquet", CELL_COLUMNS),
         ablated={name: _table(path / name / "entropy.parquet", CELL_COLUMNS) for name in names},
+        manifest=manifest,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,6 +27,7 @@ class Ratio:
     high: float | None
 
 
+@lru_cache(maxsize=1 << 16)  # controls repeat each other, and an exact interval takes a millisecond
 def ratio(count: int, total: int) -> Ratio:
     """Return `count` of `total` with its interval.
 

@@ -8,13 +8,7 @@ from ccm.errors import BadInput
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS, spec_for
 from ccm.weights import check_weights, weight_files
-
-
-def share(r: Mapping[str, Any]) -> str:
-    """`12.3 % (37/300; 8.8-16.6)`: percent, count, denominator and 95 % interval."""
-    if r["percent"] is None:
-        return "- (0/0)"
-    return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {r['low']:.1f}-{r['high']:.1f})"
+from ccm.wording import IN_BRACKETS, digits, share
 
 
 def summary(scores: Mapping[str, Any]) -> str:
@@ -32,21 +26,17 @@ def summary(scores: Mapping[str, Any]) -> str:
         ck = own["conversion_ratios"]["CK"]
         lines.append(
             f"{name:28s}{share(own['gts']):34s}"
-            f"{_range(controls['gts']):24s}{_digits(own['q_value'], 1):>7s}"
-            f"{_digits(own['permutation_p'], 4):>9s}  {share(ck)} "
-            f"({_digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
+            f"{_range(controls['gts']):24s}{digits(own['q_value'], 1):>7s}"
+            f"{digits(own['permutation_p'], 4):>9s}  {share(ck)} "
+            f"({digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
         )
-    lines.append("\nIn brackets: count/denominator; exact 95 % interval in percent.")
+    lines += ["", IN_BRACKETS]
     return "\n".join(lines)
 
 
 def _range(control: Mapping[str, Any]) -> str:
     mean, high = control["mean"], control["high"]
     return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"
-
-
-def _digits(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def models_table(paths: Mapping[str, Path]) -> str:

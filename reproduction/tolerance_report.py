@@ -3,17 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, claim_cells, row_cells
 from ccm.run_folder import to_json, write_atomically, write_json
 from reproduction.agreement import RULES, Row, Verdict
 from reproduction.claims import Claim
 
-MARKDOWN, JSON = "tolerance_report.md", "tolerance_report.json"
-CLAIM_HEADER = ("claim (mean ablation)", "here", "as printed", "numbers")
-ROW_HEADER = ("ablation value", "quantity", "paper", "ours", "margin", "interval", "verdict")
+MARKDOWN = "tolerance_report.md"
 
 
 @dataclass(frozen=True)
@@ -70,44 +69,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
 
 
-def _numbers(row: Row) -> list[str]:
-    if row.interval is None or row.margin is None:
-        return ["-", "-"]
-    low, high = row.interval
-    return [f"{row.margin:+.3g}", f"{low:.3g} to {high:.3g}"]
-
-
-def _note(row: Row) -> str:
-    if row.defect is not None:
-        return f"{row.verdict} (defect {row.defect}: {row.reason})"
-    return f"{row.verdict} ({row.reason})" if row.reason else row.verdict
-
-
-def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "no", None: "-"}[value]
-
-
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """Write the report: a line a model, then per model its claims and every row, then the rules."""
     lines = ["# Held against the paper", ""]
     lines += [f"- {one_line(c)}" for c in comparisons]
     lines += [
         "",
-        "Margin: ours - printed. Interval: the differences that the tolerance leaves open; a row "
-        "agrees if it holds 0. Percentages and their differences in percent and percentage points.",
+        HOW_TO_READ,
     ]
     for c in comparisons:
-        told = [
-            (f"{k.name}: {k.statement}", _yes(k.holds), _yes(k.as_printed), k.detail) for k in c.claims
-        ]
+        told = [claim_cells(asdict(k)) for k in c.claims]
         lines += ["", f"## {c.display_name}", "", *_table(CLAIM_HEADER, told), ""]
-        lines += _table(
-            ROW_HEADER,
-            [
-                (r.ablation_value or "-", r.quantity, r.paper_text, r.ours_text, *_numbers(r), _note(r))
-                for r in c.rows
-            ],
-        )
+        lines += _table(ROW_HEADER, [row_cells(asdict(r)) for r in c.rows])
     lines += ["", "## Tolerances", ""]
     lines += [f"- **{rule.name}**: {rule.reason}." for rule in RULES]
     return "\n".join(lines) + "\n"

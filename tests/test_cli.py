@@ -20,7 +20,8 @@ from ccm.external import parse_neurons
 from ccm.models import MODELS, PUBLISHED
 from ccm.organism import CHECKPOINT
 from ccm.scores import ratio
-from ccm.terminal import share, summary
+from ccm.terminal import summary
+from ccm.wording import share
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 

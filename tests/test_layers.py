@@ -33,6 +33,7 @@ ORDER = (
     "neurons",
     "knowledge",
     "scores",
+    "wording",
     "released_stats",
     "run_folder",
     "cells",

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from ccm.ablation import ABLATION_VALUES, STATISTICS, ActivationStatistics
 from ccm.figures.canvas import DOUBLE, GREY, VALUE_LABELS, Drawing, foot, say, shown, styled
+from ccm.wording import extent
 
 MOST_ROWS = 30  # neurons of one panel that stay legible
 MARKS = {
@@ -64,7 +65,12 @@ def activation_ranges(
         "single activations. μ ± 3σ are clipped to min and max, as the ablation clips them."
     )
     foot(figure, small, 125)
-    return Drawing(figure, data)
+    said = [
+        f"{model}, {len(found)} entropy neurons: least activation {extent([r['min'] for r in found])}, "
+        f"mean {extent([r['mean'] for r in found])}, greatest {extent([r['max'] for r in found])}."
+        for model, found in data["models"].items()
+    ]
+    return Drawing(figure, data, " ".join(said))
 
 
 def _activation_rows(

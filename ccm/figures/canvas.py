@@ -45,6 +45,7 @@ class Drawing:
 
     figure: Figure
     data: dict[str, Any]
+    says: str = ""  # what it shows, from its data, for whom the picture does not reach
 
 
 def style() -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from ccm.figures.canvas import (
     shown,
     styled,
 )
+from ccm.wording import extent
 
 MANY_POINTS = 2000  # more are drawn as pixels inside the PDF, which stays small
 SMALLEST = 1e-5  # singular values below this share of the largest are rounding
@@ -64,8 +65,9 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     top.set_yticks([])
     right.set_xticks([])
     if not drawn.any():
-        say(axes, "No neuron has a LogitVar above 0 and a ρ.")
-        return Drawing(figure, data)
+        words = "No neuron has a LogitVar above 0 and a ρ."
+        say(axes, words)
+        return Drawing(figure, data, words)
     axes.set_yscale("log")
     log_variance = np.log10(variance, where=drawn, out=np.full(len(variance), np.nan))
     others, own = drawn & ~chosen, drawn & chosen
@@ -119,7 +121,12 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
             va="top",
             fontsize=6.5,
         )
-    return Drawing(figure, data)
+    said = (
+        f"Entropy neurons ({int(own.sum())}): ρ {extent(rho[own])}, LogitVar {extent(variance[own])}. "
+        f"Other neurons ({int(others.sum()):,}): ρ {extent(rho[others])}, LogitVar "
+        f"{extent(variance[others])}."
+    )
+    return Drawing(figure, data, said)
 
 
 def _log_marginal(
@@ -168,8 +175,9 @@ def singular_value_spectrum(
     axes.set_xlabel("rank of the singular value (1: largest)")
     axes.set_ylabel("singular value of $W_U$ (weight units)")
     if not d_model or floor == 0.0:
-        say(axes, "No singular value is above 0.")
-        return Drawing(figure, data)
+        words = "No singular value is above 0."
+        say(axes, words)
+        return Drawing(figure, data, words)
     lowest = float(values[~tiny].min())
     axes.set_yscale("log")
     for part, colour, label in (
@@ -200,7 +208,11 @@ def singular_value_spectrum(
         )
     axes.set_ylim(bottom=lowest / 2.2)
     axes.legend(loc="upper right")
-    return Drawing(figure, data)
+    said = (
+        f"{d_model} singular values of {extent(values)}; the {null_space_dims} lowest, the null space, "
+        f"of {extent(values[null])}."
+    )
+    return Drawing(figure, data, said)
 
 
 @styled
@@ -275,4 +287,9 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     top.xaxis.set_major_locator(MaxNLocator(nbins=6))
     top.tick_params(labelbottom=False)
     top.legend(loc="upper right")
-    return Drawing(figure, data)
+    said = "; ".join(
+        f"{name} ({group['n']:,}): "
+        + (f"median norm {group['box']['med']:.3g}" if group["box"] else "none")
+        for name, group in data["groups"].items()
+    )
+    return Drawing(figure, data, said[:1].upper() + said[1:] + ".")

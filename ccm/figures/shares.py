@@ -29,6 +29,7 @@ from ccm.figures.canvas import (
 )
 from ccm.knowledge import SOURCES, Source
 from ccm.scores import ControlSummary, Ratio, conversion_ratio, ratio, summarise
+from ccm.wording import IN_BRACKETS, extent, share
 
 Scores = Mapping[str, Any]  # one ablation value's part of scores.json
 WORDS = {
@@ -128,6 +129,18 @@ def _legend_lines(n_controls: int) -> list[str]:
     return [*lines, f"Grey: mean ± 3 standard errors of {n_controls} control sets; dots: each one."]
 
 
+def _bars_in_words(bars: Sequence[Bar]) -> str:
+    """Say what every bar shows, the mean of its controls beside it."""
+    said = []
+    for bar in bars:
+        if bar.own.percent is None:
+            said.append(f"{bar.label}: {bar.empty}")
+            continue
+        mean = "" if bar.summary.mean is None else f", controls {bar.summary.mean:.1f} % on average"
+        said.append(f"{bar.label}: {share(asdict(bar.own))}{mean}")
+    return "; ".join(said) + ". " + IN_BRACKETS
+
+
 def _bar_data(bars: Sequence[Bar]) -> dict[str, Any]:
     return {"bars": [asdict(bar) for bar in bars]}
 
@@ -161,7 +174,7 @@ def conversion_ratios(scores: Scores, model: str, value: str) -> Drawing:
     axes.set_xlabel("source K after ablation")
     axes.set_ylabel("conversion ratio\n(% of prompts that were not K)")
     foot(figure, _legend_lines(len(others)), 68)
-    return Drawing(figure, _bar_data(bars))
+    return Drawing(figure, _bar_data(bars), _bars_in_words(bars))
 
 
 @styled
@@ -198,7 +211,7 @@ def to_context(scores: Scores, model: str, value: str) -> Drawing:
     axes.set_xlabel("transition")
     axes.set_ylabel("transition score\n(% of prompts of the class before)")
     foot(figure, _legend_lines(len(others)), 68)
-    return Drawing(figure, _bar_data(bars))
+    return Drawing(figure, _bar_data(bars), _bars_in_words(bars))
 
 
 @styled
@@ -222,8 +235,9 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     axes.set_xlabel("global transition score\n(% of prompts whose source changed)")
     axes.set_ylabel("control sets (count)")
     if own["percent"] is None:
-        say(axes, "There is no prompt, so no share of prompts.")
-        return Drawing(figure, data)
+        words = "There is no prompt, so no share of prompts."
+        say(axes, words)
+        return Drawing(figure, data, words)
     lines = []
     if len(controls):
         low, high = float(controls.min()), float(controls.max())
@@ -265,7 +279,9 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     lines.append("Band: exact 95 % interval of the entropy set.")
     axes.legend(loc="upper center", frameon=True, framealpha=0.9, edgecolor="none")
     foot(figure, lines, 68)
-    return Drawing(figure, data)
+    said = [f"Entropy set: {share(own)}. {len(controls)} control sets"]
+    said[0] += f": {extent(controls)} %." if len(controls) else "."
+    return Drawing(figure, data, " ".join([*said, *lines]))
 
 
 @styled
@@ -305,4 +321,8 @@ def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> 
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=1 if len(runs) < 3 else 3
     )
-    return Drawing(figure, data)
+    said = "; ".join(
+        f"{model}: " + ", ".join(f"{source} {share(sources[source])}" for source in SOURCES)
+        for model, sources in runs
+    )
+    return Drawing(figure, data, f"{said}. {IN_BRACKETS}")
