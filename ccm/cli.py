@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
         help="decode only the I-th of N shares of the prompts; `ccm merge` joins them",
     )
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
+    run.add_argument(
+        "--report", action="store_true", help="at the end, draw everything and write the report"
+    )
     run.set_defaults(run=_run)
 
     merge = commands.add_parser("merge", help="join the shares of a run into one run folder")
@@ -115,6 +118,17 @@ def parser() -> argparse.ArgumentParser:
     figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
     figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
     figures.set_defaults(run=_figures)
+
+    report = commands.add_parser("report", help="one page of finished runs: figures, tables, numbers")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    report.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
+    report.add_argument(
+        "--tolerance",
+        type=Path,
+        metavar="FILE",
+        help="tolerance_report.json of a reproduction (default: the run's own beside its folder)",
+    )
+    report.set_defaults(run=_report)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     path_option(models)
@@ -212,6 +226,8 @@ def _run(options: argparse.Namespace) -> None:
             f"--ablation-value {options.ablation_value!r}: all are more than these. Drop one."
         )
     ablation_values(values)
+    if options.report and options.shard is not None:
+        raise BadInput("--report: a share of a run has no scores. Merge all shares, then `ccm report`.")
     neurons = None
     if options.neurons is not None:
         if options.k is not None:
@@ -258,6 +274,12 @@ def _run(options: argparse.Namespace) -> None:
         return
     print(summary(run(config, options.out)))
     print(f"\nrun folder: {options.out}")
+    if options.report:
+        from ccm.report import write_report
+        from ccm.results import read_results
+
+        html, *_ = write_report([read_results(options.out)], options.out)
+        print(f"report: {html}")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -269,21 +291,59 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    if options.out is None and len(options.runs) > 1:
-        raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
-    out = options.runs[0] / "figures" if options.out is None else options.out
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file. Give a folder with --out.")
+    out = _folder_of(options, "figures")
 
-    from ccm.figures.gallery import check_distinct, write_figures
-    from ccm.results import read_results
+    from ccm.figures.gallery import write_figures
     from ccm.tables import write_tables
 
-    runs = [read_results(path) for path in options.runs]
-    check_distinct(runs)
+    runs = _finished(options.runs, out)
     tables = write_tables(runs, out)
     figures = write_figures(runs, out)
     print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    out = _folder_of(options, "")
+
+    from ccm.held import held_of
+    from ccm.report import write_report
+
+    runs = _finished(options.runs, out)
+    if options.tolerance is not None:
+        held_of(options.tolerance, [run.model for run in runs])
+    html, markdown, *_ = write_report(runs, out, options.tolerance)
+    print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
+
+
+def _folder_of(options: argparse.Namespace, below: str) -> Path:
+    """The folder to write what is made of finished runs; of one run, by default, below its own."""
+    if options.out is None and len(options.runs) > 1:
+        raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
+    return Path(options.runs[0] / below if options.out is None else options.out)
+
+
+def _finished(paths: Sequence[Path], out: Path) -> Any:
+    """Read finished runs, and see that what is made of them can be written.
+
+    Raises:
+        BadInput: a folder that is no finished run, two runs of one model, or `out` cannot be written.
+    """
+    from ccm.figures.gallery import check_distinct
+    from ccm.results import read_results
+
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file. Give a folder with --out.")
+    runs = [read_results(path) for path in paths]
+    check_distinct(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Tried out now, because drawing takes a while.
+        TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise BadInput(
+            f"{out}: cannot be written to ({error.strerror}). Give another folder with --out."
+        ) from error
+    return runs
 
 
 def _models(options: argparse.Namespace) -> None:

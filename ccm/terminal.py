@@ -8,7 +8,7 @@ from ccm.errors import BadInput
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS, spec_for
 from ccm.weights import check_weights, weight_files
-from ccm.wording import IN_BRACKETS, digits, share
+from ccm.wording import IN_BRACKETS, digits, mean_and_most, share
 
 
 def summary(scores: Mapping[str, Any]) -> str:
@@ -26,17 +26,12 @@ def summary(scores: Mapping[str, Any]) -> str:
         ck = own["conversion_ratios"]["CK"]
         lines.append(
             f"{name:28s}{share(own['gts']):34s}"
-            f"{_range(controls['gts']):24s}{digits(own['q_value'], 1):>7s}"
+            f"{mean_and_most(controls['gts']):24s}{digits(own['q_value'], 1):>7s}"
             f"{digits(own['permutation_p'], 4):>9s}  {share(ck)} "
             f"({digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
         )
     lines += ["", IN_BRACKETS]
     return "\n".join(lines)
-
-
-def _range(control: Mapping[str, Any]) -> str:
-    mean, high = control["mean"], control["high"]
-    return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"
 
 
 def models_table(paths: Mapping[str, Path]) -> str:

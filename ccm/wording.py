@@ -41,3 +41,9 @@ def listed(words: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def mean_and_most(controls: Mapping[str, Any]) -> str:
+    """`1.43 % (2.93 %)`: the mean of the controls and the highest of them."""
+    mean, high = controls["mean"], controls["high"]
+    return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"

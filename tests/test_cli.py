@@ -25,7 +25,7 @@ from ccm.wording import share
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 
-COMMANDS = ("run", "models", "prompts", "measure", "ablate", "rehearse")
+COMMANDS = ("run", "models", "prompts", "measure", "ablate", "rehearse", "figures", "report")
 N_PROMPTS = 24
 SETS = ("entropy", "control_000", "control_001")
 

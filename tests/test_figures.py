@@ -149,6 +149,11 @@ def _is_tick(text: mpl.text.Text, figure: Figure) -> bool:
     )
 
 
+def test_every_figure_says_what_it_shows(drawn: dict[str, Drawing]) -> None:
+    for stem, drawing in drawn.items():
+        assert sum(c.isdigit() for c in drawing.says) >= 3, f"{stem} says {drawing.says!r}"
+
+
 def test_settings_are_as_before(run: RunResults) -> None:
     before = dict(mpl.rcParams)
     shares.class_sizes([(run.display_name, run.scores["sources"])])
@@ -562,6 +567,7 @@ def test_a_folder_that_is_no_run_is_one_clear_error(
         (["nowhere"], "no such folder"),
         (["a", "b"], "no folder is theirs alone"),
         (["a", "--out", "file"], "is a file"),
+        (["a", "b", "--out", "file/below"], "no such folder"),
     ],
 )
 def test_wrong_arguments(

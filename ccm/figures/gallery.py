@@ -1,6 +1,6 @@
 """All figures of one or more runs, under the names of Method 10."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,12 +149,40 @@ def check_distinct(runs: Sequence[RunResults]) -> None:
         seen[run.model] = run.path
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One figure of the gallery, drawn and written."""
+
+    entry: Entry
+    alt: str  # in words, for whom the picture does not reach
+    inches: tuple[float, float]  # width, height
+    paths: tuple[Path, ...]  # PDF, PNG, JSON
+
+
+def draw(entries: Iterable[Entry], out: Path) -> Iterator[Drawn]:
+    """Draw figures and write each as PDF and PNG, its data as JSON beside them.
+
+    Args:
+        entries: What to draw.
+        out: The folder; `entropy_neurons_figures/` is made in it.
+
+    Yields:
+        One at a time: a hundred open figures would be gigabytes.
+    """
+    for entry in entries:
+        drawing = entry.draw()
+        width, height = drawing.figure.get_size_inches()
+        paths = save(drawing, out / FOLDER / entry.stem)
+        alt = f"{entry.title}. {drawing.says or entry.caption}"
+        yield Drawn(entry, alt, (float(width), float(height)), tuple(paths))
+
+
 def write_figures(runs: Sequence[RunResults], out: Path) -> list[Path]:
-    """Draw every figure and write it as PDF and PNG, its data as JSON beside them.
+    """Draw and write every figure of some runs.
 
     Args:
         runs: Finished runs, one a model.
-        out: The folder; `entropy_neurons_figures/` is made in it.
+        out: The folder, as for `draw`.
 
     Returns:
         Every path written.
@@ -163,9 +191,6 @@ def write_figures(runs: Sequence[RunResults], out: Path) -> list[Path]:
         BadInput: two runs of one model.
     """
     check_distinct(runs)
-    written = []
     everything = [entry for run in runs for entry in figures_of_run(run)]
-    for entry in [*everything, *figures_across(runs)]:
-        # One at a time: a hundred open figures would be gigabytes.
-        written += save(entry.draw(), out / FOLDER / entry.stem)
-    return written
+    drawn = draw([*everything, *figures_across(runs)], out)
+    return [path for figure in drawn for path in figure.paths]

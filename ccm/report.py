@@ -1,0 +1,272 @@
+"""The report of finished runs: one HTML page that needs nothing else, and the same as Markdown."""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from ccm.answers import Answer, answers_of, key_numbers
+from ccm.command import command_of
+from ccm.figures.canvas import SINGLE, VALUE_LABELS
+from ccm.figures.gallery import Drawn, check_distinct, draw, figures_across, figures_of_run
+from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
+from ccm.markup import escape_markdown
+from ccm.models import MODELS
+from ccm.results import RunResults
+from ccm.run_folder import write_atomically
+from ccm.tables import Table, markdown, tables_of, write_tables
+
+HTML, MARKDOWN = "report.html", "report.md"
+FIGURES = "figures"  # folder beside the report
+COLOURS = 256  # of an embedded picture: a third of the bytes, and nobody sees it
+# What the counters of a run's work count (`ccm.completions.Work`).
+WORK = {
+    "prompts": "prompts decoded",
+    "forward_tokens": "positions run through the transformer",
+    "nodes": "distinct prefixes, prompts included",
+    "certified": "choices of a token proved to be those of the plain run",
+    "shortlisted": "choices settled among a few likely tokens",
+    "low_rank": "choices that took a whole row of logits, in low-rank form",
+    "first_rows": "rows for entropies and log-probabilities of the first token",
+    "full_rows": "whole products with the unembedding",
+    "refereed": "near ties settled alone",
+    "halved": "chunks that ran out of memory and were halved",
+    "peak_bytes": "peak of the GPU's allocator, bytes; 0 on a CPU",
+}
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure as the report shows it."""
+
+    title: str
+    caption: str
+    alt: str
+    source: str  # the PNG in base64
+    link: str  # of the PNG, relative to the report
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Figures that belong together, under one heading."""
+
+    title: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one run."""
+
+    name: str
+    what: Pairs
+    answers: list[Answer]
+    groups: list[Group]
+    held: Held | None
+    same_run: bool  # whether `held` is of this very run
+    timings: Pairs
+    work: list[tuple[str, str, str]]
+    manifest: Pairs
+    command: str
+
+
+def write_report(runs: Sequence[RunResults], out: Path, held: Path | None = None) -> list[Path]:
+    """Write a report of some runs, with every figure and table of theirs beside it.
+
+    Args:
+        runs: Finished runs, one a model.
+        out: The folder: `report.html`, `report.md` and `figures/` are made in it.
+        held: A tolerance report; None: the one that lies beside a run folder, if it is of that run.
+
+    Returns:
+        Every path written: the two reports, then figures and tables.
+
+    Raises:
+        BadInput: two runs of one model, or a tolerance report that cannot be read.
+    """
+    check_distinct(runs)
+    found = [_held(run, held) for run in runs]
+    written = write_tables(runs, out / FIGURES)
+
+    def pictures(entries: Iterable[Any]) -> list[tuple[str | None, Picture]]:
+        shown = []
+        for drawn in draw(entries, out / FIGURES):
+            written.extend(drawn.paths)
+            shown.append((drawn.entry.value, _picture(drawn, out)))
+        return shown
+
+    own = [pictures(figures_of_run(run)) for run in runs]
+    across = pictures(figures_across(runs))
+    several = len(runs) > 1
+    content = {
+        "title": "Entropy neurons and context copying: " + ", ".join(run.display_name for run in runs),
+        "several": several,
+        "key_numbers": key_numbers(runs),
+        "across": [picture for _, picture in across] if several else [],
+        "sections": [
+            _section(run, [*shown, *([] if several else across)], result)
+            for run, shown, result in zip(runs, own, found, strict=True)
+        ],
+        "tables": tables_of(runs),
+        "claim_header": CLAIM_HEADER,
+        "row_header": ROW_HEADER,
+        "how_to_read": HOW_TO_READ,
+    }
+    pages = {HTML: render_html(content), MARKDOWN: render_markdown(content)}
+    for name, text in pages.items():
+        encoded = text.encode("utf-8")
+
+        def write(to: Path, encoded: bytes = encoded) -> None:
+            to.write_bytes(encoded)
+
+        write_atomically(out / name, write)
+    return [*(out / name for name in pages), *written]
+
+
+def render_html(content: Mapping[str, Any]) -> str:
+    """Fill the HTML template; every text is escaped, for names and answers come from elsewhere."""
+    environment = Environment(
+        loader=PackageLoader("ccm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sides"] = _sides
+    return environment.get_template("report.html.jinja").render(content)
+
+
+def render_markdown(content: Mapping[str, Any]) -> str:
+    """Fill the Markdown template; every text is escaped but tables, which are already."""
+    environment = Environment(
+        loader=PackageLoader("ccm"),
+        autoescape=False,  # it is no HTML; `finalize` escapes what is filled in
+        finalize=lambda value: value if isinstance(value, _Markdown) else escape_markdown(str(value)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["table"] = lambda table: _Markdown(markdown(table))
+    environment.filters["link"] = lambda path: _Markdown(quote(path))
+    environment.filters["raw"] = _Markdown
+    environment.filters["code"] = lambda text: _Markdown("`" + " ".join(text.split()) + "`")
+    return environment.get_template("report.md.jinja").render(content)
+
+
+class _Markdown(str):
+    """Markdown already: not to be escaped."""
+
+
+def _sides(table: Table) -> list[str]:
+    """Class of every column: names to the left, running text too, numbers to the right."""
+    columns = [str(column) for column in table.shown.columns]
+    return [
+        "text" if column in table.wide else "name" if i < 2 else "number"
+        for i, column in enumerate(columns)
+    ]
+
+
+def _picture(drawn: Drawn, out: Path) -> Picture:
+    png = drawn.paths[1]
+    small = io.BytesIO()
+    with Image.open(png) as image:
+        # Not dithered: dots would take more bytes than the colours they stand for.
+        flat = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        flat.save(small, "png", optimize=True)
+    return Picture(
+        title=drawn.entry.title,
+        caption=drawn.entry.caption,
+        alt=drawn.alt,
+        source=base64.b64encode(small.getvalue()).decode("ascii"),
+        link=png.relative_to(out).as_posix(),
+        wide=drawn.inches[0] > 1.5 * SINGLE,
+    )
+
+
+def _section(
+    run: RunResults, shown: Sequence[tuple[str | None, Picture]], held: Held | None
+) -> Section:
+    groups = [
+        Group(
+            "Figures before ablation"
+            if value is None
+            else f"Figures of {VALUE_LABELS[value]} ablation",
+            tuple(picture for of, picture in shown if of == value),
+        )
+        for value in (None, *run.values)
+    ]
+    manifest = run.manifest
+    return Section(
+        name=run.display_name,
+        what=_what_was_run(run),
+        answers=answers_of(run),
+        groups=[group for group in groups if group.pictures],
+        held=held,
+        same_run=held is not None and dict(held.identity) == dict(run.identity),
+        timings=[(stage, f"{seconds:.1f} s") for stage, seconds in manifest["timings_s"].items()],
+        work=[(k, f"{v:,}", WORK.get(k, "")) for k, v in manifest.get("work", {}).items()],
+        manifest=[
+            pair
+            for key, value in manifest.items()
+            if key not in ("timings_s", "work", "sets")
+            for pair in _flat(key, value)
+        ],
+        command=command_of(manifest),
+    )
+
+
+def _held(run: RunResults, given: Path | None) -> Held | None:
+    """Find what a run was held against: named, or beside its folder and of this very run."""
+    if given is not None:
+        return read_held(given).get(run.model)
+    beside = run.path.resolve().parent / JSON
+    held = read_held(beside).get(run.model) if beside.is_file() else None
+    return held if held is not None and dict(held.identity) == dict(run.identity) else None
+
+
+def _what_was_run(run: RunResults) -> Pairs:
+    """Say what was run; what an older manifest does not hold is left out."""
+    identity, facts = run.identity, run.manifest.get("facts", {})
+    spec = MODELS.get(run.model)
+    neurons = ", ".join(str(i) for i in run.entropy_neurons)
+    how = (
+        "named by hand"
+        if identity.get("neurons") is not None
+        else f"the {identity['k']} of lowest LogitVar with ρ of at least {identity['min_rho']:g}"
+    )
+    versions = identity.get("versions", {})
+    recalled, asked = facts.get("recalled"), facts.get("facts")
+    known = "" if asked is None else f": {asked:,} asked, {recalled:,} answered rightly"
+    found: dict[str, Any] = {
+        "Model": run.display_name + (f" ({spec.hub_id})" if spec and spec.hub_id else ""),
+        "Weights (SHA-256)": identity.get("weights_sha256"),
+        "Facts": f"{identity['facts']}{known}" if "facts" in identity else None,
+        "Probing prompts": f"{run.scores['n_prompts']:,}",
+        "Protocol": identity["protocol"],
+        "Entropy set": f"{neurons} ({how})",
+        "Controls": f"{identity['controls']} random sets of as many neurons",
+        "Seed": identity.get("seed"),
+        "Ablation values": ", ".join(VALUE_LABELS[value] for value in run.values),
+        "Device": identity.get("device_name"),
+        "Number type": identity.get("dtype"),
+        "Engine": identity.get("engine"),
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or None,
+    }
+    return [(term, str(text)) for term, text in found.items() if text is not None]
+
+
+def _flat(key: str, value: Any) -> Pairs:
+    """Turn nested JSON into lines: `identity.versions.torch`, `2.13.0`."""
+    if isinstance(value, dict):
+        return [pair for k, v in value.items() for pair in _flat(f"{key}.{k}", v)]
+    if isinstance(value, list):
+        return [(key, ", ".join(str(v) for v in value))]
+    return [(key, "none" if value is None else str(value))]
