@@ -45,7 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", default="float32", help="float32, bfloat16, float16")
     group.addoption("--facts", default=None, help="a folder, or pararel; default: each model's own")
     group.addoption("--max-prompts", type=int, default=None, help="probing prompts, for a rehearsal")
-    group.addoption("--artifacts", default=None, help="keep run folders here, and resume from them")
+    group.addoption(
+        "--artifacts",
+        default=None,
+        help="figures, tables and reports go here (default: artifacts); where it is given, run folders "
+        "are kept here, too, and resumed from",
+    )
     group.addoption("--require-gpu", action="store_true", help="fail where a GPU is missing")
     group.addoption("--require-weights", action="store_true", help="fail where weights are missing")
 
@@ -149,6 +154,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def options(request: pytest.FixtureRequest) -> Options:
     """The checked command-line options; read-only."""
     return request.config.stash[OPTIONS]
+
+
+def artifact_root(config: pytest.Config) -> Path:
+    """Folder for what a session leaves behind, which is not what it resumes from unless told to.
+
+    An earlier session's figures may be written over; its runs must not stand for this code's.
+    """
+    return config.stash[OPTIONS].artifacts or config.rootpath / "artifacts"
 
 
 @pytest.fixture(scope="session")

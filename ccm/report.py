@@ -1,15 +1,13 @@
 """The report of finished runs: one HTML page that needs nothing else, and the same as Markdown."""
 
 import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from ccm.answers import Answer, answers_of, key_numbers
 from ccm.command import command_of
@@ -24,7 +22,6 @@ from ccm.tables import Table, markdown, tables_of, write_tables
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report
-COLOURS = 256  # of an embedded picture: a third of the bytes, and nobody sees it
 # What the counters of a run's work count (`ccm.completions.Work`).
 WORK = {
     "prompts": "prompts decoded",
@@ -131,17 +128,26 @@ def write_report(runs: Sequence[RunResults], out: Path, held: Path | None = None
     return [*(out / name for name in pages), *written]
 
 
-def render_html(content: Mapping[str, Any]) -> str:
-    """Fill the HTML template; every text is escaped, for names and answers come from elsewhere."""
+def html_environment(*loaders: BaseLoader) -> Environment:
+    """Templates of HTML pages; every text is escaped, for names and answers come from elsewhere.
+
+    Args:
+        loaders: Where to look for templates before the package's own.
+    """
     environment = Environment(
-        loader=PackageLoader("ccm"),
+        loader=ChoiceLoader([*loaders, PackageLoader("ccm")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["sides"] = _sides
-    return environment.get_template("report.html.jinja").render(content)
+    return environment
+
+
+def render_html(content: Mapping[str, Any]) -> str:
+    """Fill the HTML template."""
+    return html_environment().get_template("report.html.jinja").render(content)
 
 
 def render_markdown(content: Mapping[str, Any]) -> str:
@@ -176,16 +182,11 @@ def _sides(table: Table) -> list[str]:
 
 def _picture(drawn: Drawn, out: Path) -> Picture:
     png = drawn.paths[1]
-    small = io.BytesIO()
-    with Image.open(png) as image:
-        # Not dithered: dots would take more bytes than the colours they stand for.
-        flat = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-        flat.save(small, "png", optimize=True)
     return Picture(
         title=drawn.entry.title,
         caption=drawn.entry.caption,
         alt=drawn.alt,
-        source=base64.b64encode(small.getvalue()).decode("ascii"),
+        source=base64.b64encode(png.read_bytes()).decode("ascii"),
         link=png.relative_to(out).as_posix(),
         wide=drawn.inches[0] > 1.5 * SINGLE,
     )

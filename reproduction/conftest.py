@@ -9,7 +9,8 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.models import PUBLISHED
-from conftest import OPTIONS, Options
+from conftest import OPTIONS, Options, artifact_root
+from reproduction.artifacts import Artifacts, Left, artifacts_of, write_index
 from reproduction.goldens import GoldenExtension, NotHeld
 from reproduction.pairs import Pair, pairs, rehearsal
 from reproduction.provenance import write_provenance
@@ -83,6 +84,21 @@ def golden(
             write_provenance(run.spec, run.manifest, pytestconfig.invocation_params.args, today)
 
 
+@pytest.fixture(scope="session")
+def artifacts(options: Options, pytestconfig: pytest.Config) -> Artifacts:
+    """Writes a model's figures, tables and report, once; read-only."""
+    return Artifacts(options, artifact_root(pytestconfig))
+
+
+@pytest.fixture
+def left(pair: Pair, run: Run, artifacts: Artifacts, record_property: Any) -> Left:
+    """What the pair's run leaves for people: files on disk, each recorded as a property of the test."""
+    found = artifacts(pair, run)
+    for path in found.paths:
+        record_property("artifact", str(path))
+    return found
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """On a worker of pytest-xdist: send what was compared to the process that reports."""
     config = session.config
@@ -103,7 +119,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Write the tolerance report, and say in a line a model what it says."""
+    """Write the tolerance report, say in a line a model what it says, and index all artifacts."""
     comparisons = list(config.stash.get(COMPARISONS, {}).values())
     if comparisons:
         terminalreporter.section("held against the paper")
@@ -111,3 +127,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(one_line(c))
         for path in write(comparisons, config.stash[REPORT_FOLDER]):
             terminalreporter.write_line(f"report: {path}")
+    found = artifacts_of(terminalreporter.stats)
+    if found:
+        index = write_index(found, artifact_root(config))
+        terminalreporter.section("artifacts")
+        terminalreporter.write_line(f"{sum(len(t.paths) for t in found)} files, listed in {index}")

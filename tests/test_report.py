@@ -1,7 +1,6 @@
 """The report: one page that needs nothing else, safe with any name, and says what the scores say."""
 
 import base64
-import io
 import json
 import re
 import shlex
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ccm import report
 from ccm.answers import answers_of, key_numbers
@@ -87,11 +84,6 @@ def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def page(written: Path) -> Page:
     return Page((written / HTML).read_text(encoding="utf-8"))
-
-
-def pixels(png: Path | io.BytesIO) -> np.ndarray:
-    with Image.open(png) as image:
-        return np.asarray(image.convert("RGB"), dtype=float)
 
 
 @pytest.fixture
@@ -164,9 +156,7 @@ def test_every_picture_says_what_it_shows_and_is_the_one_in_the_folder(
         assert re.search(r"\d", str(picture["alt"])), f"no number in {picture['alt']!r}"
         kind, data = str(picture["src"]).split(",")
         assert kind == "data:image/png;base64"
-        shown, drawn = pixels(io.BytesIO(base64.b64decode(data))), pixels(file)
-        assert shown.shape == drawn.shape
-        assert np.abs(shown - drawn).mean() < 0.5, f"{file.name}: another picture, or a spoilt one"
+        assert base64.b64decode(data) == file.read_bytes(), f"{file.name}: another picture"
 
 
 def test_another_process_writes_the_same_bytes(

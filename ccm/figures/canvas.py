@@ -1,10 +1,11 @@
 """What all figures share: style, colours, densities, and words where there is nothing to draw."""
 
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -15,6 +16,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from PIL import Image
 
 from ccm.knowledge import Source
 from ccm.run_folder import to_json, write_atomically
@@ -35,6 +37,7 @@ VALUE_LABELS = {
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
 FINE_BINS = 4096
 GRID_POINTS = 301
+PNG_COLOURS = 256  # a third of the bytes of a PNG of all colours, and nobody sees it
 FEW = 20  # values that are drawn one by one: a density would claim more than they say
 _Parameters = ParamSpec("_Parameters")
 
@@ -74,26 +77,34 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
     Returns:
         The three paths.
     """
-    # Dates and the writer's version would make two runs differ.
-    formats: dict[str, dict[str, Any]] = {
-        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-        "png": {"Software": None},
-    }
     paths = []
     with style():
-        for kind, metadata in formats.items():
+        for kind, write in (("pdf", _write_pdf), ("png", _write_png)):
             path = stem.parent / f"{stem.name}.{kind}"
-
-            def write(to: Path, kind: str = kind, metadata: dict[str, Any] = metadata) -> None:
-                drawing.figure.savefig(to, format=kind, metadata=metadata)
-
-            write_atomically(path, write)
+            write_atomically(path, partial(write, drawing.figure))
             # Laid out once: the same places in both files, at half the cost.
             drawing.figure.set_layout_engine("none")
             paths.append(path)
     path = stem.parent / f"{stem.name}.json"
     write_atomically(path, lambda p: p.write_text(to_json(drawing.data), encoding="utf-8"))
     return [*paths, path]
+
+
+# Dates and the writer's version would make two runs differ.
+
+
+def _write_pdf(figure: Figure, path: Path) -> None:
+    metadata: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
+    figure.savefig(path, format="pdf", metadata=metadata)
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", metadata={"Software": None})
+    with Image.open(whole) as image:
+        # Not dithered: dots would take more bytes than the colours they stand for.
+        flat = image.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
+        flat.save(path, "png", optimize=True, dpi=image.info["dpi"])
 
 
 @cache
