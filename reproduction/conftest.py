@@ -131,4 +131,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if found:
         index = write_index(found, artifact_root(config))
         terminalreporter.section("artifacts")
-        terminalreporter.write_line(f"{sum(len(t.paths) for t in found)} files, listed in {index}")
+        terminalreporter.write_line(
+            f"{len({p for t in found for p in t.paths})} files, listed in {index}"
+        )

@@ -23,12 +23,15 @@ from ccm.command import command_of
 from ccm.completions import Work
 from ccm.errors import BadInput
 from ccm.held import JSON, ROW_HEADER
+from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
 from ccm.plan import RunConfig, asked, identity, make_plan
 from ccm.report import HTML, MARKDOWN, WORK, write_report
 from ccm.results import read_results
 from ccm.run_folder import MANIFEST, read_json, to_json, write_json
+from ccm.weights import OTHER_DIMENSIONS_VARIABLE
 from tests.made_runs import make_run
+from tests.toys import ToyConfig, toy_folder
 
 HOSTILE = "<script>alert('x')<script>"
 ANSWER = ' <img src="x" onerror="alert(1)"> | `y` & z'
@@ -336,13 +339,20 @@ MANY = {
         RunConfig(ablation_value=("all",), facts=str(CHECKPOINT), k=4, min_rho=0.25, null_space_dims=9),
         RunConfig(neurons=(3, 1, 2), **MANY),
         RunConfig(model=str(CHECKPOINT), k=3),
-        RunConfig(model_paths={"gpt2-small": CHECKPOINT}),
+        # A stand-in, of whose own dimensions follow other defaults.
+        RunConfig(
+            model="gpt2-small",
+            model_paths={"gpt2-small": toy_folder(ToyConfig("gpt2"))},
+            facts=str(CHECKPOINT),
+            min_rho=MODELS["gpt2-small"].min_rho,
+        ),
     ],
     ids=["defaults", "measures", "many", "folder", "path"],
 )
 def test_the_command_does_the_same_run_again(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(OTHER_DIMENSIONS_VARIABLE, "1")
     was = json.loads(to_json(identity(make_plan(config), [])))
     command = command_of({"identity": was, "asked": json.loads(to_json(asked(config)))})
     caught = []
@@ -412,9 +422,23 @@ def test_one_clear_error_before_any_drawing(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not Path("o").exists()
     assert (
         not list(Path().rglob("*.png")) + list(Path().rglob("*.tex")) + list(Path().rglob("report.*"))
     )
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_folder_that_cannot_be_written_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ccm.cli.TemporaryFile", denied)  # for root, no folder is
+    assert main(["report", "run"]) == 2
+    assert "run: cannot be written to (Permission denied)" in capsys.readouterr().err
+    assert not (Path("run") / "figures").exists()
 
 
 def test_a_share_has_no_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
