@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
+    """Write one thing in several formats.
+
+    Args:
+        stem: The path without its suffix; it may hold dots.
+        writers: By suffix, what writes to the path it is given.
+
+    Returns:
+        The paths, in the order of `writers`.
+    """
+    paths = {stem.parent / f"{stem.name}.{suffix}": write for suffix, write in writers.items()}
+    for path, write in paths.items():
+        write_atomically(path, write)
+    return list(paths)
 
 
 def to_json(value: object) -> str:

@@ -1,7 +1,7 @@
-"""Tables of finished runs: LaTeX that compiles alone, CSV with every digit, Markdown (Method 10)."""
+"""Tables of finished runs (Method 10)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,90 +10,13 @@ import pandas as pd
 
 from ccm.ablation import ABLATION_VALUES
 from ccm.knowledge import SOURCES
-from ccm.markup import T1_ONLY, escape_latex, escape_markdown
 from ccm.models import MODELS
+from ccm.rendering import Table, latex, markdown
 from ccm.results import RunResults
-from ccm.run_folder import write_atomically
+from ccm.run_folder import write_formats
 
 FOLDER = "latex_tables"
 EXAMPLES = 2  # prompts per transition
-WRAPPED = 6.0  # cm, of a column of running text
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table: what people read, and the numbers behind it."""
-
-    stem: str
-    caption: str
-    shown: pd.DataFrame  # texts, for LaTeX and Markdown
-    data: pd.DataFrame  # numbers in full, for CSV
-    wide: tuple[str, ...] = ()  # columns of running text, which must wrap
-
-
-def latex(table: Table) -> str:
-    """Return a document of its own: booktabs, a page as large as the table.
-
-    Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
-    only bitmaps, are used where a letter needs them.
-    """
-    columns = [str(c) for c in table.shown.columns]
-    widths = {c: max([len(c), *(len(str(v)) for v in table.shown[c])]) for c in columns}
-    spec = "".join(
-        rf">{{\raggedright\arraybackslash}}p{{{WRAPPED}cm}}"
-        if c in table.wide
-        else "l"
-        if i < 2
-        else "r"
-        for i, c in enumerate(columns)
-    )
-    # In cm, on the safe side: at 9 pt a letter is 0.16 wide, an escaped one more, and a line 0.4 high.
-    wide = max(
-        12.0, 2.5 + sum(WRAPPED + 0.5 if c in table.wide else 0.18 * widths[c] + 0.45 for c in columns)
-    )
-    lines_of = [
-        max([1, *(1 + len(escape_latex(str(row[columns.index(c)]))) // 30 for c in table.wide)])
-        for row in table.shown.itertuples(index=False)
-    ]
-    high = 3.5 + 0.41 * (sum(lines_of) + 0.18 * len(table.caption) / wide)
-    head = " & ".join(escape_latex(c) for c in columns) + r" \\"
-    body = [
-        " & ".join(escape_latex(str(v)) for v in row) + r" \\"
-        for row in table.shown.itertuples(index=False)
-    ]
-    caption = escape_latex(table.caption)
-    needs_t1 = any(letter in line for line in [caption, head, *body] for letter in T1_ONLY)
-    lines = [
-        r"\documentclass{article}",
-        *([r"\usepackage[T1]{fontenc}"] if needs_t1 else []),
-        r"\usepackage{array,booktabs}",
-        rf"\usepackage[paperwidth={wide:.1f}cm,paperheight={high:.1f}cm,margin=1cm]{{geometry}}",
-        r"\pagestyle{empty}",
-        r"\begin{document}",
-        r"\small",
-        rf"\noindent {caption}\par\medskip",
-        rf"\noindent\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{document}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def markdown(table: Table) -> str:
-    """Return the caption and a table in GitHub's Markdown."""
-
-    def row(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(escape_markdown(str(c)) for c in cells) + " |"
-
-    columns = [str(c) for c in table.shown.columns]
-    body = [row(list(cells)) for cells in table.shown.itertuples(index=False)]
-    head = [row(columns), "|" + "|".join([" --- "] * len(columns)) + "|"]
-    return "\n".join([escape_markdown(table.caption), "", *head, *body]) + "\n"
 
 
 def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
@@ -113,15 +36,9 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
             "md": markdown(table),
         }
-        for suffix, text in texts.items():
-            path = out / FOLDER / f"{table.stem}.{suffix}"
-            encoded = text.encode("utf-8")  # bytes: the same on every system
-
-            def write(to: Path, encoded: bytes = encoded) -> None:
-                to.write_bytes(encoded)
-
-            write_atomically(path, write)
-            written.append(path)
+        # Bytes: the same on every system.
+        writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
+        written += write_formats(out / FOLDER / table.stem, writers)
     return written
 
 

@@ -53,6 +53,7 @@ ORDER = (
     "figures.log_ratios",
     "figures.gallery",
     "markup",
+    "rendering",
     "tables",
     "command",
     "held",

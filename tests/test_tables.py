@@ -10,13 +10,11 @@ import pytest
 
 from ccm.knowledge import SOURCES
 from ccm.markup import escape_latex
+from ccm.rendering import Table, latex, markdown
 from ccm.results import RunResults, read_results
 from ccm.tables import (
-    Table,
     changed_prompts,
     gts_by_value,
-    latex,
-    markdown,
     model_dimensions,
     tables_of,
     transition_numbers,

@@ -9,6 +9,7 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import matplotlib
 import matplotlib.style
 import numpy as np
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from ccm.knowledge import Source
-from ccm.run_folder import to_json, write_atomically
+from ccm.run_folder import to_json, write_formats
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
 # Okabe and Ito's colours, told apart with every common colour blindness.
@@ -77,17 +78,19 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
     Returns:
         The three paths.
     """
-    paths = []
-    with style():
-        for kind, write in (("pdf", _write_pdf), ("png", _write_png)):
-            path = stem.parent / f"{stem.name}.{kind}"
-            write_atomically(path, partial(write, drawing.figure))
-            # Laid out once: the same places in both files, at half the cost.
-            drawing.figure.set_layout_engine("none")
-            paths.append(path)
-    path = stem.parent / f"{stem.name}.json"
-    write_atomically(path, lambda p: p.write_text(to_json(drawing.data), encoding="utf-8"))
-    return [*paths, path]
+    figure = drawing.figure
+    writers: dict[str, Callable[[Path], object]] = {
+        "pdf": partial(_write_pdf, figure),
+        "png": partial(_write_png, figure),
+        "json": lambda path: path.write_text(to_json(drawing.data), encoding="utf-8"),
+    }
+    # Laid out once, for both files; with an engine left, matplotlib would draw each of them twice.
+    with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)
+        return write_formats(stem, writers)
 
 
 # Dates and the writer's version would make two runs differ.
