@@ -141,8 +141,16 @@ def _bars_in_words(bars: Sequence[Bar]) -> str:
     return "; ".join(said) + ". " + IN_BRACKETS
 
 
-def _bar_data(bars: Sequence[Bar]) -> dict[str, Any]:
-    return {"bars": [asdict(bar) for bar in bars]}
+def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, ylabel: str) -> Drawing:
+    """Draw one panel of bars, with the small print that explains them."""
+    figure = Figure(figsize=(SINGLE, 2.9))
+    axes = figure.subplots()
+    figure.suptitle(title)
+    _draw_bars(axes, bars)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    foot(figure, _legend_lines(n_controls), 68)
+    return Drawing(figure, {"bars": [asdict(bar) for bar in bars]}, _bars_in_words(bars))
 
 
 @styled
@@ -167,14 +175,13 @@ def conversion_ratios(scores: Scores, model: str, value: str) -> Drawing:
         )
         for source in SOURCES
     ]
-    figure = Figure(figsize=(SINGLE, 2.9))
-    axes = figure.subplots()
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation")
-    _draw_bars(axes, bars)
-    axes.set_xlabel("source K after ablation")
-    axes.set_ylabel("conversion ratio\n(% of prompts that were not K)")
-    foot(figure, _legend_lines(len(others)), 68)
-    return Drawing(figure, _bar_data(bars), _bars_in_words(bars))
+    return _bar_chart(
+        bars,
+        len(others),
+        f"{shown(model)}, {VALUE_LABELS[value]} ablation",
+        "source K after ablation",
+        "conversion ratio\n(% of prompts that were not K)",
+    )
 
 
 @styled
@@ -188,30 +195,29 @@ def to_context(scores: Scores, model: str, value: str) -> Drawing:
     """
     own, others = counts_of(scores["entropy"]["transition_counts"]), control_counts(scores)
     ck = SOURCES.index("CK")
-
-    def row(counts: Int[np.ndarray, "3 3"], source: Source) -> Ratio:
-        k = SOURCES.index(source)
-        return ratio(int(counts[k, ck]), int(counts[k].sum()))
-
     froms: tuple[Source, ...] = ("ND", "PK")
+
+    def score(counts: Int[np.ndarray, "3 3"], source: Source) -> Ratio:
+        row = counts[SOURCES.index(source)]
+        return ratio(int(row[ck]), int(row.sum()))
+
     bars = [
         _bar(
             f"{source} → CK",
             source,
-            row(own, source),
-            [row(counts, source) for counts in others],
+            score(own, source),
+            [score(counts, source) for counts in others],
             f"no prompt was {source} before ablation",
         )
         for source in froms
     ]
-    figure = Figure(figsize=(SINGLE, 2.9))
-    axes = figure.subplots()
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation")
-    _draw_bars(axes, bars)
-    axes.set_xlabel("transition")
-    axes.set_ylabel("transition score\n(% of prompts of the class before)")
-    foot(figure, _legend_lines(len(others)), 68)
-    return Drawing(figure, _bar_data(bars), _bars_in_words(bars))
+    return _bar_chart(
+        bars,
+        len(others),
+        f"{shown(model)}, {VALUE_LABELS[value]} ablation",
+        "transition",
+        "transition score\n(% of prompts of the class before)",
+    )
 
 
 @styled
