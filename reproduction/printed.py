@@ -7,31 +7,11 @@ from functools import cache
 from typing import Any
 
 from ccm.knowledge import SOURCES, Source
+from ccm.printed import Printed
 from reproduction.goldens import GOLDEN
 
 NEURON_MEASURES = ("logit_var", "norm", "rho")
 SETS = ("entropy", "random_mean", "random_3se")
-
-
-@dataclass(frozen=True)
-class Printed:
-    """One number of the paper, with where it stands and how finely it can be read there."""
-
-    value: float
-    source: str  # table, figure or released file
-    resolution: float  # step between two values that can be told apart; 0: exact
-    defect: int | None = None  # number in the list of defects: the value is an artefact, no result
-    reason: str | None = None  # what made the artefact
-
-    @property
-    def low(self) -> float:
-        """The least value that would be printed like this."""
-        return self.value - self.resolution / 2
-
-    @property
-    def high(self) -> float:
-        """The greatest value that would be printed like this."""
-        return self.value + self.resolution / 2
 
 
 @dataclass(frozen=True)

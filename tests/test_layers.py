@@ -44,6 +44,7 @@ ORDER = (
     "merging",
     "external",
     "terminal",
+    "printed",
     "results",
     "figures",  # its __init__ alone
     "figures.canvas",

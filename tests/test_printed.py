@@ -8,8 +8,9 @@ import pytest
 from ccm.ablation import ABLATION_VALUES
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS, PUBLISHED
+from ccm.printed import FILE, Printed, printed_share
 from reproduction.goldens import GOLDEN
-from reproduction.printed import NEURON_MEASURES, SETS, CountRange, Printed, printed
+from reproduction.printed import NEURON_MEASURES, SETS, CountRange, printed
 
 # Of the published neurons, how many have an infinite released sigma (defect 3).
 INFINITE_SIGMAS = {
@@ -144,3 +145,31 @@ def test_defect_4_the_mode_gts_of_gpt2_is_the_share_that_was_not_nd() -> None:
     paper = printed("gpt2-small")
     share = 100 * sum(paper.sources[s].value for s in SOURCES if s != "ND") / paper.n_prompts
     assert round(share, 1) == paper.gts["mode_ablation"].value == 93.8
+
+
+def shares(model: str) -> dict[str, dict[str, dict[str, object]]]:
+    """What `ccm/printed.json` holds of a model, taken from `golden/paper/` as it is there."""
+    data = json.loads((GOLDEN / "paper" / f"{model}.json").read_text(encoding="utf-8"))
+    ratios = data["conversion_ratios"]["entropy"]
+    return {
+        "GTS": {value: entry["gts"] for value, entry in data["global_transition_scores"].items()},
+        **{f"CR({source})": {"mean_ablation": ratios[source]} for source in SOURCES},
+    }
+
+
+def test_the_figures_have_the_very_numbers() -> None:
+    assert json.loads(FILE.read_text(encoding="utf-8")) == {m: shares(m) for m in PUBLISHED}, (
+        f"{FILE.name} is not what golden/paper/ holds"
+    )
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_printed_share_is_found_by_model_value_and_quantity(model: str) -> None:
+    paper = printed(model)
+    for value in ABLATION_VALUES:
+        assert printed_share(model, value, "GTS") == paper.gts[value]
+        for source in SOURCES:
+            found = printed_share(model, value, f"CR({source})")
+            of_mean = value == "mean_ablation"
+            assert found == (paper.conversion_ratios["entropy"][source] if of_mean else None)
+    assert printed_share("organism", "mean_ablation", "GTS") is None
