@@ -184,8 +184,10 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
             chosen = np.linspace(0, len(prompts) - 1, plan_.config.max_prompts).round().astype(int)
             prompts = [prompts[i] for i in chosen]
         table = prompt_table(prompts)
+        # Groups of all relations: filters may leave one without a prompt.
+        groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
         folder.note(
-            facts=built.counts,
+            facts={**built.counts, "relation_groups": groups},
             prompts=len(prompts),
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )

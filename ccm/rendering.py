@@ -1,13 +1,18 @@
-"""One table as people read it: LaTeX that compiles alone, or Markdown."""
+"""How a table is written: LaTeX that compiles alone, Markdown, and the numbers in them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from ccm.markup import T1_ONLY, escape_latex, escape_markdown
+from ccm.scores import Ratio
 
 WRAPPED = 6.0  # cm, of a column of running text
+DASH = "–"  # where there is no number
+LINE = 0.41  # cm, of a table in 9 pt
+LINES = 400  # on a page: TeX knows no length above 575 cm
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Table:
 
 
 def latex(table: Table) -> str:
-    """Return a document of its own: booktabs, a page as large as the table.
+    """Return a document of its own: booktabs, a page as large as the table, more only if it must.
 
     Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
     only bitmaps, are used where a letter needs them.
@@ -45,7 +50,13 @@ def latex(table: Table) -> str:
         max([1, *(1 + len(escape_latex(str(row[columns.index(c)]))) // 30 for c in table.wide)])
         for row in table.shown.itertuples(index=False)
     ]
-    high = 3.5 + 0.41 * (sum(lines_of) + 0.18 * len(table.caption) / wide)
+    pages: list[list[int]] = [[]]
+    for i, n in enumerate(lines_of):
+        if pages[-1] and sum(lines_of[j] for j in pages[-1]) + n > LINES:
+            pages.append([])
+        pages[-1].append(i)
+    most = max(sum(lines_of[i] for i in page) for page in pages)
+    high = 3.5 + LINE * (most + 0.18 * len(table.caption) / wide)
     head = " & ".join(escape_latex(c) for c in columns) + r" \\"
     body = [
         " & ".join(escape_latex(str(v)) for v in row) + r" \\"
@@ -61,16 +72,19 @@ def latex(table: Table) -> str:
         r"\pagestyle{empty}",
         r"\begin{document}",
         r"\small",
-        rf"\noindent {caption}\par\medskip",
-        rf"\noindent\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{document}",
     ]
+    for page in pages:
+        lines += [
+            rf"\noindent {caption}\par\medskip",
+            rf"\noindent\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *(body[i] for i in page),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\newpage" if page is not pages[-1] else r"\end{document}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -84,3 +98,39 @@ def markdown(table: Table) -> str:
     body = [row(list(cells)) for cells in table.shown.itertuples(index=False)]
     head = [row(columns), "|" + "|".join([" --- "] * len(columns)) + "|"]
     return "\n".join([escape_markdown(table.caption), "", *head, *body]) + "\n"
+
+
+def percent_of(r: Mapping[str, Any]) -> str:
+    """Write a ratio of scores.json with its interval; a dash where there is nothing to divide by."""
+    if r["percent"] is None:
+        return DASH
+    return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
+
+
+def counted(own: Ratio) -> str:
+    """Write a ratio with its count and its interval."""
+    if own.percent is None:
+        return DASH
+    return f"{own.percent:.1f} ({own.count}/{own.total}) [{own.low:.1f}, {own.high:.1f}]"
+
+
+def mean_of(control: Mapping[str, Any]) -> str:
+    """Write the controls' mean with 3 standard errors, where there are two controls or more."""
+    mean, error = control["mean"], control["three_standard_errors"]
+    if mean is None:
+        return DASH
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+
+
+def nats(value: float | None) -> str:
+    """Write an entropy.
+
+    >>> nats(-0.25), nats(-0.0001), nats(None)
+    ('−0.250', '0.000', '–')
+    """
+    return DASH if value is None else f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+
+
+def between(low: str, high: str) -> str:
+    """Write a range; a dash where it has no end."""
+    return DASH if DASH in (low, high) else f"{low} to {high}"

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 
 from ccm.ablation import ABLATION_VALUES, ActivationStatistics
 from ccm.activations import float16_sigma
@@ -28,8 +29,14 @@ from ccm.run_folder import (
 )
 
 LOG_PROBS = tuple(f"log_prob_{s.lower()}" for s in SOURCES)
-CELL_COLUMNS = ("text", "source", *LOG_PROBS)
-PROMPT_COLUMNS = ("knowledge_probing_prompt", "counter_knowledge_object", "parametric_knowledge_object")
+CELL_COLUMNS = ("text", "source", "entropy", *LOG_PROBS)
+PROMPT_COLUMNS = (
+    "rel_lemma",
+    "relation_group_id",
+    "knowledge_probing_prompt",
+    "counter_knowledge_object",
+    "parametric_knowledge_object",
+)
 MEASURE_COLUMNS = ("neuron_idx", "logitvar", "norm", "rho", "entropy_neuron")
 
 
@@ -60,6 +67,33 @@ class RunResults:
         """The entropy set, ascending."""
         chosen = self.measures.loc[self.measures["entropy_neuron"], "neuron_idx"]
         return sorted(int(i) for i in chosen)
+
+    @cached_property
+    def relation_groups(self) -> dict[str, str]:
+        """Group of every relation, those without a prompt too where the run noted them."""
+        columns = (self.prompts[name].astype(str) for name in ("rel_lemma", "relation_group_id"))
+        noted = self.manifest.get("facts", {}).get("relation_groups", {})
+        return {**noted, **dict(zip(*columns, strict=True))}
+
+    @cached_property
+    def control_sources(self) -> dict[str, Int8[np.ndarray, "control prompt"]]:
+        """Sources under every control set by ablation value, as places in `SOURCES`.
+
+        Read when first asked for, and from the cells no other column: they are the bulk of a run.
+
+        Raises:
+            BadInput: a cell is missing, damaged, or of other prompts.
+        """
+        return {
+            value: np.asarray(
+                [
+                    _sources(self.path / value / f"{entry['name']}.parquet", len(self.plain))
+                    for entry in self.scores["ablations"][value]["controls"]["sets"]
+                ],
+                dtype=np.int8,
+            ).reshape(-1, len(self.plain))
+            for value in self.values
+        }
 
 
 def read_results(path: Path) -> RunResults:
@@ -118,6 +152,18 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     if missing:
         raise BadInput(f"{path}: not a table of a run (no column {missing[0]!r}).")
     return table
+
+
+def source_codes(sources: pd.Series) -> Int8[np.ndarray, "prompt"]:
+    """Turn sources into their places in `SOURCES`; -1 for anything else."""
+    return np.asarray(pd.Categorical(sources, categories=SOURCES).codes, dtype=np.int8)
+
+
+def _sources(path: Path, prompts: int) -> Int8[np.ndarray, "prompt"]:
+    codes = source_codes(read_table(_present(path), columns=["source"])["source"])
+    if len(codes) != prompts or (codes < 0).any():
+        raise BadInput(f"{path}: not a cell of this run. Remove it and run again.")
+    return codes
 
 
 def _scores(path: Path, names: list[str]) -> dict[str, Any]:

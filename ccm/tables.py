@@ -1,6 +1,7 @@
 """Tables of finished runs (Method 10)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from ccm.ablation import ABLATION_VALUES
+from ccm.by_relation import relation_effects
+from ccm.by_transition import entropy_changes
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS
-from ccm.rendering import Table, latex, markdown
+from ccm.rendering import Table, between, counted, latex, markdown, mean_of, nats, percent_of
 from ccm.results import RunResults
 from ccm.run_folder import write_formats
 
@@ -48,6 +51,8 @@ def tables_of(runs: Sequence[RunResults]) -> list[Table]:
         transition_proportions(runs),
         transition_numbers(runs),
         gts_by_value(runs),
+        entropy_by_transition(runs),
+        relation_shares(runs),
         model_dimensions(runs),
         changed_prompts(runs),
     ]
@@ -69,8 +74,8 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
             own = scores["entropy"]["transition_scores"][source]
             controls = scores["controls"]["transition_scores"][source]
             row = {"model": run.display_name, "ablation": _symbol(value), "from": source}
-            row |= {f"entropy to {k}": _percent(own[k]) for k in SOURCES}
-            row |= {f"controls to {k}": _mean(controls[k]) for k in SOURCES}
+            row |= {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
+            row |= {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
             shown.append(row)
             for k in SOURCES:
                 data.append(
@@ -140,9 +145,9 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
             {
                 "model": run.display_name,
                 "ablation": _symbol(value),
-                "GTS": _percent(own["gts"]),
+                "GTS": percent_of(own["gts"]),
                 "changed": f"{own['gts']['count']}/{own['gts']['total']}",
-                "controls": _mean(controls),
+                "controls": mean_of(controls),
                 "largest control": "–" if most is None else f"{most:.1f}",
                 "Q": "–" if q is None else f"{q:.1f}",
                 "p": "–" if p is None else f"{p:.4f}",
@@ -159,6 +164,84 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
         "Global transition score (GTS), percent of prompts whose source changed, with its exact 95 % "
         "interval; controls: mean ± 3 standard errors; Q: quantile of the entropy set among the "
         "controls, 0 to 100; p: one-sided permutation test.",
+        pd.DataFrame(shown),
+        pd.DataFrame(data),
+    )
+
+
+def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
+    """Change of entropy for each transition, entropy set and controls (Method 8)."""
+    shown, data = [], []
+    for run, value, _ in _each_value(runs):
+        for change in entropy_changes(run, value):
+            controls = change.controls
+            quartiles = (
+                np.quantile(change.values, (0.25, 0.5, 0.75)).tolist()
+                if len(change.values)
+                else [None] * 3
+            )
+            shown.append(
+                {
+                    "model": run.display_name,
+                    "ablation": _symbol(value),
+                    "transition": f"{change.before} → {change.after}",
+                    "prompts": len(change.values),
+                    "mean change": nats(change.mean),
+                    "quartiles": between(nats(quartiles[0]), nats(quartiles[2])),
+                    "controls": nats(controls.mean),
+                    "controls' range": between(nats(controls.low), nats(controls.high)),
+                    "control sets": change.control_sets,
+                }
+            )
+            data.append(
+                {"model": run.model, "ablation_value": value, "from": change.before, "to": change.after}
+                | {"prompts": len(change.values), "mean": change.mean}
+                | dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True))
+                | {f"controls_{name}": v for name, v in asdict(controls).items()}
+                | {"control_sets": change.control_sets}
+            )
+    return Table(
+        "entropy_by_transition",
+        "Change of the next token's entropy at the last position of the prompt, before − after, nats; "
+        "above 0: lower after ablation. Controls: mean and range of the control sets' means, over the "
+        "control sets of which some prompt makes the transition. A dash: no prompt makes it.",
+        pd.DataFrame(shown),
+        pd.DataFrame(data),
+    )
+
+
+def relation_shares(runs: Sequence[RunResults]) -> Table:
+    """GTS and CR(CK) relation by relation, entropy set and controls (Method 3, 8)."""
+    shown, data = [], []
+    for run, value, _ in _each_value(runs):
+        for effect in relation_effects(run, value):
+            shown.append(
+                {
+                    "model": run.display_name,
+                    "ablation": _symbol(value),
+                    "group": effect.group,
+                    "relation": effect.name,
+                    "prompts": effect.prompts,
+                    "GTS": counted(effect.gts),
+                    "GTS, controls": mean_of(asdict(effect.gts_controls)),
+                    "CR(CK)": counted(effect.cr_ck),
+                    "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
+                }
+            )
+            row: dict[str, object] = {"model": run.model, "ablation_value": value}
+            row |= {"group": effect.group, "relation": effect.name, "prompts": effect.prompts}
+            for name, own, controls in (
+                ("gts", effect.gts, effect.gts_controls),
+                ("cr_ck", effect.cr_ck, effect.cr_ck_controls),
+            ):
+                row |= {f"{name}_{key}": v for key, v in asdict(own).items()}
+                row |= {f"{name}_controls_{key}": v for key, v in asdict(controls).items()}
+            data.append(row)
+    return Table(
+        "relation_effects",
+        "Effects relation by relation, percent: GTS of the prompts, CR(CK) of those that were not CK. "
+        "Entropy set: share, count, exact 95 % interval; controls: mean ± 3 standard errors. A dash: "
+        "nothing to divide by.",
         pd.DataFrame(shown),
         pd.DataFrame(data),
     )
@@ -211,16 +294,3 @@ def changed_prompts(runs: Sequence[RunResults]) -> Table:
         caption += " Here none changed."
     table = pd.DataFrame(rows, columns=columns)
     return Table("changed_prompts", caption, table, table, wide=tuple(columns[-3:]))
-
-
-def _percent(r: Mapping[str, Any]) -> str:
-    if r["percent"] is None:
-        return "–"
-    return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
-
-
-def _mean(control: Mapping[str, Any]) -> str:
-    mean, error = control["mean"], control["three_standard_errors"]
-    if mean is None:
-        return "–"
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"

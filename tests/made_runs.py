@@ -21,6 +21,8 @@ from ccm.run_folder import (
 )
 from ccm.summary import scores_of_run
 
+RELATIONS = (("capital-of", "places"), ("born-in", "places"), ("play-the", "music"))  # name, group
+
 
 def make_run(
     path: Path,
@@ -37,6 +39,7 @@ def make_run(
     text: str = " Rom.",
     same_log_probs: bool = False,  # every prompt alike, before and after
     protocol: str = "corrected",
+    relations: Sequence[tuple[str, str]] = RELATIONS,
     seed: int = 0,
 ) -> RunFolder:
     """Write a run folder with everything figures and tables read."""
@@ -99,11 +102,13 @@ def make_run(
         mean=np.full(d_mlp, 0.1), std=np.full(d_mlp, 0.5), median=low / 2, mode=low, min=low, max=high
     )
     write_statistics(path / ACTIVATION_STATS, statistics, positions=1000)
+    asked = [relations[i // len(SOURCES) % len(relations)] for i in range(prompts)]
     write_table(
         path / PROMPTS,
         pd.DataFrame(
             {
-                "rel_lemma": ["capital-of"] * prompts,
+                "rel_lemma": [name for name, _ in asked],
+                "relation_group_id": [group for _, group in asked],
                 "knowledge_probing_prompt": [
                     f"{i} is the capital of Italy. {i} is" for i in range(prompts)
                 ],
@@ -112,7 +117,9 @@ def make_run(
             }
         ),
     )
-    folder.note(sets=sets, entropy_neurons=chosen, facts={"facts": 20, "recalled": 15})
+    groups = {**dict(relations), "is-subclass": "hierarchy"}  # of the last no prompt is left
+    facts = {"facts": 20, "recalled": 15, "relation_groups": groups}
+    folder.note(sets=sets, entropy_neurons=chosen, facts=facts)
     write_json(path / SCORES, scores_of_run(folder, protocol == "released"))
     folder.note(complete=True)
     return folder

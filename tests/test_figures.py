@@ -96,10 +96,12 @@ def test_every_figure_of_the_method_is_there(run: RunResults) -> None:
         f"made/made_{value}_ablation_log_nd_ck",
         f"made/made_{value}_ablation_log_nd_pk",
         f"made/made_{value}_ablation_empirical_noises",
+        f"made/made_{value}_entropy_by_transition",
+        f"made/made_{value}_relation_groups",
     }
     stems = [entry.stem for entry in figures_of_run(run)]
     assert wanted <= set(stems)
-    assert len(stems) == len(set(stems)) == 3 + 7 * 2
+    assert len(stems) == len(set(stems)) == 3 + 9 * 2
 
 
 def visible(axes: Axes, axis: str) -> bool:
@@ -110,7 +112,9 @@ def visible(axes: Axes, axis: str) -> bool:
 
 
 def test_every_axis_has_a_label_and_its_numbers_a_unit(drawn: dict[str, Drawing]) -> None:
-    names = {"model", "transition", "source K after ablation", "neurons"}  # of things, not numbers
+    # Names of things, not numbers.
+    names = {"model", "transition", "source K after ablation", "neurons", "source before → after"}
+    names |= {"ablation value", "relation group"}
     seen = 0
     for stem, drawing in drawn.items():
         for axes in drawing.figure.axes:
@@ -506,8 +510,8 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     before = digests(tmp_path / "run")
     assert main(["figures", str(tmp_path / "run")]) == 0
     out = tmp_path / "run" / "figures"
-    assert capsys.readouterr().out == f"12 figures (PDF, PNG, data), 5 tables: {out}\n"
-    assert len(digests(out)) == 12 * 3 + 5 * 3
+    assert capsys.readouterr().out == f"15 figures (PDF, PNG, data), 7 tables: {out}\n"
+    assert len(digests(out)) == 15 * 3 + 7 * 3
     after = digests(tmp_path / "run")
     assert {name: after[name] for name in before} == before, "the run itself was changed"
 

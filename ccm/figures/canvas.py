@@ -20,6 +20,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from ccm.knowledge import Source
+from ccm.printed import Printed
 from ccm.run_folder import to_json, write_formats
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
@@ -34,6 +35,11 @@ VALUE_LABELS = {
     "mode_ablation": "mode",
     "mean_minus_sigma_ablation": "μ − 3σ",
     "mean_plus_sigma_ablation": "μ + 3σ",
+}
+# The paper's values: a ring, a cross where the value is an artefact of the released code.
+PRINTED_MARKS: dict[bool, dict[str, Any]] = {
+    False: {"color": "#222222", "marker": "o", "fillstyle": "none", "markersize": 7.5},
+    True: {"color": "#222222", "marker": "x", "markersize": 5},
 }
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
 FINE_BINS = 4096
@@ -145,6 +151,12 @@ def foot(figure: Figure, lines: Sequence[str], width: int) -> None:
     text = "\n".join(textwrap.fill(line, width) for line in lines if line)
     if text:
         figure.supxlabel(text, fontsize=6.5, color="#444444", x=0.02, ha="left")
+
+
+def draw_printed(axes: Axes, x: float, y: float, printed: Printed) -> None:
+    """Mark a value of the paper."""
+    mark = PRINTED_MARKS[printed.defect is not None]
+    axes.plot(x, y, linestyle="", markeredgewidth=0.9, clip_on=False, zorder=4, **mark)
 
 
 def density(

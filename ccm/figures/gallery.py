@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ccm.by_relation import group_effects
+from ccm.by_transition import entropy_changes
 from ccm.errors import BadInput
-from ccm.figures import activations, log_ratios, neurons, shares
+from ccm.figures import activations, changes, forest, log_ratios, neurons, shares
 from ccm.figures.canvas import Drawing, save
 from ccm.knowledge import RATIOS
 from ccm.results import RunResults
@@ -76,7 +78,7 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         "Conversion ratios",
         "Of the prompts that were not answered from a source, the share that is after the ablation. "
         "Coloured: the entropy set; grey: the control sets.",
-        partial(shares.conversion_ratios, scores, model, value),
+        partial(shares.conversion_ratios, scores, model, value, name),
         value,
     )
     yield Entry(
@@ -112,6 +114,30 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         partial(log_ratios.log_ratio_differences, run.plain, ablated, model, value),
         value,
     )
+    yield Entry(
+        f"{stem}_entropy_by_transition",
+        "Entropy by transition",
+        "Entropy of the next token before the ablation minus after it, prompt by prompt, for each pair of "
+        "sources before and after; the controls' means beside. Above 0 the ablation made the model surer.",
+        partial(_entropy_by_transition, run, value),
+        value,
+    )
+    yield Entry(
+        f"{stem}_relation_groups",
+        "Effect by relation group",
+        "Where the effect comes from: conversion to the context and change of source by the group that "
+        "the prompt's relation belongs to.",
+        partial(_relation_groups, run, value),
+        value,
+    )
+
+
+def _entropy_by_transition(run: RunResults, value: str) -> Drawing:
+    return changes.by_transition(entropy_changes(run, value), run.display_name, value)
+
+
+def _relation_groups(run: RunResults, value: str) -> Drawing:
+    return forest.by_group(group_effects(run, value), run.display_name, value)
 
 
 def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
@@ -123,6 +149,15 @@ def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
         "How many prompts were answered from the context (CK), with neither object (ND), and from the "
         "weights (PK).",
         partial(shares.class_sizes, sizes),
+    )
+    ablations = [(run.model, run.display_name, run.scores["ablations"]) for run in runs]
+    yield Entry(
+        "entropy_set_and_controls",
+        "Entropy set against controls",
+        "Conversion to the context and change of source, a row a model and ablation value: the entropy "
+        "set with its exact interval, the control sets with their whole range, and the paper's value "
+        "where there is one.",
+        partial(forest.across_runs, ablations),
     )
     ranges = [(run.display_name, run.statistics, run.entropy_neurons) for run in runs]
     yield Entry(

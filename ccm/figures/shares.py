@@ -22,12 +22,14 @@ from ccm.figures.canvas import (
     SINGLE,
     VALUE_LABELS,
     Drawing,
+    draw_printed,
     foot,
     say,
     shown,
     styled,
 )
 from ccm.knowledge import SOURCES, Source
+from ccm.printed import Printed, printed_share
 from ccm.scores import ControlSummary, Ratio, conversion_ratio, ratio, summarise
 from ccm.wording import IN_BRACKETS, extent, share
 
@@ -49,6 +51,7 @@ class Bar:
     controls: tuple[float, ...]  # percent, one a control set; empty where `own` has no percent
     summary: ControlSummary
     empty: str  # what to say where there is nothing to divide by
+    printed: Printed | None = None
 
 
 def counts_of(table: Mapping[str, Mapping[str, int]]) -> Int[np.ndarray, "from=3 to=3"]:
@@ -61,15 +64,23 @@ def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
     return [counts_of(entry["transition_counts"]) for entry in scores["controls"]["sets"]]
 
 
-def _bar(label: str, colour_of: Source, own: Ratio, controls: Sequence[Ratio], empty: str) -> Bar:
+def _bar(
+    label: str,
+    colour_of: Source,
+    own: Ratio,
+    controls: Sequence[Ratio],
+    empty: str,
+    printed: Printed | None = None,
+) -> Bar:
     values = tuple(r.percent for r in controls if r.percent is not None)
     value = float("nan") if own.percent is None else own.percent
-    return Bar(label, colour_of, own, values, summarise(value, values), empty)
+    return Bar(label, colour_of, own, values, summarise(value, values), empty, printed)
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     """Draw pairs of bars: the entropy set in the source's colour, the mean of the controls in grey."""
     tops = [b.own.high or 0.0 for b in bars] + [max(b.controls, default=0.0) for b in bars]
+    tops += [b.printed.value for b in bars if b.printed is not None]
     ceiling = min(125.0, 1.3 * max(1.0, *tops))
     for x, bar in enumerate(bars):
         if bar.own.percent is None or bar.own.low is None or bar.own.high is None:
@@ -90,6 +101,8 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
         )
         words = f"{bar.own.percent:.1f} %\n{bar.own.count}/{bar.own.total}"
         axes.text(at, bar.own.high + 0.015 * ceiling, words, ha="center", va="bottom", fontsize=6.5)
+        if bar.printed is not None:
+            draw_printed(axes, at - 0.5 * width - 0.03, bar.printed.value, bar.printed)
         if not bar.controls or bar.summary.mean is None:
             continue
         axes.bar(
@@ -141,6 +154,16 @@ def _bars_in_words(bars: Sequence[Bar]) -> str:
     return "; ".join(said) + ". " + IN_BRACKETS
 
 
+def _printed_lines(bars: Sequence[Bar]) -> list[str]:
+    """Explain the marks of the paper's values that are there."""
+    defects = {bar.printed.defect for bar in bars if bar.printed is not None}
+    artefacts = sorted(defect for defect in defects if defect is not None)
+    return [
+        *(["Ring: the paper's value."] if None in defects else []),
+        *(f"Cross: the paper's value, an artefact (defect {d} of the list)." for d in artefacts),
+    ]
+
+
 def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, ylabel: str) -> Drawing:
     """Draw one panel of bars, with the small print that explains them."""
     figure = Figure(figsize=(SINGLE, 2.9))
@@ -149,12 +172,12 @@ def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, yl
     _draw_bars(axes, bars)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    foot(figure, _legend_lines(n_controls), 68)
+    foot(figure, [*_legend_lines(n_controls), *_printed_lines(bars)], 68)
     return Drawing(figure, {"bars": [asdict(bar) for bar in bars]}, _bars_in_words(bars))
 
 
 @styled
-def conversion_ratios(scores: Scores, model: str, value: str) -> Drawing:
+def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") -> Drawing:
     """CR(CK), CR(ND) and CR(PK) of the entropy set and its controls (Figures 4b and 8).
 
     All three come from the transition counts, ND's too: the printed ND bars are PK's (defect 1).
@@ -163,6 +186,7 @@ def conversion_ratios(scores: Scores, model: str, value: str) -> Drawing:
         scores: One ablation value's part of scores.json.
         model: Display name.
         value: Name of the ablation value.
+        name: Name of the model, by which the paper's values are found.
     """
     own, others = counts_of(scores["entropy"]["transition_counts"]), control_counts(scores)
     bars = [
@@ -172,6 +196,7 @@ def conversion_ratios(scores: Scores, model: str, value: str) -> Drawing:
             conversion_ratio(own, source),
             [conversion_ratio(counts, source) for counts in others],
             f"every prompt was {source} before ablation" if own.sum() else "there is no prompt at all",
+            printed_share(name, value, f"CR({source})"),
         )
         for source in SOURCES
     ]
