@@ -156,7 +156,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 def source_codes(sources: pd.Series) -> Int8[np.ndarray, "prompt"]:
     """Turn sources into their places in `SOURCES`; -1 for anything else."""
-    return np.asarray(pd.Categorical(sources, categories=SOURCES).codes, dtype=np.int8)
+    return pd.Index(SOURCES).get_indexer(pd.Index(sources)).astype(np.int8)
 
 
 def _sources(path: Path, prompts: int) -> Int8[np.ndarray, "prompt"]:

@@ -153,6 +153,9 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
     assert all(seconds >= 0 for seconds in held["timings_s"].values())
     left = [held["facts"][step] for step in ("facts", *FILTERS)]
     assert left == sorted(left, reverse=True)
+    relations = pd.read_csv(Path(str(MODELS["organism"].folder)) / "relations.csv")
+    groups = dict(zip(relations["relation"], relations["relation_group_id"], strict=True))
+    assert held["facts"]["relation_groups"] == groups
 
 
 def test_another_prompt_has_another_hash(whole: Run, quick: None, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables: the scores' numbers, in LaTeX that compiles, CSV and Markdown."""
 
 import io
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,14 +9,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ccm.by_relation import relation_effects
 from ccm.knowledge import SOURCES
 from ccm.markup import escape_latex
 from ccm.rendering import Table, latex, markdown
 from ccm.results import RunResults, read_results
 from ccm.tables import (
     changed_prompts,
+    entropy_by_transition,
     gts_by_value,
     model_dimensions,
+    relation_shares,
     tables_of,
     transition_numbers,
     transition_proportions,
@@ -67,6 +71,59 @@ def test_gts_and_q_are_the_scores(run: RunResults) -> None:
         own = run.scores["ablations"][row["ablation_value"]]["entropy"]
         assert row["percent"] == own["gts"]["percent"]
         assert (row["q_value"], row["permutation_p"]) == (own["q_value"], own["permutation_p"])
+
+
+def test_relations_are_those_of_the_figures(run: RunResults) -> None:
+    table = relation_shares([run])
+    effects = [(v, e) for v in run.values for e in relation_effects(run, v)]
+    for row, shown, (value, effect) in zip(
+        table.data.to_dict("records"), table.shown.to_dict("records"), effects, strict=True
+    ):
+        assert (row["ablation_value"], row["relation"], row["group"]) == (
+            value,
+            effect.name,
+            effect.group,
+        )
+        if effect.prompts:
+            assert row["gts_percent"] == effect.gts.percent
+            assert row["cr_ck_controls_mean"] == effect.cr_ck_controls.mean
+            assert f"({effect.cr_ck.count}/{effect.cr_ck.total})" in shown["CR(CK)"]
+        else:
+            assert (shown["prompts"], shown["GTS"], shown["CR(CK), controls"]) == (0, "–", "–")
+    assert sum(effect.prompts == 0 for _, effect in effects) == 2
+
+
+def test_entropy_changes_are_the_scores(run: RunResults) -> None:
+    table = entropy_by_transition([run])
+    assert len(table.shown) == 2 * 9
+    for row, shown in zip(table.data.to_dict("records"), table.shown.to_dict("records"), strict=True):
+        scores = run.scores["ablations"][row["ablation_value"]]
+        mean = scores["entropy"]["entropy_difference"][row["from"]][row["to"]]
+        controls = scores["controls"]["entropy_difference"][row["from"]][row["to"]]
+        assert row["prompts"] == scores["entropy"]["transition_counts"][row["from"]][row["to"]]
+        if mean is None:
+            assert shown["mean change"] == shown["quartiles"] == "–"
+        else:
+            assert row["mean"] == pytest.approx(mean)
+            assert float(shown["mean change"].replace("−", "-")) == round(mean, 3)
+            assert row["quartile_1"] <= row["median"] <= row["quartile_3"]
+        if controls["mean"] is not None:
+            assert row["controls_mean"] == controls["mean"]
+            assert row["controls_low"] <= controls["mean"] <= row["controls_high"]
+
+
+def test_a_table_too_long_for_a_page_has_several() -> None:
+    rows = pd.DataFrame({"model": ["m"] * 1000, "n": range(1000)})
+    text = latex(Table("t", "long", rows, rows))
+    pages = text.split("\\newpage")
+    assert len(pages) == 3
+    for page in pages:
+        assert page.count("\\begin{tabular}") == page.count("\\toprule") == 1
+    assert [n for n in range(1000) if f"m & {n} " not in text] == []
+    (height,) = re.findall(r"paperheight=([0-9.]+)cm", text)
+    assert 1000 / 3 * 0.35 < float(height) < 575, "TeX knows no length above 575 cm"
+    few = rows.iloc[:400]
+    assert "newpage" not in latex(Table("t", "fits", few, few))
 
 
 def test_dimensions_are_the_runs(run: RunResults) -> None:

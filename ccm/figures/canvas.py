@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial, wraps
@@ -157,6 +157,15 @@ def draw_printed(axes: Axes, x: float, y: float, printed: Printed) -> None:
     """Mark a value of the paper."""
     mark = PRINTED_MARKS[printed.defect is not None]
     axes.plot(x, y, linestyle="", markeredgewidth=0.9, clip_on=False, zorder=4, **mark)
+
+
+def artefacts_in_words(printed: Iterable[Printed | None]) -> str:
+    """Explain the crosses among the paper's values; nothing where there is none."""
+    defects = sorted({p.defect for p in printed if p is not None and p.defect is not None})
+    if not defects:
+        return ""
+    which = f"defect{'s' if len(defects) > 1 else ''} {' and '.join(str(d) for d in defects)}"
+    return f"Cross: the paper's value, an artefact of the released code ({which} of the list)."
 
 
 def density(

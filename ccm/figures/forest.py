@@ -21,6 +21,7 @@ from ccm.figures.canvas import (
     RED,
     VALUE_LABELS,
     Drawing,
+    artefacts_in_words,
     draw_printed,
     foot,
     say,
@@ -81,10 +82,7 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     small = ["Q, quantile: rank of the entropy set among its controls, 0 to 100; p: permutation test."]
     if any(share.matched is not None for share in shares):
         small.append("Behind the bar |: against the matched controls.")
-    found = sorted({s.printed.defect for s in shares if s.printed is not None and s.printed.defect})
-    if found:
-        defects = " and ".join(str(defect) for defect in found)
-        small.append(f"×: an artefact of the released code, no result (defects {defects} of the list).")
+    small.append(artefacts_in_words(share.printed for share in shares))
     names = [(name, value) for name, _, ablations in runs for value in ablations]
     data = [
         {"model": name, "ablation_value": value, **_data(row)}

@@ -22,6 +22,7 @@ from ccm.figures.canvas import (
     SINGLE,
     VALUE_LABELS,
     Drawing,
+    artefacts_in_words,
     draw_printed,
     foot,
     say,
@@ -154,16 +155,6 @@ def _bars_in_words(bars: Sequence[Bar]) -> str:
     return "; ".join(said) + ". " + IN_BRACKETS
 
 
-def _printed_lines(bars: Sequence[Bar]) -> list[str]:
-    """Explain the marks of the paper's values that are there."""
-    defects = {bar.printed.defect for bar in bars if bar.printed is not None}
-    artefacts = sorted(defect for defect in defects if defect is not None)
-    return [
-        *(["Ring: the paper's value."] if None in defects else []),
-        *(f"Cross: the paper's value, an artefact (defect {d} of the list)." for d in artefacts),
-    ]
-
-
 def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, ylabel: str) -> Drawing:
     """Draw one panel of bars, with the small print that explains them."""
     figure = Figure(figsize=(SINGLE, 2.9))
@@ -172,7 +163,9 @@ def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, yl
     _draw_bars(axes, bars)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    foot(figure, [*_legend_lines(n_controls), *_printed_lines(bars)], 68)
+    printed = [bar.printed for bar in bars]
+    ring = "Ring: the paper's value." if any(p and p.defect is None for p in printed) else ""
+    foot(figure, [*_legend_lines(n_controls), ring, artefacts_in_words(printed)], 68)
     return Drawing(figure, {"bars": [asdict(bar) for bar in bars]}, _bars_in_words(bars))
 
 
