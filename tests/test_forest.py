@@ -173,6 +173,7 @@ def test_edge_cases_are_drawn_and_said(
     for drawing in (across, groups, entropy):
         render(drawing)
         assert not overlapping(drawing.figure)
+        assert "模" not in texts(drawing.figure), "a letter that the font does not have"
     said = texts(across.figure) + texts(groups.figure)
     assert all(w in said for w in words)
     assert ("controls" in texts(groups.figure)) == (options.get("controls") != 0)
