@@ -176,7 +176,15 @@ def test_edge_cases_are_drawn_and_said(
         assert "模" not in texts(drawing.figure), "a letter that the font does not have"
     said = texts(across.figure) + texts(groups.figure)
     assert all(w in said for w in words)
-    assert ("controls" in texts(groups.figure)) == (options.get("controls") != 0)
+    assert ("no controls" in said) == (options.get("controls") == 0)
+
+
+def test_the_papers_value_stands_where_ours_has_no_denominator(tmp_path: Path) -> None:
+    make_run(tmp_path, before=("CK",), moved=0.0)
+    drawing = forest.across_runs([("gpt2-small", "GPT2", ablations_of(read_results(tmp_path)))])
+    paper = printed_share("gpt2-small", VALUES[0], "CR(CK)")
+    assert paper is not None
+    assert marks(drawing, 0, "o") == [paper.value]
 
 
 # --- by relation group ------------------------------------------------------------------------------

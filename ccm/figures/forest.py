@@ -253,17 +253,18 @@ def _draw_share(axes: Axes, y: float, share: Share) -> None:
         "va": "center",
         "fontsize": 6.5,
     }
+    if share.printed is not None:
+        draw_printed(axes, share.printed.value, y + OWN, share.printed)
     own = share.own
     if own.percent is None or own.low is None or own.high is None:
         axes.text(1.04, y, textwrap.fill(share.empty, 30), color="#444444", **beside)
         return
     axes.plot([own.low, own.high], [y + OWN] * 2, color=RED, linewidth=1.1, marker="|", markersize=4)
     axes.plot(own.percent, y + OWN, "o", color=RED, markersize=4, clip_on=False)
-    if share.printed is not None:
-        draw_printed(axes, share.printed.value, y + OWN, share.printed)
     words = f"{own.percent:.1f} % ({own.count}/{own.total}; {own.low:.1f}–{own.high:.1f})"
-    axes.text(1.04, y - 0.2 if share.note else y, words, **beside)
-    axes.text(1.04, y + 0.2, share.note, color="#555555", **beside)
+    axes.text(1.04, y - 0.2, words, **beside)
+    note = share.note if share.controls.mean is not None else "no controls"
+    axes.text(1.04, y + 0.2, note, color="#555555", **beside)
 
 
 def _legend(figure: Figure, shares: Sequence[Share]) -> None:
