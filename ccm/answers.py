@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from ccm.figures.canvas import VALUE_LABELS
+from ccm.rendering import Table
 from ccm.results import RunResults
-from ccm.tables import Table
 from ccm.wording import IN_BRACKETS, digits, mean_and_most, share
 
 

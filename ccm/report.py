@@ -16,9 +16,10 @@ from ccm.figures.gallery import Drawn, check_distinct, draw, figures_across, fig
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.markup import escape_markdown
 from ccm.models import MODELS
+from ccm.rendering import Table, markdown
 from ccm.results import RunResults
 from ccm.run_folder import write_atomically
-from ccm.tables import Table, markdown, tables_of, write_tables
+from ccm.tables import tables_of, write_tables
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report

@@ -25,6 +25,7 @@ from ccm.figures.canvas import (
     shown,
     styled,
 )
+from ccm.wording import digits
 
 WHISKERS = (5, 95)  # percentiles
 MANY_POINTS = 500  # more are drawn as pixels inside the PDF
@@ -75,7 +76,12 @@ def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> D
     if all(change.controls.mean is None for change in changes):
         small.append("No control sets were run.")
     foot(figure, small, 125)
-    return Drawing(figure, {"transitions": found})
+    said = [
+        f"{c.before} to {c.after}: {digits(entry['mean'], 3)} nats on average of {len(c.values)}"
+        + ("" if c.controls.mean is None else f", controls {c.controls.mean:.3f}")
+        for c, entry in zip(changes, found, strict=True)
+    ]
+    return Drawing(figure, {"transitions": found}, "; ".join(said) + ".")
 
 
 def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any]:

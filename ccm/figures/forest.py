@@ -30,6 +30,8 @@ from ccm.figures.canvas import (
 )
 from ccm.printed import Printed, printed_share
 from ccm.scores import ControlSummary, Ratio
+from ccm.wording import IN_BRACKETS
+from ccm.wording import share as in_words
 
 TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)  # percent
 MATCHED = "#56B4E9"
@@ -202,7 +204,23 @@ def _forest(
         panels[0].set_ylim(middle + 0.5 * high + 0.1, middle - 0.5 * high - 0.1)
         _legend(figure, [share for row in rows for share in row.shares])
     foot(figure, small, 125)
-    return Drawing(figure, {"rows": list(data)})
+    return Drawing(figure, {"rows": list(data)}, _in_words(rows))
+
+
+def _in_words(rows: Sequence[Row]) -> str:
+    """Say every row: the entropy set's shares, the controls' means."""
+    said = []
+    for row in rows:
+        of = ", ".join(filter(None, [row.section, *row.label.split("\n")]))
+        parts = []
+        for name, part in zip(("CR(CK)", "GTS"), row.shares, strict=True):
+            own, mean = part.own, part.controls.mean
+            beside = "" if mean is None else f", controls {mean:.1f} % on average"
+            parts.append(
+                f"{name} {part.empty if own.percent is None else in_words(asdict(own))}{beside}"
+            )
+        said.append(f"{of}: {'; '.join(parts)}")
+    return ". ".join(said) + f". {IN_BRACKETS}" if said else "There is no prompt."
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], dict[float, str]]:

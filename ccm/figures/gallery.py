@@ -117,8 +117,9 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
     yield Entry(
         f"{stem}_entropy_by_transition",
         "Entropy by transition",
-        "Entropy of the next token before the ablation minus after it, prompt by prompt, for each pair of "
-        "sources before and after; the controls' means beside. Above 0 the ablation made the model surer.",
+        "Entropy of the next token before the ablation minus after it, prompt by prompt, for each pair "
+        "of sources before and after; the controls' means beside. Above 0 the ablation made the model "
+        "surer.",
         partial(_entropy_by_transition, run, value),
         value,
     )
