@@ -1,6 +1,7 @@
 """What neurons are replaced by: five ablation values as five rows of a table (Method 7)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +81,33 @@ def ablation_values(names: str | Sequence[str]) -> list[AblationValue]:
 class Ablation:
     """A neuron set with its replacement values; the empty set is the plain run."""
 
-    name: str  # of the set: "plain", "entropy", "control_000", ...
+    name: str  # of the set: "plain", "entropy", "control_000", "matched_000", ...
     neurons: tuple[int, ...]  # distinct, ascending
     values: tuple[float, ...]  # one per neuron
 
 
 PLAIN = Ablation(name="plain", neurons=(), values=())
+CONTROL, MATCHED = "control", "matched"  # kinds of sets that the entropy set is compared with
+_NUMBERED = re.compile(rf"({CONTROL}|{MATCHED})_\d{{3,}}")
+
+
+def numbered(kind: str, sets: Iterable[Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Name the sets of a kind.
+
+    >>> numbered(MATCHED, [(1, 2), (3, 4)])
+    {'matched_000': (1, 2), 'matched_001': (3, 4)}
+    """
+    return {f"{kind}_{i:03d}": tuple(neurons) for i, neurons in enumerate(sets)}
+
+
+def kind_of(name: str) -> str | None:
+    """`CONTROL` or `MATCHED` for a set that `numbered` named; None for any other.
+
+    >>> kind_of("control_007"), kind_of("entropy"), kind_of("controls of mine")
+    ('control', None, None)
+    """
+    found = _NUMBERED.fullmatch(name)
+    return None if found is None else found[1]
 
 
 def plan(

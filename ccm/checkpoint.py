@@ -101,7 +101,17 @@ class LoadedModel:
     @cached_property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """The last MLP's output weights, a row per neuron, in the model's dtype."""
-        module = self.bridge.blocks[self.spec.n_layers - 1].mlp.out.original_component
+        return self.output_weights(self.spec.n_layers - 1)
+
+    def output_weights(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """A layer's MLP output weights, a row per neuron, in the model's dtype.
+
+        A view of the weights where they lie on the model's device, else a copy that nothing keeps.
+
+        Raises:
+            AttributeError: the layer's MLP has no one output matrix (experts).
+        """
+        module = self.bridge.blocks[layer].mlp.out.original_component
         weight: Tensor = module.weight.detach().to(self.device)
         # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
         return weight if type(module).__name__ == "Conv1D" else weight.T

@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         "mean_plus_sigma_ablation, several with commas, or all (default: %(default)s)",
     )
     run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
+    run.add_argument(
+        "--matched-controls",
+        type=int,
+        metavar="N",
+        help="sets of neurons near the entropy neurons in weight norm and spread (default: as many as "
+        "--controls)",
+    )
     run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
     measure_options(run)
     run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
@@ -249,6 +256,9 @@ def _run(options: argparse.Namespace) -> None:
         options,
         ablation_value=tuple(values),
         controls=options.controls,
+        matched_controls=(
+            options.controls if options.matched_controls is None else options.matched_controls
+        ),
         seed=options.seed,
         neurons=neurons,
         max_prompts=options.max_prompts,

@@ -17,9 +17,10 @@ rounding moves x itself by more than a referee could repair, and near ties stand
 import gc
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
@@ -35,6 +36,7 @@ from ccm.room import Room
 from ccm.screening import build_screen
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
+_Result = TypeVar("_Result")
 MAX_BATCH = 448  # prompts a part: coarser would only make progress, resuming and sharing coarser
 
 
@@ -108,7 +110,70 @@ def decode_sets(
     if observe is not None and ablations:
         raise ValueError("activations are observed in the plain run only")
     sets = [PLAIN, *ablations]
-    engine = Engine(
+    engine = _engine(
+        model,
+        sets,
+        full=full,
+        max_new_tokens=max_new_tokens,
+        own_top=own_top,
+        observing=observe is not None,
+    )
+    given = no_targets(len(prompts)) if targets is None else targets
+
+    def run(indices: list[int], shared: list[int]) -> tuple[Shard, Work]:
+        counted = Work(prompts=len(indices))
+        chosen = [prompts[i] for i in indices]
+        return engine.run(chosen, shared, indices, given[indices], counted), counted
+
+    for shard, counted in _in_parts(engine, prompts, run, memory_budget, done, share, work):
+        for rows in engine.seen:
+            assert observe is not None
+            observe(rows)
+        engine.seen.clear()
+        if work is not None:
+            work.add(counted)
+        yield shard
+
+
+def read_last_positions(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    *,
+    memory_budget: int | None = None,
+    done: Collection[int] = (),
+) -> Iterator[tuple[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]]]:
+    """Run prompts through the plain model up to their last positions, a part at a time.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged.
+        memory_budget: As for `decode_sets`, and so the others.
+        done: Prompts to leave out; parts are cut as with them.
+
+    Yields:
+        Which prompts, their final residuals, and their last-layer activations.
+
+    Raises:
+        CcmError: a single prompt does not fit the memory there is.
+    """
+    engine = _engine(model, [PLAIN], max_new_tokens=1)
+
+    def run(indices: list[int], shared: list[int]) -> tuple[list[int], Tensor, Tensor]:
+        return indices, *engine.read_last([prompts[i] for i in indices], shared, Work())
+
+    yield from _in_parts(engine, prompts, run, memory_budget, done)
+
+
+def _engine(
+    model: LoadedModel,
+    sets: Sequence[Ablation],
+    *,
+    max_new_tokens: int,
+    full: Sequence[bool] | None = None,
+    own_top: bool = False,
+    observing: bool = False,
+) -> Engine:
+    return Engine(
         model=model,
         screen=build_screen(model, sets),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
@@ -116,16 +181,33 @@ def decode_sets(
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
-        observing=observe is not None,
+        observing=observing,
         room=Room(exact=model.device.type != "cuda"),
     )
+
+
+def _in_parts(
+    engine: Engine,
+    prompts: Sequence[Tokens],
+    run: Callable[[list[int], list[int]], _Result],
+    memory_budget: int | None,
+    done: Collection[int],
+    share: tuple[int, int] = (1, 1),
+    work: Work | None = None,
+) -> Iterator[_Result]:
+    """Run prompts a part at a time, in halves where memory does not suffice.
+
+    `run` takes prompts, sorted by how many tokens come after the prefix they share, and that prefix's
+    lengths.
+    """
     if not prompts:
         raise ValueError("no prompts to decode")
-    targets = no_targets(len(prompts)) if targets is None else targets
-    budget = memory_budget or default_budget(model.device)
+    device = engine.model.device
+    budget = memory_budget or default_budget(device)
     shared, order = [0] * len(prompts), list[int]()
     # Prompts that share a prefix stay together. An observer sees every prompt whole.
-    groups = [([i], 0) for i in range(len(prompts))] if observe else shared_prefixes(prompts)
+    alone = [([i], 0) for i in range(len(prompts))]
+    groups = alone if engine.observing else shared_prefixes(prompts)
     for members, length in sorted(groups, key=lambda g: (max(len(prompts[i]) for i in g[0]), g[0])):
         order += members
         for i in members:
@@ -137,37 +219,24 @@ def decode_sets(
         indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
         if not indices:
             continue
-        counted = Work(prompts=len(indices))
         try:
-            shard = engine.run(
-                [prompts[i] for i in indices],
-                [shared[i] for i in indices],
-                indices,
-                targets[indices],
-                counted,
-            )
+            result = run(indices, [shared[i] for i in indices])
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             if len(indices) == 1:
                 raise CcmError(
-                    f"prompt {indices[0]} under {len(sets)} sets does not fit the memory of "
-                    f"{model.device}. Lower --controls or run one ablation value at a time."
+                    f"prompt {indices[0]} under {len(engine.full)} sets does not fit the memory of "
+                    f"{device}. Lower --controls or run one ablation value at a time."
                 ) from error
             engine.free()
-            _free(model.device)
+            _free(device)
             half = len(indices) // 2
             pending += [indices[half:], indices[:half]]
             if work is not None:
                 work.halved += 1
             continue
-        for rows in engine.seen:
-            assert observe is not None
-            observe(rows)
-        engine.seen.clear()
-        if work is not None:
-            work.add(counted)
-        yield shard
+        yield result
 
 
 def default_budget(device: torch.device) -> int:

@@ -10,6 +10,7 @@ begin later: one forward a step, under an explicit mask and explicit positions, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,31 @@ class Engine:
         pairs = n_sets * (16 * self.screen.slots.shape[1] + 240 + 8 * self.max_new_tokens)
         return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
 
+    def _forward(
+        self, work: Work, tokens: Tensor, cache: Any, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        work.forward_tokens += tokens.numel()
+        x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
+        if self.observing:
+            self.seen.append(a.reshape(-1, a.shape[-1]).float())
+        return x, a
+
+    @torch.inference_mode()
+    def read_last(
+        self, prompts: Sequence[Tokens], shared: Sequence[int], work: Work
+    ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]]:
+        """Final residual and last-layer activations at every prompt's last position.
+
+        Args:
+            prompts: As for `run`, and so the others.
+            shared: How many tokens of each prompt are its shared prefix.
+            work: Counts are added here.
+        """
+        self.cache.reserve(len(prompts), max(map(len, prompts)))
+        forward = partial(self._forward, work)
+        device, at_once = self.model.device, self.at_once.tokens
+        return prefill(prompts, shared, self.begun, self.cache, forward, device, at_once)
+
     @torch.inference_mode()
     def run(
         self,
@@ -84,20 +110,11 @@ class Engine:
         """
         device = self.model.device
         targets = targets.to(device)
-
-        def forward(tokens: Tensor, cache: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-            work.forward_tokens += tokens.numel()
-            x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
-            if self.observing:
-                self.seen.append(a.reshape(-1, a.shape[-1]).float())
-            return x, a
-
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        cache = self.cache
+        cache, end = self.cache, max(map(len, prompts))
         # Most prompts keep one continuation under all sets.
-        end = max(map(len, prompts))
         cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
-        x, a = prefill(prompts, shared, self.begun, cache, forward, device, self.at_once.tokens)
+        x, a = self.read_last(prompts, shared, work)
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, Tensor] = {}
         for step in range(self.max_new_tokens):
@@ -128,7 +145,7 @@ class Engine:
             cache.move(growth.rows.moved[moved], growth.rows.source[moved], past, len(tree.paths))
             positions = lengths[tree.origin] + step
             read = [
-                forward(tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
+                self._forward(work, tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
                 for rows in slices(len(tree.paths), self.at_once.tokens)
             ]
             x, a = torch.cat([x[:, -1] for x, _ in read]), torch.cat([a[:, -1] for _, a in read])

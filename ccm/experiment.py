@@ -6,7 +6,7 @@ killed goes on where it stopped and ends with the same bytes.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,21 @@ import torch
 from jaxtyping import Int
 
 from ccm.ablation import (
+    CONTROL,
     PLAIN,
+    Ablation,
     ActivationStatistics,
+    kind_of,
+    numbered,
     plan,
 )
 from ccm.activations import collect, float16_sigma
 from ccm.cells import ENGINES, CellReader, decode_hooked, decode_stored
 from ccm.checkpoint import LoadedModel, download, load
+from ccm.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import default_budget
+from ccm.effects import evenly_spaced
 from ccm.knowledge import (
     object_tokens,
 )
@@ -40,6 +46,7 @@ from ccm.run_folder import (
     ACTIVATION_STATS,
     MEASURES,
     PROMPTS,
+    RHO_BY_LAYER,
     SCORES,
     SINGULAR_VALUES,
     RunFolder,
@@ -127,15 +134,16 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
     folder.note(first_prompt_tokens=tokens[0])
     statistics = statistics_step(folder, plan_, model, tokens)
     clock("activation_stats")
-    control_sets = controls(
-        config.controls,
-        model.spec.d_mlp,
-        entropy_neurons,
-        config.seed,
-        overlap=plan_.protocol.controls_overlap,
-    )
-    ablations_step(folder, plan_, model, prompts, tokens, statistics, entropy_neurons, control_sets)
+    sets = sets_step(folder, plan_, entropy_neurons)
+    # All cells are planned first, so that a value that is not finite is found before any decoding.
+    planned = {
+        value.name: [plan(name, neurons, value, statistics) for name, neurons in sets.items()]
+        for value in plan_.values
+    }
+    ablations_step(folder, plan_, model, prompts, tokens, planned)
     clock("ablations")
+    effects_step(folder, model, tokens, planned)
+    clock("effects")
     return prompts
 
 
@@ -181,8 +189,7 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
         prompts = list(built.prompts)
         if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
             # Evenly over the relations, not the first ones.
-            chosen = np.linspace(0, len(prompts) - 1, plan_.config.max_prompts).round().astype(int)
-            prompts = [prompts[i] for i in chosen]
+            prompts = [prompts[i] for i in evenly_spaced(len(prompts), plan_.config.max_prompts)]
         table = prompt_table(prompts)
         # Groups of all relations: filters may leave one without a prompt.
         groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
@@ -222,9 +229,11 @@ def neurons_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> tuple[in
         table = measures.table()
         table["entropy_neuron"] = table["neuron_idx"].isin(chosen)
         spectrum = pd.DataFrame({"singular_value": measures.singular_values})
+        by_layer = rho_by_layer(model, measures)
         write_table(folder.path / SINGULAR_VALUES, spectrum)
+        write_table(folder.path / RHO_BY_LAYER, by_layer)
         write_table(folder.path / MEASURES, table)
-        folder.note(entropy_neurons=chosen)
+        folder.note(entropy_neurons=chosen, layers_with_rho=by_layer["layer"].unique())
     return tuple(folder.manifest["entropy_neurons"])
 
 
@@ -246,7 +255,25 @@ def statistics_step(
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics
 
 
-# --- ablations (Method 7, 9) ----------------------------------------------------------------------
+# --- ablations (Method 7, 9, 13) ------------------------------------------------------------------
+
+
+def sets_step(
+    folder: RunFolder, plan_: Plan, entropy_neurons: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Draw the controls of both kinds and note every set by its name, the entropy set first."""
+    config = plan_.config
+    drawn = controls(
+        config.controls,
+        plan_.spec.d_mlp,
+        entropy_neurons,
+        config.seed,
+        overlap=plan_.protocol.controls_overlap,
+    )
+    sets = {"entropy": tuple(entropy_neurons), **numbered(CONTROL, drawn)}
+    sets |= draw_matched(folder, config.matched_controls, entropy_neurons, config.seed)
+    folder.note(sets=sets)
+    return sets
 
 
 def ablations_step(
@@ -255,19 +282,11 @@ def ablations_step(
     model: LoadedModel,
     prompts: Sequence[ProbingPrompt],
     tokens: Sequence[Sequence[int]],
-    statistics: ActivationStatistics,
-    entropy_neurons: Sequence[int],
-    control_sets: Sequence[Sequence[int]],
+    planned: Mapping[str, Sequence[Ablation]],
 ) -> None:
     """Decode the plain run and every cell (ablation value x set) that is not there yet."""
-    sets = {"entropy": tuple(entropy_neurons)}
-    sets |= {f"control_{i:03d}": tuple(neurons) for i, neurons in enumerate(control_sets)}
-    folder.note(sets=sets)
-    # All cells are planned first, so that a value that is not finite is found before any decoding.
     cells = [(PLAIN, folder.cell("", "plain"))]
-    for value in plan_.values:
-        for name, neurons in sets.items():
-            cells.append((plan(name, neurons, value, statistics), folder.cell(value.name, name)))
+    cells += [(a, folder.cell(value, a.name)) for value, sets in planned.items() for a in sets]
     missing = {path for _, path in cells if not path.is_file()}
     if not missing:
         return
@@ -285,7 +304,7 @@ def ablations_step(
         [a for a, _ in cells[1:]],
         targets=torch.from_numpy(objects),
         # A control's source needs its answer, not what comes after (Method 8).
-        full=[plan_.config.full_texts or not a.name.startswith("control") for a, _ in cells],
+        full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
         own_top=plan_.protocol.released_tokens,
         memory_budget=folder.manifest["memory_budget"],
         store=ShardStore(folder.path),

@@ -12,10 +12,13 @@ from ccm.plan import PROTOCOLS
 from ccm.probing import table_prompts
 from ccm.run_folder import (
     ACTIVATION_STATS,
+    EFFECTS,
     MANIFEST,
     MEASURES,
     PROMPTS,
+    RHO_BY_LAYER,
     SCORES,
+    SET_EFFECTS,
     SINGULAR_VALUES,
     RunFolder,
     ShardStore,
@@ -24,8 +27,11 @@ from ccm.run_folder import (
 )
 
 # What every share made for itself and must have made alike, and what it was told.
-FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, ACTIVATION_STATS)
-NOTES = ("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "sets")
+FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
+NOTES = (
+    *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
+    *("sets", "effects"),
+)
 KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
 
 
@@ -55,7 +61,8 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         raise BadInput(f"{len(folders)} shares: {what}. Run the share again in a new folder.")
     merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
     if not merged.has(SCORES):
-        for name in FILES:
+        for name in _files(manifests[0]):
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folders[0] / name, out / name)
         work = Work()
         for manifest in manifests:
@@ -75,6 +82,11 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         finish(merged, protocol, table_prompts(read_table(out / PROMPTS)))
         merged.note(complete=True)
     return read_scores(merged)
+
+
+def _files(manifest: dict[str, Any]) -> list[str]:
+    """Files of every share."""
+    return [*FILES, *(f"{value}/{EFFECTS}" for value in manifest["identity"]["ablation_values"])]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -
                     f"{folder}: share of another run than {folders[0]} ({key} is "
                     f"{_short(mine.get(key))}, {_short(its.get(key))} there)."
                 )
-        for name in FILES:
+        for name in _files(first):
             if (folder / name).read_bytes() != (folders[0] / name).read_bytes():
                 raise BadInput(
                     f"{folder / name}: not the same bytes as in {folders[0]}. Shares must run on "

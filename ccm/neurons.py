@@ -14,6 +14,7 @@ from ccm.checkpoint import FinalNorm
 from ccm.errors import BadInput
 
 VOCAB_CHUNK = 8192
+NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class NeuronMeasures:
     norm: Float[np.ndarray, "d_mlp"]
     rho: Float[np.ndarray, "d_mlp"]
     singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
+    # V0; None where measures were read back from a run.
+    null_space: Float[np.ndarray, "d_model dims"] | None = None
 
     def table(self) -> pd.DataFrame:
         """One row a neuron: `neuron_idx`, `logitvar`, `norm`, `rho`."""
@@ -125,14 +128,34 @@ def measure(
     W_U, W_out = processed_W_U(W_U, norm), processed_W_out(W_out, norm)
     values, vectors = spectrum(W_U)
     V0 = vectors[:, -null_space_dims:]  # (d_model, dims)
-    norms = W_out.double().norm(dim=1)
-    rho = (W_out.double() @ V0).norm(dim=1) / norms
     return NeuronMeasures(
         logit_var=_numpy(logit_var(W_U, W_out)),
-        norm=_numpy(norms),
-        rho=_numpy(rho),
+        norm=_numpy(W_out.double().norm(dim=1)),
+        rho=_numpy(_rho(W_out, V0)),
         singular_values=_numpy(values),
+        null_space=_numpy(V0),
     )
+
+
+def rho(
+    W_out: Float[Tensor, "d_mlp d_model"], norm: FinalNorm, null_space: Float[np.ndarray, "d_model dims"]
+) -> Float[np.ndarray, "d_mlp"]:
+    """Share of each output weight's norm in a null space that `measure` found (Method 5).
+
+    Args:
+        W_out: Output weights of any layer's MLP as stored; a neuron without any has rho NaN.
+        norm: The final norm.
+        null_space: V0, orthonormal columns.
+    """
+    V0 = torch.from_numpy(null_space).to(W_out.device)
+    return _numpy(_rho(processed_W_out(W_out, norm), V0))
+
+
+def _rho(
+    W_out: Float[Tensor, "d_mlp d_model"], V0: Float[Tensor, "d_model dims"]
+) -> Float[Tensor, "d_mlp"]:
+    W_out = W_out.double()
+    return (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -196,4 +219,84 @@ def controls(
         if frozenset(drawn) not in seen:
             seen.add(frozenset(drawn))
             sets.append(drawn)
+    return sets
+
+
+def matched_controls(
+    n: int,
+    norm: Float[np.ndarray, "d_mlp"],
+    sigma: Float[np.ndarray, "d_mlp"],
+    entropy_neurons: Sequence[int],
+    seed: int,
+    *,
+    nearest: int = NEAREST,
+) -> list[tuple[int, ...]]:
+    """Draw distinct neuron sets that match the entropy set in weight norm and spread (Method 13).
+
+    Every entropy neuron is replaced by one of its nearest other neurons in (log norm, log sigma), both
+    standardised over the neurons that may be drawn.
+
+    1. Twenty, because two sets then share one neuron in twenty by chance, so that a hundred sets say
+       nearly as much as a hundred independent ones; and because twenty are still near: 0.7 % of a layer
+       of 3,072. Fewer would match better and repeat themselves. Where twenty do not make 2 n distinct
+       sets (k = 1, or k near 20), every neuron gets as many as do.
+    2. A neuron without output weight, or one that never moves, changes nothing when it is ablated, so
+       it is no control. An entropy neuron that is such a one has no logarithm, either: it stands where
+       the least of the others does, and one of infinite sigma (defect 3) where the largest does.
+
+    Args:
+        n: How many sets.
+        norm: Of each neuron's processed output weight, weight units.
+        sigma: Standard deviation of its activation.
+        entropy_neurons: The set to match; order and duplicates do not matter.
+        seed: For `np.random.RandomState`, whose stream is frozen.
+        nearest: How many of the nearest neurons to draw from, at least.
+
+    Returns:
+        Sets of the entropy set's size; position i stands for the i-th entropy neuron, ascending.
+
+    Raises:
+        BadInput: more sets asked for than distinct ones exist, or an entropy neuron whose norm or
+            sigma is NaN.
+    """
+    own = sorted(set(entropy_neurons))
+    k = len(own)
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.stack([norm, sigma], axis=1))  # (d_mlp, 2)
+    usable = np.isfinite(logs).all(1)
+    usable[own] = False
+    pool = np.flatnonzero(usable)
+    for i in own:
+        if np.isnan(logs[i]).any():
+            raise BadInput(
+                f"neuron {i}: norm {norm[i]}, sigma {sigma[i]}, so nothing matches it. Use --stats own "
+                "or --matched-controls 0."
+            )
+    exist = comb(len(pool), k)
+    if n > exist:
+        raise BadInput(
+            f"{n} matched controls: only {exist} distinct sets of {k} of {len(pool)} neurons with an "
+            "output weight and an activation that varies exist. Lower --matched-controls."
+        )
+    if n == 0:
+        return []
+    places = logs[pool]
+    spread = places.std(0)
+    wanted = np.clip(logs[own], places.min(0), places.max(0))
+    offsets = (wanted[:, None] - places) / np.where(spread > 0, spread, 1.0)  # (entropy, pool, 2)
+    # At least k each, so that none is left without a neuron; ties to the lower number.
+    m = min(len(pool), max(nearest, k))
+    while m < len(pool) and comb(m, k) < 2 * n:
+        m += 1
+    near = pool[np.argsort((offsets**2).sum(-1), axis=1, kind="stable")[:, :m]]  # (entropy, m)
+    random = np.random.RandomState(seed)
+    seen: set[frozenset[int]] = set()
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < n:
+        drawn: list[int] = []
+        for candidates in near:
+            drawn.append(int(random.choice(np.setdiff1d(candidates, drawn))))
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            sets.append(tuple(drawn))
     return sets

@@ -50,6 +50,7 @@ class RunConfig:
     model: str = "organism"
     ablation_value: tuple[str, ...] = ("mean_ablation",)
     controls: int = 100
+    matched_controls: int = 0  # sets that match the entropy set in norm and spread (Method 13)
     device: str = "cpu"
     device_map: str | None = None  # auto: layers over all GPUs, for a model that fits no single one
     dtype: str = "float32"
@@ -124,6 +125,12 @@ def make_plan(config: RunConfig) -> Plan:
         raise BadInput(
             f"{config.controls} controls: out of range. Allowed: 0 to {exist}, the distinct sets of "
             f"{k} of {pool} neurons. Lower --controls."
+        )
+    exist = comb(spec.d_mlp - k, k)
+    if not 0 <= config.matched_controls <= exist:
+        raise BadInput(
+            f"{config.matched_controls} matched controls: out of range. Allowed: 0 to {exist}, the "
+            f"distinct sets of {k} of {spec.d_mlp - k} neurons. Lower --matched-controls."
         )
     if not 0 <= config.seed < 2**32:
         raise BadInput(f"seed {config.seed}: out of range. Allowed: 0 to {2**32 - 1}.")
@@ -207,6 +214,7 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
         "ablation_values": [v.name for v in plan_.values],
         "controls": config.controls,
+        "matched_controls": config.matched_controls,
         "seed": config.seed,
         "protocol": plan_.protocol.name,
         "device": plan_.device.type,

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ MANIFEST = "manifest.json"
 PROMPTS = "prompts.parquet"
 MEASURES = "measures.parquet"
 SINGULAR_VALUES = "singular_values.parquet"
+RHO_BY_LAYER = "rho_by_layer.parquet"
+EFFECTS = "effects.parquet"  # one in the folder of each ablation value
+SET_EFFECTS = "set_effects.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SHARDS = "shards"
@@ -242,12 +245,41 @@ class RunFolder:
         return self.path / ablation_value / f"{set_name}.parquet"
 
 
-class ShardStore:
-    """Finished shards of a shared decode, kept until what is made of them is written."""
+class PartStore:
+    """Arrays of finished parts of a stage, kept until what is made of them is written."""
+
+    def __init__(self, run: Path, stage: str) -> None:
+        """Name the folder; nothing is made before the first part."""
+        self.path = run / SHARDS / stage
+
+    def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep a part, named after its first prompt."""
+        name = f"shard_{first:06d}.safetensors"
+        write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
+
+    def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
+        """Read every part that is there, one at a time.
+
+        Raises:
+            BadInput: one is damaged.
+        """
+        for path in sorted(self.path.glob("shard_*.safetensors")):
+            yield _read_tensors(path)
+
+    def clear(self) -> None:
+        """Remove the parts."""
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+
+class ShardStore(PartStore):
+    """Finished shards of a shared decode."""
 
     def __init__(self, run: Path, stage: str = "ablations") -> None:
         """Name the folder; nothing is made before the first shard."""
-        self.path = run / SHARDS / stage
+        super().__init__(run, stage)
 
     def write(self, shard: Shard) -> None:
         """Keep a shard, named after its first prompt."""
@@ -262,8 +294,7 @@ class ShardStore:
         encoded = [text.encode() for text in shard.texts]
         arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
-        name = f"shard_{int(shard.prompts[0]):06d}.safetensors"
-        write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
+        self.write_arrays(int(shard.prompts[0]), arrays)
 
     def read(self) -> list[Shard]:
         """Read every shard that is there.
@@ -272,8 +303,7 @@ class ShardStore:
             BadInput: one is damaged.
         """
         shards = []
-        for path in sorted(self.path.glob("shard_*.safetensors")):
-            arrays = _read_tensors(path)
+        for arrays in self.read_arrays():
             leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
             texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
             shards.append(
@@ -284,13 +314,6 @@ class ShardStore:
                 )
             )
         return shards
-
-    def clear(self) -> None:
-        """Remove the shards."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
 
 
 def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -1,10 +1,12 @@
 """From the cells of a run folder to its `scores.json`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ccm.ablation import CONTROL, MATCHED, kind_of
 from ccm.knowledge import RATIOS, SOURCES, Source, log_ratios
 from ccm.run_folder import PROMPTS, RunFolder, read_table
 from ccm.scores import (
@@ -19,6 +21,9 @@ from ccm.scores import (
     transition_counts,
     transition_scores,
 )
+
+# Keys of scores.json, below an ablation value.
+CONTROLS, MATCHED_CONTROLS = "controls", "matched_controls"
 
 
 def scores_of_run(folder: RunFolder, released: bool) -> dict[str, Any]:
@@ -59,48 +64,77 @@ def _scores_of_value(
     sets: dict[str, list[int]],
     released: bool,
 ) -> dict[str, Any]:
-    """Score the entropy set and its controls under one ablation value."""
-    before = plain["source"].tolist()
-    counts = {n: transition_counts(before, cell["source"].tolist()) for n, cell in cells.items()}
-    entropy_change = {
-        name: mean_by_transition(
-            before, cell["source"].tolist(), (plain["entropy"] - cell["entropy"]).to_numpy()
-        )
-        for name, cell in cells.items()
-    }
-    own = counts["entropy"]
-    others = [name for name in cells if name != "entropy"]
-    # Percent arrays per set; NaN in rows without prompts.
-    ts = {name: transition_scores(c) for name, c in counts.items()}
-    cr = {
-        name: {k: conversion_ratio(c, k, released=released) for k in SOURCES}
-        for name, c in counts.items()
-    }
-    gts = {name: global_transition_score(c) for name, c in counts.items()}
+    """Score the entropy set and both kinds of controls under one ablation value."""
+    scored = _Scored(plain, cells, sets, released)
+    controls, matched = ([n for n in cells if kind_of(n) == kind] for kind in (CONTROL, MATCHED))
+    own = scored.counts["entropy"]
     changed = _difference(_ratios(plain), _ratios(cells["entropy"]))
-    source = np.asarray(before)
-    return {
+    source = np.asarray(scored.before)
+    found = {
         "entropy": {
             "neurons": sets["entropy"],
             "transition_counts": _square(lambda i, j: int(own[i, j])),
             "transition_scores": _square(lambda i, j: ratio(int(own[i, j]), int(own[i].sum()))),
-            "conversion_ratios": cr["entropy"],
-            "gts": gts["entropy"],
-            "q_value": (
-                q_value(invariant_share(own), [invariant_share(counts[n]) for n in others])
-                if others
-                else None
-            ),
-            "permutation_p": (
-                permutation_p(gts["entropy"].count, [gts[n].count for n in others]) if others else None
-            ),
-            "entropy_difference": entropy_change["entropy"],
+            "conversion_ratios": scored.cr["entropy"],
+            "gts": scored.gts["entropy"],
+            **scored.rank(controls),
+            "entropy_difference": scored.entropy_change["entropy"],
             "log_ratio_difference": {
                 k: {name: _mean(values[source == k]) for name, values in changed.items()}
                 for k in SOURCES
             },
         },
-        "controls": {
+        CONTROLS: scored.summary(controls),
+    }
+    if matched:  # Method 13
+        found[MATCHED_CONTROLS] = {**scored.rank(matched), **scored.summary(matched)}
+    return found
+
+
+class _Scored:
+    """Every set's scores under one ablation value, and what some of them say of the entropy set."""
+
+    def __init__(
+        self,
+        plain: pd.DataFrame,
+        cells: dict[str, pd.DataFrame],
+        sets: dict[str, list[int]],
+        released: bool,
+    ) -> None:
+        self.sets = sets
+        self.before = plain["source"].tolist()
+        self.counts = {
+            name: transition_counts(self.before, cell["source"].tolist())
+            for name, cell in cells.items()
+        }
+        self.entropy_change = {
+            name: mean_by_transition(
+                self.before, cell["source"].tolist(), (plain["entropy"] - cell["entropy"]).to_numpy()
+            )
+            for name, cell in cells.items()
+        }
+        # Percent arrays per set; NaN in rows without prompts.
+        self.ts = {name: transition_scores(c) for name, c in self.counts.items()}
+        self.cr = {
+            name: {k: conversion_ratio(c, k, released=released) for k in SOURCES}
+            for name, c in self.counts.items()
+        }
+        self.gts = {name: global_transition_score(c) for name, c in self.counts.items()}
+
+    def rank(self, others: Sequence[str]) -> dict[str, float | None]:
+        """Q-value and permutation p of the entropy set's GTS among that of other sets."""
+        if not others:
+            return {"q_value": None, "permutation_p": None}
+        own, counts, gts = self.counts["entropy"], self.counts, self.gts
+        return {
+            "q_value": q_value(invariant_share(own), [invariant_share(counts[n]) for n in others]),
+            "permutation_p": permutation_p(gts["entropy"].count, [gts[n].count for n in others]),
+        }
+
+    def summary(self, others: Sequence[str]) -> dict[str, Any]:
+        """Summarise other sets, and hold the entropy set against them."""
+        counts, ts, cr, gts, change = self.counts, self.ts, self.cr, self.gts, self.entropy_change
+        return {
             "n": len(others),
             "gts": summarise(_percent(gts["entropy"]), [_percent(gts[n]) for n in others]),
             "transition_scores": _square(
@@ -112,22 +146,21 @@ def _scores_of_value(
             },
             "entropy_difference": _square(
                 lambda i, j: summarise(
-                    _number(entropy_change["entropy"][SOURCES[i]][SOURCES[j]]),
-                    [_number(entropy_change[n][SOURCES[i]][SOURCES[j]]) for n in others],
+                    _number(change["entropy"][SOURCES[i]][SOURCES[j]]),
+                    [_number(change[n][SOURCES[i]][SOURCES[j]]) for n in others],
                 )
             ),
             "sets": [
                 {
                     "name": n,
-                    "neurons": sets[n],
+                    "neurons": self.sets[n],
                     "transition_counts": _square(lambda i, j, n=n: int(counts[n][i, j])),
                     "gts": gts[n].percent,
                     "conversion_ratios": {k: cr[n][k].percent for k in SOURCES},
                 }
                 for n in others
             ],
-        },
-    }
+        }
 
 
 def _square(entry: Any) -> dict[Source, dict[Source, Any]]:
