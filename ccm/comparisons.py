@@ -11,8 +11,8 @@ from ccm.effects import EFFECTS, Effects, measure_effects
 from ccm.neurons import NeuronMeasures, matched_controls, rho
 from ccm.run_folder import (
     ACTIVATION_STATS,
-    EFFECTS as EFFECTS_FILE,
     MEASURES,
+    PROMPT_EFFECTS,
     SET_EFFECTS,
     PartStore,
     RunFolder,
@@ -44,9 +44,7 @@ def rho_by_layer(model: LoadedModel, measures: NeuronMeasures) -> pd.DataFrame:
             except AttributeError:
                 continue
             found = rho(weights, model.final_norm, measures.null_space)
-        tables.append(
-            pd.DataFrame({"layer": layer, "neuron_idx": np.arange(len(found)), "rho": found})
-        )
+        tables.append(pd.DataFrame({"layer": layer, "neuron_idx": np.arange(len(found)), "rho": found}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -79,7 +77,7 @@ def effects_step(
         tokens: Of every probing prompt.
         planned: For each ablation value its sets, the entropy set first.
     """
-    tables = [folder.path / value / EFFECTS_FILE for value in planned]
+    tables = [folder.path / value / PROMPT_EFFECTS for value in planned]
     if all(path.is_file() for path in [*tables, folder.path / SET_EFFECTS]):
         return
     store = PartStore(folder.path, "effects")

@@ -49,7 +49,8 @@ def row_entropies(rows: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
     rows -= rows.amax(-1, keepdim=True)
     weights = rows.exp()
     z = weights.sum(-1)
-    return z.log() - torch.linalg.vecdot(weights, rows) / z
+    entropies: Tensor = z.log() - torch.linalg.vecdot(weights, rows) / z
+    return entropies
 
 
 def plain_entropies(screen: Screen, nodes: Nodes, sizes: AtOnce) -> Float[Tensor, "node"]:
@@ -84,7 +85,8 @@ def ablated_entropies(
             place = slice(of.start - sets.start, of.stop - sets.start)
             for at in slices(n, width):
                 plain, scale = nodes.sz[at], nodes.scale[at, None]  # (node, d_vocab), (node, 1)
-                moved = torch.baddbmm(plain[None], c[:, :, at].transpose(1, 2), P)  # (set, node, d_vocab)
+                # (set, node, d_vocab)
+                moved = torch.baddbmm(plain[None], c[:, :, at].transpose(1, 2), P)
                 s = after[:, at, None]  # (set, node, 1)
                 for i, rows in enumerate(
                     (

@@ -12,9 +12,9 @@ from ccm.plan import PROTOCOLS
 from ccm.probing import table_prompts
 from ccm.run_folder import (
     ACTIVATION_STATS,
-    EFFECTS,
     MANIFEST,
     MEASURES,
+    PROMPT_EFFECTS,
     PROMPTS,
     RHO_BY_LAYER,
     SCORES,
@@ -86,7 +86,7 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 def _files(manifest: dict[str, Any]) -> list[str]:
     """Files of every share."""
-    return [*FILES, *(f"{value}/{EFFECTS}" for value in manifest["identity"]["ablation_values"])]
+    return [*FILES, *(f"{value}/{PROMPT_EFFECTS}" for value in manifest["identity"]["ablation_values"])]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

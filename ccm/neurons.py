@@ -138,7 +138,9 @@ def measure(
 
 
 def rho(
-    W_out: Float[Tensor, "d_mlp d_model"], norm: FinalNorm, null_space: Float[np.ndarray, "d_model dims"]
+    W_out: Float[Tensor, "d_mlp d_model"],
+    norm: FinalNorm,
+    null_space: Float[np.ndarray, "d_model dims"],
 ) -> Float[np.ndarray, "d_mlp"]:
     """Share of each output weight's norm in a null space that `measure` found (Method 5).
 
@@ -155,7 +157,8 @@ def _rho(
     W_out: Float[Tensor, "d_mlp d_model"], V0: Float[Tensor, "d_model dims"]
 ) -> Float[Tensor, "d_mlp"]:
     W_out = W_out.double()
-    return (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
+    shares: Tensor = (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
+    return shares
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int8
 
 from ccm.ablation import ABLATION_VALUES, ActivationStatistics
 from ccm.activations import float16_sigma
+from ccm.effects import EFFECTS
 from ccm.errors import BadInput
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS
@@ -20,8 +21,11 @@ from ccm.run_folder import (
     ACTIVATION_STATS,
     MANIFEST,
     MEASURES,
+    PROMPT_EFFECTS,
     PROMPTS,
+    RHO_BY_LAYER,
     SCORES,
+    SET_EFFECTS,
     SINGULAR_VALUES,
     read_json,
     read_statistics,
@@ -37,6 +41,9 @@ PROMPT_COLUMNS = (
     "counter_knowledge_object",
     "parametric_knowledge_object",
 )
+RHO_COLUMNS = ("layer", "neuron_idx", "rho")
+EFFECT_COLUMNS = ("entropy_plain", *(f"entropy_{name}" for name in EFFECTS))
+SET_EFFECT_COLUMNS = ("ablation_value", "set", *EFFECTS, "prompts")
 MEASURE_COLUMNS = ("neuron_idx", "logitvar", "norm", "rho", "entropy_neuron")
 
 
@@ -52,10 +59,15 @@ class RunResults:
     measures: pd.DataFrame  # a row per last-layer neuron
     singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
     statistics: ActivationStatistics  # as the ablation values were taken from them
+    sigma: Float[np.ndarray, "d_mlp"]  # of the activations as measured, whatever the protocol
     prompts: pd.DataFrame  # a row per probing prompt
     plain: pd.DataFrame  # the plain run's cell
     ablated: Mapping[str, pd.DataFrame]  # the entropy set's cell by ablation value
     manifest: Mapping[str, Any]  # manifest.json: what else is known of the run
+    # Of runs that were made without them (Method 13), empty.
+    rho_by_layer: pd.DataFrame  # a row per neuron of every layer
+    effects: Mapping[str, pd.DataFrame]  # by ablation value, a row per probing prompt
+    set_effects: pd.DataFrame  # a row per ablation value and set
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -133,10 +145,26 @@ def read_results(path: Path) -> RunResults:
             "singular_value"
         ].to_numpy(),
         statistics=_statistics(path, identity),
+        sigma=read_statistics(_present(path / ACTIVATION_STATS))[0].std,
         prompts=_table(path / PROMPTS, PROMPT_COLUMNS),
         plain=_table(path / "plain.parquet", CELL_COLUMNS),
         ablated={name: _table(path / name / "entropy.parquet", CELL_COLUMNS) for name in names},
         manifest=manifest,
+        rho_by_layer=(
+            _table(path / RHO_BY_LAYER, RHO_COLUMNS)
+            if "layers_with_rho" in manifest
+            else pd.DataFrame(columns=RHO_COLUMNS)
+        ),
+        effects={
+            name: _table(path / name / PROMPT_EFFECTS, EFFECT_COLUMNS)
+            for name in names
+            if "effects" in manifest
+        },
+        set_effects=(
+            _table(path / SET_EFFECTS, SET_EFFECT_COLUMNS)
+            if "effects" in manifest
+            else pd.DataFrame(columns=SET_EFFECT_COLUMNS)
+        ),
     )
 
 

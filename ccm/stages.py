@@ -12,7 +12,16 @@ import torch
 from jaxtyping import Int
 
 from ccm import hooked
-from ccm.ablation import PLAIN, Ablation, AblationValue, ActivationStatistics, plan
+from ccm.ablation import (
+    CONTROL,
+    PLAIN,
+    Ablation,
+    AblationValue,
+    ActivationStatistics,
+    kind_of,
+    numbered,
+    plan,
+)
 from ccm.activations import collect
 from ccm.cells import CellReader, decode_stored
 from ccm.checkpoint import LoadedModel
@@ -117,7 +126,7 @@ class Stages:
         self.plain_passes()
         d_mlp = self.model.spec.d_mlp
         drawn = controls(self.config.controls, d_mlp, self.entropy, self.config.seed)
-        sets = {"entropy": self.entropy} | {f"control_{i:03d}": s for i, s in enumerate(drawn)}
+        sets = {"entropy": self.entropy, **numbered(CONTROL, drawn)}
         ablations = [plan(n, s, v, statistics) for v in self.values for n, s in sets.items()]
         objects = object_tokens(self.model, prompts)
         runs = self.grid(ablations, objects)
@@ -184,7 +193,7 @@ class Stages:
                 self.tokens,
                 ablations,
                 targets=torch.from_numpy(objects),
-                full=[not a.name.startswith("control") for a in (PLAIN, *ablations)],
+                full=[kind_of(a.name) is None for a in (PLAIN, *ablations)],
                 memory_budget=self.config.memory_budget,
                 store=store,
                 work=work,

@@ -22,9 +22,6 @@ from ccm.scores import (
     transition_scores,
 )
 
-# Keys of scores.json, below an ablation value.
-CONTROLS, MATCHED_CONTROLS = "controls", "matched_controls"
-
 
 def scores_of_run(folder: RunFolder, released: bool) -> dict[str, Any]:
     """Score every ablation value of a run (Method 8), reading only what is in the folder.
@@ -84,10 +81,10 @@ def _scores_of_value(
                 for k in SOURCES
             },
         },
-        CONTROLS: scored.summary(controls),
+        "controls": scored.summary(controls),
     }
     if matched:  # Method 13
-        found[MATCHED_CONTROLS] = {**scored.rank(matched), **scored.summary(matched)}
+        found["matched_controls"] = {**scored.rank(matched), **scored.summary(matched)}
     return found
 
 

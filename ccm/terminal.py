@@ -30,6 +30,20 @@ def summary(scores: Mapping[str, Any]) -> str:
             f"{digits(own['permutation_p'], 4):>9s}  {share(ck)} "
             f"({digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
         )
+    matched = {
+        name: value["matched_controls"]
+        for name, value in scores["ablations"].items()
+        if "matched_controls" in value
+    }
+    if matched:
+        head = f"{'against matched controls':28s}{'their GTS (max)':24s}{'Q':>7s}{'p':>9s}"
+        lines += ["", f"{head}  their CR(CK) (max)"]
+    for name, controls in matched.items():
+        lines.append(
+            f"{name:28s}{mean_and_most(controls['gts']):24s}{digits(controls['q_value'], 1):>7s}"
+            f"{digits(controls['permutation_p'], 4):>9s}  "
+            f"{mean_and_most(controls['conversion_ratios']['CK'])}"
+        )
     lines += ["", IN_BRACKETS]
     return "\n".join(lines)
 

@@ -68,6 +68,8 @@ def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
         model=pair.model,
         ablation_value=tuple(v.name for v in ablation_values(options.ablation_values)),
         controls=N_CONTROLS,
+        # The print knows plain controls only.
+        matched_controls=0 if published else N_CONTROLS,
         device=device_of(pair, options),
         dtype=options.dtype,
         seed=SEED,

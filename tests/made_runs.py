@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ccm.ablation import ActivationStatistics
+from ccm.ablation import MATCHED, ActivationStatistics, numbered
 from ccm.knowledge import SOURCES
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MEASURES,
+    PROMPT_EFFECTS,
     PROMPTS,
+    RHO_BY_LAYER,
     SCORES,
+    SET_EFFECTS,
     SINGULAR_VALUES,
     RunFolder,
     write_json,
@@ -41,6 +44,9 @@ def make_run(
     protocol: str = "corrected",
     relations: Sequence[tuple[str, str]] = RELATIONS,
     seed: int = 0,
+    matched: int | None = None,  # sets of matched controls; None: as many as controls
+    beyond: bool = True,  # False: a run from before rho by layer and effects were kept
+    layers: int = 3,
 ) -> RunFolder:
     """Write a run folder with everything figures and tables read."""
     random = np.random.default_rng(seed)
@@ -58,7 +64,10 @@ def make_run(
         "shard": None,
     }
     folder = RunFolder(path, identity)
+    others = [i for i in range(d_mlp) if i not in chosen]
+    like = [others[-1 - i % len(others)] for i in range(controls if matched is None else matched)]
     sets = {"entropy": chosen, **{f"control_{i:03d}": [i] * k for i in range(controls)}}
+    sets |= numbered(MATCHED, [[i] * k for i in like])
     source = np.asarray([before[i % len(before)] for i in range(prompts)], dtype=object)
 
     def cell(share: float) -> pd.DataFrame:
@@ -99,7 +108,12 @@ def make_run(
     write_table(path / SINGULAR_VALUES, pd.DataFrame({"singular_value": spectrum}))
     low, high = -random.random(d_mlp), 3 + random.random(d_mlp)
     statistics = ActivationStatistics(
-        mean=np.full(d_mlp, 0.1), std=np.full(d_mlp, 0.5), median=low / 2, mode=low, min=low, max=high
+        mean=np.full(d_mlp, 0.1),
+        std=np.random.default_rng(seed).lognormal(-1, 0.3, d_mlp),
+        median=low / 2,
+        mode=low,
+        min=low,
+        max=high,
     )
     write_statistics(path / ACTIVATION_STATS, statistics, positions=1000)
     asked = [relations[i // len(SOURCES) % len(relations)] for i in range(prompts)]
@@ -120,6 +134,37 @@ def make_run(
     groups = {**dict(relations), "is-subclass": "hierarchy"}  # of the last no prompt is left
     facts = {"facts": 20, "recalled": 15, "relation_groups": groups}
     folder.note(sets=sets, entropy_neurons=chosen, facts=facts)
+    if beyond:
+        _add_beyond(folder, random, rho, layers, prompts)
     write_json(path / SCORES, scores_of_run(folder, protocol == "released"))
     folder.note(complete=True)
     return folder
+
+
+def _add_beyond(
+    folder: RunFolder, random: np.random.Generator, rho: np.ndarray, layers: int, prompts: int
+) -> None:
+    """Write what Method 13 adds: rho by layer, and effects on entropy."""
+    d_mlp, values = len(rho), folder.manifest["identity"]["ablation_values"]
+    earlier = [random.random(d_mlp) * 0.5 for _ in range(layers - 1)]
+    table = pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), d_mlp),
+            "neuron_idx": np.tile(np.arange(d_mlp), layers),
+            "rho": np.concatenate([*earlier, rho]),
+        }
+    )
+    write_table(folder.path / RHO_BY_LAYER, table)
+    rows = []
+    for value in values:
+        effects = {
+            f"entropy_{name}": random.random(prompts) + shift
+            for name, shift in (("plain", 1), ("total", 0.5), ("direct", 1.1), ("norm_only", 0.4))
+        }
+        write_table(folder.path / value / PROMPT_EFFECTS, pd.DataFrame(effects))
+        for name in folder.manifest["sets"]:
+            of = {"total": 0.01, "direct": -0.02, "norm_only": 0.03}
+            changes = {effect: mean + 0.01 * random.normal() for effect, mean in of.items()}
+            rows.append({"ablation_value": value, "set": name, **changes, "prompts": prompts})
+    write_table(folder.path / SET_EFFECTS, pd.DataFrame(rows))
+    folder.note(effects={"prompts": prompts}, layers_with_rho=list(range(layers)))

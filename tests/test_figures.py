@@ -98,10 +98,13 @@ def test_every_figure_of_the_method_is_there(run: RunResults) -> None:
         f"made/made_{value}_ablation_empirical_noises",
         f"made/made_{value}_entropy_by_transition",
         f"made/made_{value}_relation_groups",
+        "made/made_rho_by_layer",
+        f"made/made_{value}_matched_controls",
+        f"made/made_{value}_effects",
     }
     stems = [entry.stem for entry in figures_of_run(run)]
     assert wanted <= set(stems)
-    assert len(stems) == len(set(stems)) == 3 + 9 * 2
+    assert len(stems) == len(set(stems)) == 4 + 11 * 2
 
 
 def visible(axes: Axes, axis: str) -> bool:
@@ -114,7 +117,7 @@ def visible(axes: Axes, axis: str) -> bool:
 def test_every_axis_has_a_label_and_its_numbers_a_unit(drawn: dict[str, Drawing]) -> None:
     # Names of things, not numbers.
     names = {"model", "transition", "source K after ablation", "neurons", "source before → after"}
-    names |= {"ablation value", "relation group"}
+    names |= {"ablation value", "relation group", "effect"}
     seen = 0
     for stem, drawing in drawn.items():
         for axes in drawing.figure.axes:

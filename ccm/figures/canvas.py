@@ -17,6 +17,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from ccm.knowledge import Source
@@ -29,6 +30,7 @@ COLOURS: dict[Source, str] = {"CK": "#0072B2", "ND": "#009E73", "PK": "#E69F00"}
 HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # told apart in grey, too
 RED = "#C8102E"  # the entropy set, and the null space
 GREY = "#8A8A8A"  # controls, and neurons that are not in the entropy set
+MATCHED_COLOUR = "#56B4E9"  # matched controls and their neurons; with another marker, too
 VALUE_LABELS = {
     "mean_ablation": "mean (μ)",
     "median_ablation": "median",
@@ -114,6 +116,26 @@ def _write_png(figure: Figure, path: Path) -> None:
         # Not dithered: dots would take more bytes than the colours they stand for.
         flat = image.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
         flat.save(path, "png", optimize=True, dpi=image.info["dpi"])
+
+
+def key(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D:
+    """Make a legend's entry for dots."""
+    look = {"marker": marker, "markersize": 4.0, "markeredgecolor": edge or colour}
+    return Line2D([], [], color=colour, linestyle="", label=label, **look)  # type: ignore[arg-type]
+
+
+def titled_legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
+    """Write a figure's title and, below it, its legend: apart from each other they would overlap."""
+    look: dict[str, Any] = {"ncols": 4, "title": title, "title_fontsize": "large"}
+    figure.legend(handles=handles, loc="outside upper center", **look)
+
+
+def scattered(n: int) -> Float[np.ndarray, "n"]:
+    """Places from -0.5 to 0.5 for n dots that would cover each other.
+
+    By rank of arrival: no randomness, the same picture each time.
+    """
+    return (np.arange(n) * 0.618) % 1 - 0.5
 
 
 @cache

@@ -8,7 +8,17 @@ from pathlib import Path
 from ccm.by_relation import group_effects
 from ccm.by_transition import entropy_changes
 from ccm.errors import BadInput
-from ccm.figures import activations, changes, forest, log_ratios, neurons, shares
+from ccm.figures import (
+    activations,
+    changes,
+    effects,
+    forest,
+    layers,
+    log_ratios,
+    matched,
+    neurons,
+    shares,
+)
 from ccm.figures.canvas import Drawing, save
 from ccm.knowledge import RATIOS
 from ccm.results import RunResults
@@ -64,6 +74,22 @@ def figures_of_run(run: RunResults) -> Iterator[Entry]:
         "layer: density above, quartiles below.",
         partial(neurons.weight_norms, run.measures, model),
     )
+    if len(run.rho_by_layer):
+        yield Entry(
+            f"{name}/{name}_rho_by_layer",
+            "ρ by layer",
+            "How much of each neuron's output weight lies in the null space of the unembedding, layer by "
+            "layer. Neurons that write there are a matter of the last layer; the entropy neurons are red.",
+            partial(
+                layers.rho_by_layer,
+                run.rho_by_layer,
+                run.entropy_neurons,
+                model,
+                dims,
+                len(run.singular_values),
+                threshold,
+            ),
+        )
     for value in run.values:
         yield from _figures_of_value(run, value)
 
@@ -131,6 +157,27 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         partial(_relation_groups, run, value),
         value,
     )
+    if "matched_controls" in scores:
+        norm = run.measures["norm"].to_numpy(float)
+        yield Entry(
+            f"{stem}_matched_controls",
+            "Matched controls",
+            "Control sets drawn to be like the entropy neurons in weight norm and in the spread of their "
+            "activations, beside the plain ones: part of any contrast is size. How well they match is shown, too.",
+            partial(matched.matched_controls, scores, norm, run.sigma, model, value),
+            value,
+        )
+    if value in run.effects:
+        of_value = run.set_effects[run.set_effects["ablation_value"] == value]
+        yield Entry(
+            f"{stem}_effects",
+            "Total, direct and norm-only effect",
+            "Entropy before the ablation minus after it: in all (total), with the final norm's scale as it "
+            "was before (direct), and with the new scale alone (norm-only). What is total but not direct "
+            "acts through the norm.",
+            partial(effects.entropy_effects, run.effects[value], of_value, model, value),
+            value,
+        )
 
 
 def _entropy_by_transition(run: RunResults, value: str) -> Drawing:

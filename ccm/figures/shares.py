@@ -26,6 +26,7 @@ from ccm.figures.canvas import (
     draw_printed,
     foot,
     say,
+    scattered,
     shown,
     styled,
 )
@@ -116,8 +117,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
             error_kw={"elinewidth": 0.9, "capsize": 2.5, "ecolor": "#222222"},
             label=f"controls, {bar.label}",
         )
-        # Spread by rank of arrival over the bar's width: no randomness, the same picture each time.
-        spread = (np.arange(len(bar.controls)) * 0.618) % 1 - 0.5
+        spread = scattered(len(bar.controls))
         axes.scatter(x + 0.2 + 0.26 * spread, bar.controls, s=2.5, c="#555555", alpha=0.6, linewidths=0)
         axes.text(
             x + 0.2,
