@@ -78,9 +78,10 @@ def effects_step(
         planned: For each ablation value its sets, the entropy set first.
     """
     tables = [folder.path / value / PROMPT_EFFECTS for value in planned]
-    if all(path.is_file() for path in [*tables, folder.path / SET_EFFECTS]):
-        return
     store = PartStore(folder.path, "effects")
+    if all(path.is_file() for path in [*tables, folder.path / SET_EFFECTS]):
+        store.clear()
+        return
     found = measure_effects(
         model,
         tokens,
@@ -90,10 +91,11 @@ def effects_step(
         memory_budget=folder.manifest["memory_budget"],
     )
     for i, path in enumerate(tables):
-        entropies = {f"entropy_{name}": found.own[:, i, e] for e, name in enumerate(EFFECTS)}
-        write_table(path, pd.DataFrame({"entropy_plain": found.plain, **entropies}))
-    write_table(folder.path / SET_EFFECTS, set_effects(found, planned))
+        if not path.is_file():
+            entropies = {f"entropy_{name}": found.own[:, i, e] for e, name in enumerate(EFFECTS)}
+            write_table(path, pd.DataFrame({"entropy_plain": found.plain, **entropies}))
     folder.note(effects={"prompts": len(tokens), "prompts_of_all_sets": len(found.sampled)})
+    write_table(folder.path / SET_EFFECTS, set_effects(found, planned))
     store.clear()
 
 

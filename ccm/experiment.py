@@ -230,9 +230,10 @@ def neurons_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> tuple[in
         table["entropy_neuron"] = table["neuron_idx"].isin(chosen)
         spectrum = pd.DataFrame({"singular_value": measures.singular_values})
         by_layer = rho_by_layer(model, measures)
-        write_table(folder.path / SINGULAR_VALUES, spectrum)
-        write_table(folder.path / RHO_BY_LAYER, by_layer)
-        write_table(folder.path / MEASURES, table)
+        found = {SINGULAR_VALUES: spectrum, RHO_BY_LAYER: by_layer, MEASURES: table}
+        for name, rows in found.items():
+            if not folder.has(name):
+                write_table(folder.path / name, rows)
         folder.note(entropy_neurons=chosen, layers_with_rho=by_layer["layer"].unique())
     return tuple(folder.manifest["entropy_neurons"])
 

@@ -31,7 +31,13 @@ class Meter:
 
     @contextmanager
     def stage(
-        self, name: str, per: Per = "run", items: int = 1, *, in_run: bool = True
+        self,
+        name: str,
+        per: Per = "run",
+        items: int = 1,
+        *,
+        in_run: bool = True,
+        most: int | None = None,
     ) -> Iterator[None]:
         """Measure what the block does."""
         self.say(f"{name} ...")
@@ -43,7 +49,8 @@ class Meter:
             seconds = time.perf_counter() - start
         finally:
             peak_bytes = peak()
-        self.stages.append(Stage(name, seconds, peak_bytes, per, items, in_run=in_run))
+        stage = Stage(name, seconds, peak_bytes, per, items, in_run=in_run, most=most)
+        self.stages.append(stage)
 
     def seconds(self, step: Callable[[], object]) -> float:
         """Time one call; what it returns is let go of."""

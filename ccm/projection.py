@@ -31,6 +31,7 @@ class Stage:
     items: int  # facts or prompts it was measured on; 1 for a run
     fixed_seconds: float = 0.0  # the part of `seconds` that more items leave as it is
     in_run: bool = True  # False: for comparison only, no part of `ccm run`
+    most: int | None = None  # items that a run does it for at most; None: for all
 
     def projected(self, items: int) -> float:
         """Seconds for so many facts or prompts: the fixed part, and the rest scaled linearly.
@@ -40,6 +41,7 @@ class Stage:
         """
         if self.per == "run":
             return self.seconds
+        items = items if self.most is None else min(items, self.most)
         fixed = min(self.fixed_seconds, self.seconds)
         return fixed + (self.seconds - fixed) / self.items * items
 

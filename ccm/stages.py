@@ -25,8 +25,10 @@ from ccm.ablation import (
 from ccm.activations import collect
 from ccm.cells import CellReader, decode_stored
 from ccm.checkpoint import LoadedModel
+from ccm.comparisons import rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import decode, decode_sets
+from ccm.effects import SAMPLED, evenly_spaced, measure_effects
 from ccm.facts import Fact, FactSet
 from ccm.knowledge import object_tokens
 from ccm.meter import Meter
@@ -130,6 +132,7 @@ class Stages:
         ablations = [plan(n, s, v, statistics) for v in self.values for n, s in sets.items()]
         objects = object_tokens(self.model, prompts)
         runs = self.grid(ablations, objects)
+        self.effects(ablations)
         self.scores(prompts, objects, runs, sets)
 
     def measures(self) -> tuple[int, ...]:
@@ -139,6 +142,7 @@ class Stages:
             # Fewer than published only where the model is smaller than published.
             dims = min(MODELS[model.spec.name].null_space_dims, model.spec.d_model // 16)
             found = measure(model.W_U, model.W_out, model.final_norm, dims)
+            rho_by_layer(model, found)
             return select(found, model.spec.n_entropy_neurons, min_rho=0.0)
 
     def parametric(
@@ -203,6 +207,17 @@ class Stages:
         store.clear()
         self.meter.fix(seconds)
         return runs
+
+    def effects(self, ablations: Sequence[Ablation]) -> None:
+        """Split effects on entropy: of entropy sets at every prompt, of all others at some."""
+        own = [a for a in ablations if kind_of(a.name) is None]
+        others = [a for a in ablations if kind_of(a.name) is not None]
+        budget = self.config.memory_budget
+        with self.meter.stage("effects, entropy set", "prompt", len(self.tokens)):
+            measure_effects(self.model, self.tokens, own, [], memory_budget=budget)
+        few = [self.tokens[i] for i in evenly_spaced(len(self.tokens), SAMPLED)]
+        with self.meter.stage("effects, controls", "prompt", len(few), most=SAMPLED):
+            measure_effects(self.model, few, [], others, memory_budget=budget)
 
     def scores(
         self,

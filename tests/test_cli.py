@@ -27,14 +27,22 @@ from tests.toys import ToyConfig, toy_folder
 
 COMMANDS = ("run", "models", "prompts", "measure", "ablate", "rehearse", "figures", "report")
 N_PROMPTS = 24
-SETS = ("entropy", "control_000", "control_001")
+SETS = ("entropy", "control_000", "control_001", "matched_000")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the organism; read-only."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    small = ["--max-prompts", str(N_PROMPTS), "--controls", "2", "--full-texts"]
+    small = [
+        "--max-prompts",
+        str(N_PROMPTS),
+        "--controls",
+        "2",
+        "--full-texts",
+        "--matched-controls",
+        "1",
+    ]
     assert main(["run", "--model", "organism", *small, "--out", str(folder)]) == 0
     return folder
 

@@ -25,14 +25,18 @@ from ccm.cli import main
 from ccm.experiment import statistics_step
 from ccm.knowledge import SOURCES
 from ccm.models import MAX_NEW_TOKENS, MODELS, ModelSpec
+from ccm.neurons import matched_controls
 from ccm.organism import CHECKPOINT
 from ccm.plan import RunConfig, make_plan
 from ccm.run_folder import (
     ACTIVATION_STATS,
     MANIFEST,
     MEASURES,
+    PROMPT_EFFECTS,
     PROMPTS,
+    RHO_BY_LAYER,
     SCORES,
+    SET_EFFECTS,
     SHARDS,
     SINGULAR_VALUES,
     RunFolder,
@@ -41,9 +45,11 @@ from ccm.run_folder import (
 from ccm.weights import weight_hash
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 
-N_PROMPTS, N_CONTROLS = 24, 3
+N_PROMPTS, N_CONTROLS, N_MATCHED = 24, 3, 2
 VALUES = ("mean_ablation", "mean_plus_sigma_ablation")
-SETS = ("entropy", *(f"control_{i:03d}" for i in range(N_CONTROLS)))
+CONTROLS = tuple(f"control_{i:03d}" for i in range(N_CONTROLS))
+MATCHED = tuple(f"matched_{i:03d}" for i in range(N_MATCHED))
+SETS = ("entropy", *CONTROLS, *MATCHED)
 FILTERS = ("after_subject_object_filter", "after_example_filter", "after_relation_group_filter")
 ENGINES = ("shared", "hooked")
 each_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -54,6 +60,7 @@ Run = Callable[..., Path]
 def command(out: Path, *more: str, values: str = ",".join(VALUES)) -> list[str]:
     """A small run of the organism; a small budget, so that it decodes in several shards."""
     small = ["--max-prompts", str(N_PROMPTS), "--controls", str(N_CONTROLS), "--memory-budget", "2M"]
+    small += ["--matched-controls", str(N_MATCHED)]
     fixed = ["--model", "organism", "--facts", few_facts(), "--device", "cpu", "--seed", "123"]
     return ["run", *fixed, *small, "--ablation-value", values, "--out", str(out), *more]
 
@@ -122,7 +129,9 @@ def cell(folder: Path, name: str, value: str = VALUES[0]) -> pd.DataFrame:
 @each_engine
 def test_a_run_leaves_the_whole_folder_and_nothing_else(whole: Run, engine: str) -> None:
     cells = {f"{value}/{name}.parquet" for value in VALUES for name in SETS}
+    cells |= {f"{value}/{PROMPT_EFFECTS}" for value in VALUES}
     fixed = {MANIFEST, PROMPTS, MEASURES, SINGULAR_VALUES, ACTIVATION_STATS, SCORES, "plain.parquet"}
+    fixed |= {RHO_BY_LAYER, SET_EFFECTS}
     assert names(whole("--engine", engine)) == fixed | cells
 
 
@@ -140,6 +149,7 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
         "dtype": "float32",
         "ablation_values": list(VALUES),
         "controls": N_CONTROLS,
+        "matched_controls": N_MATCHED,
         "engine": "shared",
     }
     assert {key: identity[key] for key in expected} == expected
@@ -148,7 +158,7 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
     first = pd.read_parquet(folder / PROMPTS)["knowledge_probing_prompt"][0]
     assert held["first_prompt_tokens"] == loaded().encode(first)
     assert len(held["prompts_sha256"]) == 64
-    stages = ["load", "prompts", "measures", "activation_stats", "ablations", "scores"]
+    stages = ["load", "prompts", "measures", "activation_stats", "ablations", "effects", "scores"]
     assert [*held["timings_s"]] == stages
     assert all(seconds >= 0 for seconds in held["timings_s"].values())
     left = [held["facts"][step] for step in ("facts", *FILTERS)]
@@ -231,9 +241,9 @@ def test_scores_say_what_the_cells_say(whole: Run) -> None:
         fall = (plain["entropy"] - own["entropy"])[(plain["source"] == "ND") & (own["source"] == "ND")]
         assert found["entropy_difference"]["ND"]["ND"] == pytest.approx(fall.mean(), abs=1e-12)
         controls = result["ablations"][value]["controls"]
-        assert [c["name"] for c in controls["sets"]] == [*SETS[1:]]
+        assert [c["name"] for c in controls["sets"]] == [*CONTROLS]
         assert [c["neurons"] for c in controls["sets"]] == [
-            manifest(folder)["sets"][s] for s in SETS[1:]
+            manifest(folder)["sets"][s] for s in CONTROLS
         ]
 
 
@@ -276,7 +286,7 @@ def test_both_engines_say_the_same(whole: Run, full: bool) -> None:
             for source in SOURCES:
                 column = f"log_prob_{source.lower()}"
                 LOG_PROBABILITY.assert_close(a[column].to_numpy(), b[column].to_numpy(), what=where)
-            if full or not name.startswith("control"):
+            if full or name in ("plain", "entropy"):
                 assert a["text"].tolist() == b["text"].tolist(), where
             pairs = list(zip(a["tokens"], b["tokens"], strict=True))
             assert all(list(s) == list(h[: len(s)]) for s, h in pairs), f"{where}: no prefix"
@@ -286,17 +296,94 @@ def test_both_engines_say_the_same(whole: Run, full: bool) -> None:
         assert counts[0] == counts[1]
 
 
+# --- beyond the paper (Method 13) ---------------------------------------------------------------------
+
+
+@each_engine
+def test_total_effects_are_the_entropies_of_the_cells(whole: Run, engine: str) -> None:
+    folder = whole("--engine", engine)
+    plain, means = cell(folder, "plain"), pd.read_parquet(folder / SET_EFFECTS)
+    assert list(zip(means["ablation_value"], means["set"], strict=True)) == [
+        (value, name) for value in VALUES for name in SETS
+    ]
+    assert (means["prompts"] == N_PROMPTS).all()
+    means = means.set_index(["ablation_value", "set"])
+    for value in VALUES:
+        effects = pd.read_parquet(folder / value / PROMPT_EFFECTS)
+        own = cell(folder, "entropy", value)
+        for column, stored in (("entropy_plain", plain), ("entropy_total", own)):
+            ENTROPY.assert_close(effects[column].to_numpy(), stored["entropy"].to_numpy(), what=value)
+        for name in SETS:
+            change = (plain["entropy"] - cell(folder, name, value)["entropy"]).mean()
+            assert means.loc[(value, name), "total"] == pytest.approx(change, abs=1e-5), name
+        for effect in ("total", "direct", "norm_only"):
+            change = (effects["entropy_plain"] - effects[f"entropy_{effect}"]).mean()
+            assert means.loc[(value, "entropy"), effect] == pytest.approx(change, abs=1e-12), effect
+
+
+def test_rho_by_layer_ends_with_the_measures(whole: Run) -> None:
+    folder = whole("--engine", "shared")
+    table, spec = pd.read_parquet(folder / RHO_BY_LAYER), MODELS["organism"]
+    assert len(table) == spec.n_layers * spec.d_mlp
+    assert manifest(folder)["layers_with_rho"] == list(range(spec.n_layers))
+    last = table[table["layer"] == spec.n_layers - 1].reset_index(drop=True)
+    measures = pd.read_parquet(folder / MEASURES)
+    pd.testing.assert_frame_equal(last[["neuron_idx", "rho"]], measures[["neuron_idx", "rho"]])
+
+
+def test_matched_controls_are_scored_like_controls(whole: Run) -> None:
+    folder = whole("--engine", "shared")
+    sets, measures = manifest(folder)["sets"], pd.read_parquet(folder / MEASURES)
+    sigma = safetensors.numpy.load_file(folder / ACTIVATION_STATS)["std"]
+    drawn = matched_controls(N_MATCHED, measures["norm"].to_numpy(), sigma, sets["entropy"], 123)
+    assert [tuple(sets[name]) for name in MATCHED] == drawn
+    for value in VALUES:
+        found = scores(folder)["ablations"][value]
+        matched, controls = found["matched_controls"], found["controls"]
+        assert [*matched] == ["q_value", "permutation_p", *controls]
+        assert [s["name"] for s in matched["sets"]] == list(MATCHED)
+        assert [s["name"] for s in controls["sets"]] == list(CONTROLS)
+        own = found["entropy"]["gts"]["count"]
+        plain = cell(folder, "plain", value)["source"]
+        changed = [(cell(folder, n, value)["source"] != plain).sum() for n in MATCHED]
+        at_least = sum(c >= own for c in changed)
+        assert matched["permutation_p"] == (1 + at_least) / (1 + N_MATCHED)
+        more = sum(c > own for c in changed)
+        rank = 50 * (more + at_least + (at_least > more)) / N_MATCHED  # of the invariant share
+        assert matched["q_value"] == pytest.approx(100 - rank)
+
+
+def test_controls_do_not_depend_on_matched_ones(whole: Run, quick: None, tmp_path: Path) -> None:
+    assert main([*command(tmp_path / "run"), "--matched-controls", "0"]) == 0
+    for value, alone in scores(tmp_path / "run")["ablations"].items():
+        both = scores(whole("--engine", "shared"))["ablations"][value]
+        assert [*alone] == ["entropy", "controls"]
+        assert both["controls"]["sets"] == alone["controls"]["sets"]
+        assert both["entropy"]["transition_counts"] == alone["entropy"]["transition_counts"]
+        assert both["controls"]["gts"] == alone["controls"]["gts"]
+
+
+def test_as_many_matched_controls_as_controls_by_default(quick: None, tmp_path: Path) -> None:
+    given = command(tmp_path / "run", values=VALUES[0])
+    at = given.index("--matched-controls")
+    assert main(given[:at] + given[at + 2 :]) == 0
+    assert manifest(tmp_path / "run")["identity"]["matched_controls"] == N_CONTROLS
+
+
 # --- interruptions ------------------------------------------------------------------------------------
 
 # Which file of which name pattern is about to be written when the run is interrupted.
-LAST = [("plain.parquet", 1), ("entropy.parquet", 2), ("control_002.parquet", 1), (SCORES, 1)]
+LAST = [("plain.parquet", 1), ("entropy.parquet", 2), ("matched_001.parquet", 1), (SCORES, 1)]
+BEYOND = [("effects/shard_*", 1), (PROMPT_EFFECTS, 2), (SET_EFFECTS, 1)]
 POINTS = {
     "shared": [
         (MANIFEST, 1),
         (PROMPTS, 1),
+        (RHO_BY_LAYER, 1),
         (MEASURES, 1),
         (ACTIVATION_STATS, 1),
         ("shard_*", 3),
+        *BEYOND,
         *LAST,
     ],
     "hooked": [("plain.parquet", 1), ("control_002.parquet", 2)],
@@ -309,9 +396,8 @@ INTERRUPTS = [
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each finished file was written; the spectrum is only finished with the measures."""
-    again = (MANIFEST, SINGULAR_VALUES)  # the manifest at every step
-    return {n: (folder / n).stat().st_mtime_ns for n in names(folder) if n not in again}
+    """When each finished file was written; the manifest is, at every step."""
+    return {n: (folder / n).stat().st_mtime_ns for n in names(folder) if n != MANIFEST}
 
 
 def check_finished(folder: Path, expected: Path, before: dict[str, int]) -> None:
@@ -481,7 +567,7 @@ def test_released_controls_are_drawn_from_all_neurons(whole: Run) -> None:
     pools = {corrected: np.setdiff1d(np.arange(d_mlp), entropy), released: np.arange(d_mlp)}
     for folder, pool in pools.items():
         random = np.random.RandomState(123)
-        for name in SETS[1:]:
+        for name in CONTROLS:
             drawn = random.choice(pool, size=k, replace=False).tolist()
             assert manifest(folder)["sets"][name] == drawn, f"{name} of {folder}"
     with_overlap = whole("--protocol", "released", "--controls", "60")

@@ -467,7 +467,7 @@ def test_another_process_writes_the_same_bytes(run: RunResults, tmp_path: Path) 
     figures = {entry.stem: entry.draw for entry in figures_of_run(run)}
     stems = [
         stem for stem in figures if "rho" in stem or stem.endswith("mean_ablation-conversion_ratios")
-    ]  # points, and bars with hatches
+    ]  # points, boxes, and bars with hatches
     for stem in stems:
         save(figures[stem](), tmp_path / "here" / stem)
     done = subprocess.run(
@@ -479,7 +479,7 @@ def test_another_process_writes_the_same_bytes(run: RunResults, tmp_path: Path) 
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     first, second = digests(tmp_path / "here"), digests(tmp_path / "there")
-    assert len(first) == 6
+    assert len(first) == 9
     assert first == second
     assert done.stdout.strip() == "False", "pyplot keeps a global state and may open a window"
 
@@ -513,8 +513,8 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     before = digests(tmp_path / "run")
     assert main(["figures", str(tmp_path / "run")]) == 0
     out = tmp_path / "run" / "figures"
-    assert capsys.readouterr().out == f"15 figures (PDF, PNG, data), 7 tables: {out}\n"
-    assert len(digests(out)) == 15 * 3 + 7 * 3
+    assert capsys.readouterr().out == f"18 figures (PDF, PNG, data), 7 tables: {out}\n"
+    assert len(digests(out)) == 18 * 3 + 7 * 3
     after = digests(tmp_path / "run")
     assert {name: after[name] for name in before} == before, "the run itself was changed"
 

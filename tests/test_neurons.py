@@ -17,6 +17,7 @@ from ccm.neurons import (
     NeuronMeasures,
     controls,
     logit_var,
+    matched_controls,
     measure,
     processed_W_out,
     processed_W_U,
@@ -209,3 +210,98 @@ def test_every_set_can_be_drawn_and_not_one_more(overlap: bool, exist: int) -> N
     message = f"^{exist + 1} controls: only {exist} distinct sets of 2 of {len(pool)} neurons exist"
     with pytest.raises(BadInput, match=message):
         controls(exist + 1, 5, (1, 3), 0, overlap=overlap)
+
+
+# --- matched controls ---------------------------------------------------------------------------------
+
+layers = st.tuples(st.integers(8, 60), st.integers(1, 6), st.integers(0, 99))  # d_mlp, k, seed
+Layer = tuple[int, int, int]
+
+
+def layer(shape: Layer) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Norms, sigmas and an entropy set, some of it far from the other neurons."""
+    d_mlp, k, seed = shape
+    random = np.random.default_rng(seed)
+    norm, sigma = random.lognormal(0, 0.5, (2, d_mlp))
+    entropy = tuple(int(i) for i in random.choice(d_mlp, min(k, d_mlp // 2 - 1), replace=False))
+    norm[list(entropy[:2])] *= 3
+    return norm, sigma, entropy
+
+
+@given(shape=layers, seed=st.integers(0, 9), n=st.integers(1, 4))
+@some
+def test_matched_controls_are_distinct_sets_of_other_neurons(shape: Layer, seed: int, n: int) -> None:
+    norm, sigma, entropy = layer(shape)
+    sets = matched_controls(n, norm, sigma, entropy, seed)
+    assert len(sets) == len({frozenset(s) for s in sets}) == n
+    for drawn in sets:
+        assert len(set(drawn)) == len(drawn) == len(entropy), "a neuron twice in a set"
+        assert not set(drawn) & set(entropy), "an entropy neuron"
+        assert set(drawn) <= set(range(len(norm)))
+    assert sets == matched_controls(n, norm, sigma, entropy[::-1] + entropy, seed)
+    assert sets[:1] == matched_controls(1, norm, sigma, entropy, seed)
+
+
+@given(seed=st.integers(0, 99), k=st.integers(1, 6))
+@some
+def test_every_slot_is_filled_from_the_nearest_neurons(seed: int, k: int) -> None:
+    norm, sigma, entropy = layer((60, k, seed))
+    sets = np.asarray(matched_controls(12, norm, sigma, entropy, seed, nearest=15))
+    others = np.setdiff1d(np.arange(60), entropy)
+    places = np.log(np.stack([norm, sigma], axis=1))
+    low, high = places[others].min(0), places[others].max(0)
+    places = np.clip(places, low, high) / places[others].std(0)
+    for slot, own in enumerate(sorted(entropy)):
+        distance = np.linalg.norm(places - places[own], axis=1)
+        # 12 sets of one neuron need more than 15 of them: 24.
+        furthest = np.sort(distance[others])[(24 if k == 1 else 15) - 1]
+        assert (distance[sets[:, slot]] <= furthest + 1e-12).all()
+    assert (sets[0] != sets[1]).any()
+
+
+@given(seed=st.integers(0, 99))
+@some
+def test_matched_controls_are_nearer_than_random_ones(seed: int) -> None:
+    norm, sigma, entropy = layer((60, 4, seed))
+    places = np.log(np.stack([norm, sigma], axis=1))
+    places /= places.std(0)
+    own = places[sorted(entropy)]
+    matched = np.asarray(matched_controls(40, norm, sigma, entropy, seed, nearest=8))
+    plain = np.asarray(controls(40, 60, entropy, seed))
+
+    def distance(sets: np.ndarray) -> float:
+        return float(np.linalg.norm(places[sets] - own, axis=-1).mean())
+
+    assert distance(matched) < 0.8 * distance(plain)
+
+
+@pytest.mark.parametrize("k", [1, 2, 19, 20, 30])
+def test_a_hundred_sets_whatever_the_size(k: int) -> None:
+    random = np.random.default_rng(0)
+    norm, sigma = random.lognormal(0, 0.5, (2, 300))
+    sets = matched_controls(100, norm, sigma, range(k), 123)
+    assert len({frozenset(s) for s in sets}) == 100
+    assert all(len(set(s)) == k and min(s) >= k for s in sets)
+
+
+def test_neurons_without_weight_or_spread() -> None:
+    """They are never drawn, and where an entropy neuron is one it is matched by the least ones."""
+    norm = np.asarray([0.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    sigma = np.asarray([1.0, 0.0, np.inf, 1.0, 0.0, *[1.0] * 6])
+    assert matched_controls(1, norm, sigma, [0], 0, nearest=1) in ([(5,)], [(6,)])  # of two nearest
+    drawn = {i for s in matched_controls(15, norm, sigma, [0, 1], 0, nearest=9) for i in s}
+    assert drawn == {5, 6, 7, 8, 9, 10}, "neurons that cannot be ablated"
+    assert len(matched_controls(3, norm, sigma, [2], 0)) == 3, "infinite sigma (defect 3)"
+    message = r"^7 matched controls: only 6 distinct sets of 1 of 6 neurons with an output weight"
+    with pytest.raises(BadInput, match=message):
+        matched_controls(7, norm, sigma, [0], 0)
+    assert matched_controls(0, norm, sigma, [0], 0) == []
+    sigma[0] = np.nan
+    with pytest.raises(BadInput, match=r"^neuron 0: norm 0.0, sigma nan, so nothing matches it"):
+        matched_controls(1, norm, sigma, [0], 0)
+
+
+def test_every_matched_set_there_is() -> None:
+    norm = np.arange(1.0, 6.0)
+    sets = matched_controls(3, norm, np.ones(5), [1, 3], 0)
+    assert {frozenset(s) for s in sets} == {frozenset(p) for p in combinations((0, 2, 4), 2)}

@@ -63,7 +63,7 @@ PARAMETERS = {  # the well-known totals
 }
 N_PROMPTS, N_CONTROLS, D_VOCAB = 7, 3, 640
 IN_RUN = ("build", "measures", "parametric answers", "activation statistics", "ablation grid")
-IN_RUN = (*IN_RUN, "tables and scores")
+IN_RUN = (*IN_RUN, "effects, entropy set", "effects, controls", "tables and scores")
 
 
 def small(name: str) -> Architecture:
@@ -356,6 +356,11 @@ def test_a_projection_scales_what_is_not_fixed() -> None:
 def test_a_projection_to_what_was_measured_is_what_was_measured() -> None:
     found = project(STAGES, facts=4, prompts=10)
     assert found.stages == {s.name: s.seconds for s in STAGES if s.in_run}
+
+
+def test_a_stage_of_few_prompts_grows_no_further() -> None:
+    sampled = Stage("effects", 6.0, 1, "prompt", 10, fixed_seconds=1.0, most=20)
+    assert [sampled.projected(n) for n in (10, 20, 10**6)] == [6.0, 11.0, 11.0]
 
 
 def test_more_is_fixed_than_was_measured_only_by_noise() -> None:
