@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.checkpoint import FinalNorm
@@ -225,6 +225,27 @@ def controls(
     return sets
 
 
+def match_plane(
+    norm: Float[np.ndarray, "d_mlp"], sigma: Float[np.ndarray, "d_mlp"], entropy_neurons: Sequence[int]
+) -> tuple[Float[np.ndarray, "d_mlp 2"], Int[np.ndarray, "other"]]:
+    """Place neurons by (log norm, log sigma), in standard deviations of the others that have both.
+
+    Args:
+        norm: Of each neuron's processed output weight, weight units.
+        sigma: Standard deviation of its activation.
+        entropy_neurons: What the others are others than.
+
+    Returns:
+        Places, which may be infinite or NaN, and the others that have a finite one.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.stack([norm, sigma], axis=1))  # (d_mlp, 2)
+    usable = np.isfinite(logs).all(1)
+    usable[list(entropy_neurons)] = False
+    spread = logs[usable].std(0) if usable.any() else np.ones(2)
+    return logs / np.where(spread > 0, spread, 1.0), np.flatnonzero(usable)
+
+
 def matched_controls(
     n: int,
     norm: Float[np.ndarray, "d_mlp"],
@@ -264,13 +285,9 @@ def matched_controls(
     """
     own = sorted(set(entropy_neurons))
     k = len(own)
-    with np.errstate(divide="ignore"):
-        logs = np.log(np.stack([norm, sigma], axis=1))  # (d_mlp, 2)
-    usable = np.isfinite(logs).all(1)
-    usable[own] = False
-    pool = np.flatnonzero(usable)
+    places, pool = match_plane(norm, sigma, own)
     for i in own:
-        if np.isnan(logs[i]).any():
+        if np.isnan(places[i]).any():
             raise BadInput(
                 f"neuron {i}: norm {norm[i]}, sigma {sigma[i]}, so nothing matches it. Use --stats own "
                 "or --matched-controls 0."
@@ -283,10 +300,9 @@ def matched_controls(
         )
     if n == 0:
         return []
-    places = logs[pool]
-    spread = places.std(0)
-    wanted = np.clip(logs[own], places.min(0), places.max(0))
-    offsets = (wanted[:, None] - places) / np.where(spread > 0, spread, 1.0)  # (entropy, pool, 2)
+    others = places[pool]
+    wanted = np.clip(places[own], others.min(0), others.max(0))
+    offsets = wanted[:, None] - others  # (entropy, pool, 2)
     # At least k each, so that none is left without a neuron; ties to the lower number.
     m = min(len(pool), max(nearest, k))
     while m < len(pool) and comb(m, k) < 2 * n:

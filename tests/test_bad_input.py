@@ -90,6 +90,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     f"-k {D_MLP - 3} --controls 2": ("2 controls", "0 to 0", "of 3 neurons"),
     f"-k {D_MLP} --controls 1 --protocol released": ("1 controls", "0 to 0"),
     "--controls many": ("--controls", "'many'"),
+    "--matched-controls -1": ("-1 matched controls: out of range", "0 to "),
+    f"-k {D_MLP - 3} --controls 1 --matched-controls 2": (
+        "2 matched controls",
+        "0 to 0",
+        "of 3 neurons",
+    ),
+    "--matched-controls few": ("--matched-controls", "'few'"),
     "--seed -1": ("seed -1: out of range", "0 to 4294967295"),
     "--seed 4294967296": ("seed 4294967296: out of range",),
     "--seed 1.0": ("--seed", "'1.0'"),

@@ -380,3 +380,8 @@ def test_the_summary_says_what_the_scores_say(run: Path) -> None:
         assert printed in text
     for source in ("CK", "ND", "PK"):
         assert f"{source} {share(scores['sources'][source])}" in text
+    matched = scores["ablations"]["mean_ablation"].pop("matched_controls")
+    below = text.split("against matched controls")[1]
+    assert f"{matched['gts']['mean']:.2f} % ({matched['gts']['high']:.2f} %)" in below
+    assert f"{matched['q_value']:.1f}   {matched['permutation_p']:.4f}" in below
+    assert "matched" not in summary(scores)

@@ -15,7 +15,15 @@ from ccm.cli import main
 from ccm.errors import BadInput
 from ccm.merging import merge_shares
 from ccm.organism import CHECKPOINT
-from ccm.run_folder import ACTIVATION_STATS, MANIFEST, PROMPTS, SCORES
+from ccm.run_folder import (
+    ACTIVATION_STATS,
+    MANIFEST,
+    PROMPT_EFFECTS,
+    PROMPTS,
+    RHO_BY_LAYER,
+    SCORES,
+    SET_EFFECTS,
+)
 
 ROOT = Path(__file__).parent.parent
 N = 3
@@ -161,7 +169,9 @@ def test_gaps_are_refused(shares: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [PROMPTS, ACTIVATION_STATS])
+@pytest.mark.parametrize(
+    "name", [PROMPTS, ACTIVATION_STATS, RHO_BY_LAYER, f"mode_ablation/{PROMPT_EFFECTS}", SET_EFFECTS]
+)
 def test_preparations_that_differ_are_refused(name: str, shares: list[Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(shares[2], tmp_path / "other"))
     content = bytearray((other / name).read_bytes())

@@ -106,7 +106,7 @@ def rho_by_layer(
     small = []
     without = sum(row["without_rho"] for row in data["layers"])
     if without:
-        small.append(f"{without:,} neurons have no output weight, so no ρ.")
+        small.append(f"Neurons without output weight, so without ρ: {without:,}.")
     missing = sorted(set(range(last + 1)) - set(at.tolist()))
     if missing:
         small.append(f"Layers without one output matrix: {', '.join(map(str, missing))}.")

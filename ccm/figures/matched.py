@@ -28,6 +28,7 @@ from ccm.figures.canvas import (
 from ccm.figures.neurons import MANY_POINTS
 from ccm.figures.shares import Scores, counts_of
 from ccm.knowledge import SOURCES
+from ccm.neurons import match_plane
 from ccm.scores import conversion_ratio, permutation_p
 
 KINDS = {"controls": "controls", "matched_controls": "matched"}  # keys of scores.json, words for them
@@ -151,17 +152,15 @@ def _neurons(
     """Which neurons are which, and how far apart matched ones lie, in standard deviations."""
     own = sorted(scores["entropy"]["neurons"])
     sets = [s["neurons"] for s in scores["matched_controls"]["sets"]]
-    logs = np.log(np.where((norm > 0) & (sigma > 0), [norm, sigma], np.nan)).T  # (d_mlp, 2)
-    others = np.setdiff1d(np.arange(len(norm)), own)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = np.nanstd(np.where(np.isfinite(logs[others]), logs[others], np.nan), axis=0)
-        scaled = logs / np.where(spread > 0, spread, 1.0)
-    pairs = [np.abs(scaled[own] - scaled[s]) for s in sets if len(s) == len(own)]
+    places, others = match_plane(norm, sigma, own)
+    with np.errstate(invalid="ignore"):
+        pairs = [np.abs(places[own] - places[of]) for of in sets if len(of) == len(own)]
+        apart = [np.abs(places[i] - places[others]) for i in own]
     return {
         "entropy": own,
         "matched": sorted({i for s in sets for i in s}),
         "distance_of_matched": _means(pairs),
-        "distance_of_others": _means([np.abs(scaled[i] - scaled[others]) for i in own]),
+        "distance_of_others": _means(apart),
     }
 
 
