@@ -91,7 +91,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     f"-k {D_MLP} --controls 1 --protocol released": ("1 controls", "0 to 0"),
     "--controls many": ("--controls", "'many'"),
     "--matched-controls -1": ("-1 matched controls: out of range", "0 to "),
-    f"-k {D_MLP - 3} --controls 1 --matched-controls 2": (
+    f"-k {D_MLP - 3} --controls 0 --matched-controls 2": (
         "2 matched controls",
         "0 to 0",
         "of 3 neurons",

@@ -370,6 +370,25 @@ def test_as_many_matched_controls_as_controls_by_default(quick: None, tmp_path: 
     assert manifest(tmp_path / "run")["identity"]["matched_controls"] == N_CONTROLS
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+def test_controls_of_both_kinds_end_with_their_answer(
+    full: bool, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoded: dict[str, bool] = {}
+    whole_decode = ccm.experiment.decode_stored
+
+    def spied(model: LoadedModel, tokens: Any, ablations: Any = (), **options: Any) -> Any:
+        if "full" in options:
+            names = ["plain", *(a.name for a in ablations)]
+            decoded.update(zip(names, options["full"], strict=True))
+        return whole_decode(model, tokens, ablations, **options)
+
+    monkeypatch.setattr(ccm.experiment, "decode_stored", spied)
+    more = ["--full-texts"] if full else []
+    assert main([*command(tmp_path / "run", values=VALUES[0]), "--max-prompts", "4", *more]) == 0
+    assert decoded == {name: full or name in ("plain", "entropy") for name in ("plain", *SETS)}
+
+
 # --- interruptions ------------------------------------------------------------------------------------
 
 # Which file of which name pattern is about to be written when the run is interrupted.
