@@ -215,9 +215,12 @@ class Stages:
         budget = self.config.memory_budget
         with self.meter.stage("effects, entropy set", "prompt", len(self.tokens)):
             measure_effects(self.model, self.tokens, own, [], memory_budget=budget)
+        self.meter.fix(2 * self.plan_seconds)
+        seconds = self.meter.seconds(lambda: build_screen(self.model, others)) if others else 0.0
         few = [self.tokens[i] for i in evenly_spaced(len(self.tokens), SAMPLED)]
         with self.meter.stage("effects, controls", "prompt", len(few), most=SAMPLED):
             measure_effects(self.model, few, [], others, memory_budget=budget)
+        self.meter.fix(seconds + self.plan_seconds)
 
     def scores(
         self,
