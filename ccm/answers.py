@@ -43,6 +43,14 @@ def _sentences(scores: Mapping[str, Any]) -> tuple[str, ...]:
             f", the least that {n} controls can give" if own["permutation_p"] * (n + 1) < 1.5 else ""
         )
         changed += f" Q = {own['q_value']:.1f} of 100, p = {own['permutation_p']:.4f}{least}."
+    matched = scores.get("matched_controls")
+    if matched is not None:
+        n = int(matched["n"])
+        beside = _against(own["gts"], matched["gts"], n).lstrip(":; ")
+        changed += (
+            f" Beside sets that match its neurons in weight norm and spread of activation: {beside} "
+            f"Q = {matched['q_value']:.1f}, p = {matched['permutation_p']:.4f}."
+        )
     if ratio["percent"] is None:
         return changed, "Every prompt was answered from the context before: none could turn to it."
     copied = (

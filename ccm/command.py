@@ -51,6 +51,9 @@ def command_of(manifest: Mapping[str, Any]) -> str:
         value = identity.get(key)
         if value is not None and (key in _ALWAYS or value != getattr(defaults, key)):
             words += [option, str(value)]
+    matched = identity.get("matched_controls")
+    if matched is not None and matched != identity.get("controls"):
+        words += ["--matched-controls", str(matched)]  # as many as controls where it is not said
     words += [flag for key, flag in _FLAGS.items() if identity.get(key)]
     facts = asked.get("facts", "pararel" if identity.get("facts") == "pararel" else None)
     if facts is not None:

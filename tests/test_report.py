@@ -154,7 +154,7 @@ def test_every_picture_says_what_it_shows_and_is_the_one_in_the_folder(
     markdown = (written / MARKDOWN).read_text(encoding="utf-8")
     links = re.findall(r"^!\[.*\]\(([^)\s]+)\)$", markdown, re.MULTILINE)
     files = [written / unquote(link) for link in links]
-    assert len(pictures) == len(set(files)) == len(list(written.rglob("*.png"))) == 3 + 14 + 3 + 7 + 2
+    assert len(pictures) == len(set(files)) == len(list(written.rglob("*.png"))) == 4 + 22 + 4 + 11 + 3
     for picture, file in zip(pictures, files, strict=True):
         assert re.search(r"\d", str(picture["alt"])), f"no number in {picture['alt']!r}"
         kind, data = str(picture["src"]).split(",")
@@ -191,6 +191,9 @@ def test_the_answer_is_the_scores(folders: list[Path], page: Page) -> None:
         for c in (controls["gts"], controls["conversion_ratios"]["CK"]):
             assert f"{c['mean']:.1f} % on average" in " ".join(answer.sentences)
         assert f"Q = {own['q_value']:.1f} of 100, p = {own['permutation_p']:.4f}" in answer.sentences[0]
+        like = scores["matched_controls"]
+        assert f"Q = {like['q_value']:.1f}, p = {like['permutation_p']:.4f}" in answer.sentences[0]
+        assert f"{like['gts']['mean']:.1f} % on average" in answer.sentences[0]
         assert all(sentence in page.text for sentence in answer.sentences)
 
 
@@ -322,6 +325,7 @@ def test_a_tolerance_report_of_another_run(tmp_path: Path) -> None:
 MANY = {
     "ablation_value": VALUES,
     "controls": 7,
+    "matched_controls": 4,
     "seed": 5,
     "protocol": "released",
     "max_prompts": 12,
@@ -370,7 +374,7 @@ def test_the_command_does_the_same_run_again(
 
 
 def test_defaults_need_not_be_said() -> None:
-    manifest = {"identity": identity(make_plan(RunConfig()), [])}
+    manifest = {"identity": identity(make_plan(RunConfig(matched_controls=RunConfig().controls)), [])}
     assert command_of(manifest) == (
         "ccm run --model organism --ablation-value mean_ablation --controls 100 --device cpu --seed 123"
     )

@@ -103,7 +103,7 @@ def entropy_effects(
         _norm_words(data["entropy"]),
     ]
     foot(figure, [" ".join(lines)], 140)
-    return Drawing(figure, data)
+    return Drawing(figure, data, lines[-1])
 
 
 def _own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, float | None]:

@@ -17,6 +17,7 @@ from ccm.by_relation import RelationEffect
 from ccm.figures.canvas import (
     DOUBLE,
     GREY,
+    MATCHED_COLOUR,
     PRINTED_MARKS,
     RED,
     VALUE_LABELS,
@@ -34,7 +35,6 @@ from ccm.wording import IN_BRACKETS
 from ccm.wording import share as in_words
 
 TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)  # percent
-MATCHED = "#56B4E9"
 # Heights within a row, in rows: the entropy set, its controls, the matched ones.
 OWN, CONTROLS, MATCHED_CONTROLS = -0.2, 0.08, 0.3
 SQUARE_ROOT = (lambda x: np.sqrt(np.maximum(x, 0.0)), np.square)
@@ -260,7 +260,7 @@ def _draw_share(axes: Axes, y: float, share: Share) -> None:
     """Draw one row of one panel, the entropy set above its controls, and write its count beside it."""
     for summary, colour, mark, place in (
         (share.controls, GREY, "D", CONTROLS),
-        (share.matched, MATCHED, "s", MATCHED_CONTROLS),
+        (share.matched, MATCHED_COLOUR, "s", MATCHED_CONTROLS),
     ):
         if summary is None or summary.mean is None or summary.low is None or summary.high is None:
             continue
@@ -295,7 +295,7 @@ def _legend(figure: Figure, shares: Sequence[Share]) -> None:
         handles.append(Line2D([], [], color=GREY, marker="D", label=label, **style))
     if any(share.matched is not None for share in shares):
         label = "matched controls: mean, full range"
-        handles.append(Line2D([], [], color=MATCHED, marker="s", label=label, **style))
+        handles.append(Line2D([], [], color=MATCHED_COLOUR, marker="s", label=label, **style))
     for artefact, mark in PRINTED_MARKS.items():
         if artefact in artefacts:
             label = "paper, a known artefact" if artefact else "paper"

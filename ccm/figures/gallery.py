@@ -78,8 +78,8 @@ def figures_of_run(run: RunResults) -> Iterator[Entry]:
         yield Entry(
             f"{name}/{name}_rho_by_layer",
             "ρ by layer",
-            "How much of each neuron's output weight lies in the null space of the unembedding, layer by "
-            "layer. Neurons that write there are a matter of the last layer; the entropy neurons are red.",
+            "The share of each neuron's output weight that lies in the null space of the unembedding, "
+            "layer by layer. The entropy neurons are red.",
             partial(
                 layers.rho_by_layer,
                 run.rho_by_layer,
@@ -162,8 +162,8 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         yield Entry(
             f"{stem}_matched_controls",
             "Matched controls",
-            "Control sets drawn to be like the entropy neurons in weight norm and in the spread of their "
-            "activations, beside the plain ones: part of any contrast is size. How well they match is shown, too.",
+            "Part of any contrast is size: beside the plain controls, sets drawn to be like the "
+            "entropy neurons in weight norm and in the spread of their activations. Right: how alike.",
             partial(matched.matched_controls, scores, norm, run.sigma, model, value),
             value,
         )
@@ -172,9 +172,9 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         yield Entry(
             f"{stem}_effects",
             "Total, direct and norm-only effect",
-            "Entropy before the ablation minus after it: in all (total), with the final norm's scale as it "
-            "was before (direct), and with the new scale alone (norm-only). What is total but not direct "
-            "acts through the norm.",
+            "Entropy before the ablation minus after it: in all (total), with the final norm's scale "
+            "as it was before (direct), and with the new scale alone (norm-only). What is total but "
+            "not direct acts through the norm.",
             partial(effects.entropy_effects, run.effects[value], of_value, model, value),
             value,
         )

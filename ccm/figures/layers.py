@@ -21,6 +21,7 @@ from ccm.figures.canvas import (
     shown,
     styled,
 )
+from ccm.wording import extent
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
 FEW_LAYERS = 8  # up to so many fit a column's width
@@ -111,4 +112,6 @@ def rho_by_layer(
     if missing:
         small.append(f"Layers without one output matrix: {', '.join(map(str, missing))}.")
     foot(figure, small, 68 if wide == SINGLE else 140)
-    return Drawing(figure, data)
+    medians = ", ".join(f"{m:.2f}" for m in of[50])
+    says = f"Median of layers {at[0]} to {at[-1]}: {medians}; a random direction: {chance:.2f}. "
+    return Drawing(figure, data, says + f"The entropy neurons: {extent(own['rho'].to_numpy(float))}.")

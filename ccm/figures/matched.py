@@ -30,6 +30,7 @@ from ccm.figures.shares import Scores, counts_of
 from ccm.knowledge import SOURCES
 from ccm.neurons import match_plane
 from ccm.scores import conversion_ratio, permutation_p
+from ccm.wording import digits, mean_and_most, share
 
 KINDS = {"controls": "controls", "matched_controls": "matched"}  # keys of scores.json, words for them
 LOOKS = {"controls": (GREY, "o"), "matched_controls": (MATCHED_COLOUR, "D")}
@@ -79,7 +80,11 @@ def matched_controls(
         _match_words(data["neurons"]),
     ]
     foot(figure, lines, 140)
-    return Drawing(figure, data)
+    said = [f"Entropy set: GTS {share(own['gts'])}, CR(CK) {share(own['conversion_ratios']['CK'])}"]
+    for kind, word in KINDS.items():
+        rank = digits(data["gts"][kind]["quantile"], 1)
+        said.append(f"GTS of {word}, mean and greatest: {mean_and_most(scores[kind]['gts'])}; Q {rank}")
+    return Drawing(figure, data, "; ".join(said) + ". " + lines[-1])
 
 
 def _gts(scores: Scores) -> dict[str, Any]:
