@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no tracebac
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -288,7 +289,7 @@ def _run(options: argparse.Namespace) -> None:
         from ccm.report import write_report
         from ccm.results import read_results
 
-        html, *_ = write_report([read_results(options.out)], options.out)
+        html, *_ = write_report([read_results(options.out)], options.out, processes=_cores())
         print(f"report: {html}")
 
 
@@ -308,7 +309,7 @@ def _figures(options: argparse.Namespace) -> None:
 
     runs = _finished(options.runs, out)
     tables = write_tables(runs, out)
-    figures = write_figures(runs, out)
+    figures = write_figures(runs, out, _cores())
     print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
 
 
@@ -321,8 +322,13 @@ def _report(options: argparse.Namespace) -> None:
     runs = _finished(options.runs, out)
     if options.tolerance is not None:
         held_of(options.tolerance, [run.model for run in runs])
-    html, markdown, *_ = write_report(runs, out, options.tolerance)
+    html, markdown, *_ = write_report(runs, out, options.tolerance, _cores())
     print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:

@@ -1,7 +1,7 @@
 """The report of finished runs: one HTML page that needs nothing else, and the same as Markdown."""
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictU
 from ccm.answers import Answer, answers_of, key_numbers
 from ccm.command import command_of
 from ccm.figures.canvas import SINGLE, VALUE_LABELS
-from ccm.figures.gallery import Drawn, check_distinct, draw, figures_across, figures_of_run
+from ccm.figures.gallery import Drawn, Entry, check_distinct, draw, figures_across, figures_of_run
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.markup import escape_markdown
 from ccm.models import MODELS
@@ -76,13 +76,16 @@ class Section:
     command: str
 
 
-def write_report(runs: Sequence[RunResults], out: Path, held: Path | None = None) -> list[Path]:
+def write_report(
+    runs: Sequence[RunResults], out: Path, held: Path | None = None, processes: int = 1
+) -> list[Path]:
     """Write a report of some runs, with every figure and table of theirs beside it.
 
     Args:
         runs: Finished runs, one a model.
         out: The folder: `report.html`, `report.md` and `figures/` are made in it.
         held: A tolerance report; None: the one that lies beside a run folder, if it is of that run.
+        processes: How many may draw at once, as for `ccm.figures.gallery.draw`.
 
     Returns:
         Every path written: the two reports, then figures and tables.
@@ -94,15 +97,13 @@ def write_report(runs: Sequence[RunResults], out: Path, held: Path | None = None
     found = [_held(run, held) for run in runs]
     written = write_tables(runs, out / FIGURES)
 
-    def pictures(entries: Iterable[Any]) -> list[tuple[str | None, Picture]]:
-        shown = []
-        for drawn in draw(entries, out / FIGURES):
-            written.extend(drawn.paths)
-            shown.append((drawn.entry.value, _picture(drawn, out)))
-        return shown
-
-    own = [pictures(figures_of_run(run)) for run in runs]
-    across = pictures(figures_across(runs))
+    groups = [*(list(figures_of_run(run)) for run in runs), list(figures_across(runs))]
+    drawn = list(draw([entry for group in groups for entry in group], out / FIGURES, processes))
+    written += [path for figure in drawn for path in figure.paths]
+    figures = iter(drawn)
+    *own, across = [
+        [(entry.value, _picture(entry, next(figures), out)) for entry in group] for group in groups
+    ]
     several = len(runs) > 1
     content = {
         "title": "Entropy neurons and context copying: " + ", ".join(run.display_name for run in runs),
@@ -181,11 +182,11 @@ def _sides(table: Table) -> list[str]:
     ]
 
 
-def _picture(drawn: Drawn, out: Path) -> Picture:
+def _picture(entry: Entry, drawn: Drawn, out: Path) -> Picture:
     png = drawn.paths[1]
     return Picture(
-        title=drawn.entry.title,
-        caption=drawn.entry.caption,
+        title=entry.title,
+        caption=entry.caption,
         alt=drawn.alt,
         source=base64.b64encode(png.read_bytes()).decode("ascii"),
         link=png.relative_to(out).as_posix(),

@@ -21,7 +21,7 @@ from PIL import Image
 from ccm.ablation import ABLATION_VALUES, ActivationStatistics
 from ccm.cli import main
 from ccm.errors import BadInput
-from ccm.figures import activations, log_ratios, neurons, shares
+from ccm.figures import activations, gallery, log_ratios, neurons, shares
 from ccm.figures.canvas import (
     COLOURS,
     RED,
@@ -482,6 +482,18 @@ def test_another_process_writes_the_same_bytes(run: RunResults, tmp_path: Path) 
     assert len(first) == 9
     assert first == second
     assert done.stdout.strip() == "False", "pyplot keeps a global state and may open a window"
+
+
+def test_several_processes_draw_the_same(
+    run: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = list(figures_of_run(run))[:4]
+    alone = list(gallery.draw(entries, tmp_path / "one", processes=2))  # too few to be worth a second
+    monkeypatch.setattr(gallery, "WORTH_A_PROCESS", 2)
+    together = list(gallery.draw(entries, tmp_path / "two", processes=2))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert [drawn.alt for drawn in together] == [drawn.alt for drawn in alone]
+    assert [drawn.paths[0].stem for drawn in together] == [Path(entry.stem).name for entry in entries]
 
 
 def test_few_colours_are_enough(drawn: dict[str, Drawing], tmp_path: Path) -> None:

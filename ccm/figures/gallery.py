@@ -1,9 +1,13 @@
 """All figures of one or more runs, under the names of Method 10."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ccm.by_relation import group_effects
 from ccm.by_transition import entropy_changes
@@ -24,6 +28,7 @@ from ccm.knowledge import RATIOS
 from ccm.results import RunResults
 
 FOLDER = "entropy_neurons_figures"
+WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
 Draw = Callable[[], Drawing]
 
 
@@ -236,36 +241,50 @@ def check_distinct(runs: Sequence[RunResults]) -> None:
 class Drawn:
     """One figure of the gallery, drawn and written."""
 
-    entry: Entry
     alt: str  # in words, for whom the picture does not reach
     inches: tuple[float, float]  # width, height
     paths: tuple[Path, ...]  # PDF, PNG, JSON
 
 
-def draw(entries: Iterable[Entry], out: Path) -> Iterator[Drawn]:
+def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Drawn]:
     """Draw figures and write each as PDF and PNG, its data as JSON beside them.
 
     Args:
         entries: What to draw.
         out: The folder; `entropy_neurons_figures/` is made in it.
+        processes: How many may draw at once; the bytes are the same. Each costs the start of a Python,
+            so that a few figures are drawn by this one alone. More than one starts the main module
+            anew: a script needs its `if __name__ == "__main__":`.
 
     Yields:
-        One at a time: a hundred open figures would be gigabytes.
+        What became of each, in their order; one is open at a time, a hundred would be gigabytes.
     """
-    for entry in entries:
-        drawing = entry.draw()
-        width, height = drawing.figure.get_size_inches()
-        paths = save(drawing, out / FOLDER / entry.stem)
-        alt = f"{entry.title}. {drawing.says or entry.caption}"
-        yield Drawn(entry, alt, (float(width), float(height)), tuple(paths))
+    processes = min(processes, len(entries) // WORTH_A_PROCESS)
+    one = partial(_draw_one, out)
+    bar = partial(tqdm, total=len(entries), desc="figures", unit="figure")
+    if processes < 2:
+        yield from bar(map(one, entries))
+        return
+    # Spawned: a fork of a process with threads, as torch has, may hang.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from bar(pool.map(one, entries))
 
 
-def write_figures(runs: Sequence[RunResults], out: Path) -> list[Path]:
+def _draw_one(out: Path, entry: Entry) -> Drawn:
+    drawing = entry.draw()
+    width, height = drawing.figure.get_size_inches()
+    paths = save(drawing, out / FOLDER / entry.stem)
+    alt = f"{entry.title}. {drawing.says or entry.caption}"
+    return Drawn(alt, (float(width), float(height)), tuple(paths))
+
+
+def write_figures(runs: Sequence[RunResults], out: Path, processes: int = 1) -> list[Path]:
     """Draw and write every figure of some runs.
 
     Args:
         runs: Finished runs, one a model.
         out: The folder, as for `draw`.
+        processes: How many may draw at once, as for `draw`.
 
     Returns:
         Every path written.
@@ -275,5 +294,5 @@ def write_figures(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """
     check_distinct(runs)
     everything = [entry for run in runs for entry in figures_of_run(run)]
-    drawn = draw([*everything, *figures_across(runs)], out)
+    drawn = draw([*everything, *figures_across(runs)], out, processes)
     return [path for figure in drawn for path in figure.paths]
