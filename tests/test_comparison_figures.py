@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResults:
 @pytest.fixture(scope="module")
 def drawn(run: RunResults) -> dict[str, Drawing]:
     """Its figures by file name; read-only."""
-    return {stem.split("/")[-1]: draw() for stem, draw in figures_of_run(run)}
+    return {e.stem.split("/")[-1]: e.draw() for e in figures_of_run(run)}
 
 
 def dots(figure: Figure) -> list[float]:
@@ -134,7 +134,7 @@ def test_a_run_from_before_has_none_of_it(tmp_path: Path) -> None:
     assert old.rho_by_layer.empty
     assert old.set_effects.empty
     assert not old.effects
-    stems = [stem for stem, _ in figures_of_run(old)]
+    stems = [entry.stem for entry in figures_of_run(old)]
     assert not [s for s in stems if s.endswith(("_rho_by_layer", "_matched_controls", "_effects"))]
     draw_all(tmp_path)
 

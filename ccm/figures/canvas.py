@@ -14,7 +14,9 @@ import matplotlib.style
 import numpy as np
 from jaxtyping import Float
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
@@ -124,7 +126,7 @@ def key(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D
     return Line2D([], [], color=colour, linestyle="", label=label, **look)  # type: ignore[arg-type]
 
 
-def titled_legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
+def titled_legend(figure: Figure, handles: Sequence[Artist | Container], title: str) -> None:
     """Write a figure's title and, below it, its legend: apart from each other they would overlap."""
     look: dict[str, Any] = {"ncols": 4, "title": title, "title_fontsize": "large"}
     figure.legend(handles=handles, loc="outside upper center", **look)

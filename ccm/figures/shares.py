@@ -29,6 +29,7 @@ from ccm.figures.canvas import (
     scattered,
     shown,
     styled,
+    titled_legend,
 )
 from ccm.knowledge import SOURCES, Source
 from ccm.printed import Printed, printed_share
@@ -255,11 +256,12 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     data = {"entropy": dict(own), "q_value": q, "permutation_p": p, "controls": controls}
     figure = Figure(figsize=(SINGLE, 2.9))
     axes = figure.subplots()
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation")
+    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation"
     axes.set_xlabel("global transition score\n(% of prompts whose source changed)")
     axes.set_ylabel("control sets (count)")
     if own["percent"] is None:
         words = "There is no prompt, so no share of prompts."
+        figure.suptitle(title)
         say(axes, words)
         return Drawing(figure, data, words)
     lines = []
@@ -284,7 +286,6 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
             edgecolor=GREY,
             label="1 control set" if len(controls) == 1 else f"{len(controls)} control sets",
         )
-        axes.set_ylim(0, 1.45 * counts.max())  # room for the legend
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     else:
         axes.set_yticks([])
@@ -301,7 +302,7 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
             0, f"Q = {q:.1f} of 100; permutation p = {p:.4f} (at least 1/{n + 1} = {1 / (n + 1):.4f})."
         )
     lines.append("Band: exact 95 % interval of the entropy set.")
-    axes.legend(loc="upper center", frameon=True, framealpha=0.9, edgecolor="none")
+    titled_legend(figure, axes.get_legend_handles_labels()[0], title)
     foot(figure, lines, 68)
     said = [f"Entropy set: {share(own)}. {len(controls)} control sets"]
     said[0] += f": {extent(controls)} %." if len(controls) else "."
