@@ -245,7 +245,8 @@ def _what_was_run(run: RunResults) -> Pairs:
         if identity.get("neurons") is not None
         else f"the {identity['k']} of lowest LogitVar with ρ of at least {identity['min_rho']:g}"
     )
-    versions = identity.get("versions", {})
+    versions, alike = identity.get("versions", {}), identity.get("matched_controls")
+    matched = f"; {alike} that match it in norm and spread" if alike else ""
     recalled, asked = facts.get("recalled"), facts.get("facts")
     known = "" if asked is None else f": {asked:,} asked, {recalled:,} answered rightly"
     found: dict[str, Any] = {
@@ -255,7 +256,7 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Probing prompts": f"{run.scores['n_prompts']:,}",
         "Protocol": identity["protocol"],
         "Entropy set": f"{neurons} ({how})",
-        "Controls": f"{identity['controls']} random sets of as many neurons",
+        "Controls": f"{identity['controls']} random sets of as many neurons{matched}",
         "Seed": identity.get("seed"),
         "Ablation values": ", ".join(VALUE_LABELS[value] for value in run.values),
         "Device": identity.get("device_name"),
