@@ -102,7 +102,8 @@ def write_report(
     written += [path for figure in drawn for path in figure.paths]
     figures = iter(drawn)
     *own, across = [
-        [(entry.value, _picture(entry, next(figures), out)) for entry in group] for group in groups
+        [(e.value, _picture(e, figure, out)) for e, figure in zip(group, figures, strict=False)]
+        for group in groups
     ]
     several = len(runs) > 1
     content = {

@@ -92,7 +92,7 @@ def page(written: Path) -> Page:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without figures, where they do not matter."""
-    monkeypatch.setattr(report, "draw", lambda entries, out: iter(()))
+    monkeypatch.setattr(report, "draw", lambda entries, out, processes: iter(()))
 
 
 # --- one page that needs nothing else ---------------------------------------------------------------
