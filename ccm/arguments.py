@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ccm.errors import BadInput
 
+PROGRAM = "ccm"
+
 
 def rehearse_options(command: argparse.ArgumentParser) -> None:
     """What to rehearse, and on what."""

@@ -14,12 +14,13 @@ import safetensors.numpy
 
 from ccm.ablation import STATISTICS
 from ccm.arguments import parse_model_paths
-from ccm.cli import main, new_file
+from ccm.cli import main
 from ccm.errors import BadInput
 from ccm.external import parse_neurons
 from ccm.models import MODELS, PUBLISHED
 from ccm.organism import CHECKPOINT
 from ccm.scores import ratio
+from ccm.subcommands import new_file
 from ccm.terminal import summary
 from ccm.wording import share
 from tests.tolerance import ENTROPY, LOG_PROBABILITY

@@ -75,6 +75,7 @@ ORDER = (
     "stages",
     "rehearsal",
     "arguments",
+    "subcommands",
     "cli",
     "__main__",
 )

@@ -439,7 +439,7 @@ def test_a_folder_that_cannot_be_written_to(
     def denied(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ccm.cli.TemporaryFile", denied)  # for root, no folder is
+    monkeypatch.setattr("ccm.subcommands.TemporaryFile", denied)  # for root, no folder is
     assert main(["report", "run"]) == 2
     assert "run: cannot be written to (Permission denied)" in capsys.readouterr().err
     assert not (Path("run") / "figures").exists()
