@@ -51,8 +51,12 @@ class Room:
         if least is not None:
             size = min(size, max(least, self._guess.get(name, 0)))
             self._least[name] = least
+        rank, place = mask.cumsum(0) - 1, torch.arange(len(mask), device=mask.device)
+        # What finds no room, and what is not looked for, goes to a spare entry behind the list.
+        entry = torch.where(mask & (rank < size), rank, size)
+        found = torch.full((size + 1,), len(mask), device=mask.device).scatter_(0, entry, place)
         self._given[name], self._true[name] = size, mask.sum()
-        return torch.nonzero_static(mask, size=size, fill_value=len(mask))[:, 0]
+        return found[:size]
 
     def distinct(
         self, name: str, keys: Int[Tensor, "key"], n_keys: int
