@@ -75,8 +75,9 @@ def _against(r: Mapping[str, Any], controls: Mapping[str, Any], n: int) -> str:
         place = "less than any"
     else:
         place = "within the range"
+    sets = f"{n} control sets, which give" if n > 1 else "one control set, which gives"
     return (
-        f": {place} of {n} control sets, which give {controls['mean']:.1f} % on average "
+        f": {place} of {sets} {controls['mean']:.1f} % on average "
         f"({controls['low']:.1f} to {controls['high']:.1f} %)."
     )
 

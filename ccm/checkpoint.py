@@ -4,6 +4,7 @@
 and the folded and centred matrices of Method 5 follow by formula (`ccm.neurons`).
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -175,6 +176,7 @@ def load(
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
+    check_precision(device, dtype)
     if not weight_files(spec):
         download(spec)
     spec = check_weights(spec)
@@ -182,6 +184,25 @@ def load(
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
     loaded = _read_weights(spec, source, device, dtype)
     return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
+
+
+def check_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """See that float32 products on a GPU are float32's: TF32 keeps ten bits of 23.
+
+    The slack of the shared decode's certificate, and with it that no result depends on the batch, rests
+    on them.
+
+    Raises:
+        BadInput: TF32 is switched on.
+    """
+    override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+    precision = torch.get_float32_matmul_precision()
+    if (device.type, dtype) == ("cuda", torch.float32) and (precision, override) != ("highest", "0"):
+        raise BadInput(
+            f"float32 matmul precision {precision!r}, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE={override}: "
+            "products would be TF32's. Use torch.set_float32_matmul_precision('highest') and unset the "
+            "variable, or --dtype bfloat16."
+        )
 
 
 def assemble(

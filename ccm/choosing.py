@@ -83,7 +83,7 @@ class Referee:
             name: What `room` calls the list of them.
             node: Node of each pair.
             sets: Set of each pair.
-            doubtful: Which ones; hardly ever any.
+            doubtful: Which ones; few, and at most steps none.
         """
         if self.model.dtype != torch.float32:
             return

@@ -54,7 +54,8 @@ def draw_matched(
     """Draw and name the matched controls of a run whose measures and statistics are there.
 
     Sigma is the statistics' own, whatever the protocol makes of it (defect 3): what is matched is
-    what the neurons do.
+    what the neurons do. Released statistics have their own defect in it: an infinite sigma is taken
+    for the largest.
     """
     norm = read_table(folder.path / MEASURES)["norm"].to_numpy(float)
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)

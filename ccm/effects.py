@@ -75,11 +75,11 @@ def ablated_entropies(
     """
     n = len(nodes.scale)
     found = torch.empty((sets.stop - sets.start, n, len(EFFECTS)), device=nodes.sz.device)
-    # A few sets at a few nodes: three rows and the sum of a set's directions for each.
-    width = max(1, min(n, sizes.rows(4) // 8))
+    # A few sets at a few nodes: three rows and a sum for each pair, and the directions of each set.
+    width, k = max(1, min(n, sizes.rows(4) // 8)), screen.slots.shape[1]
     for group in screen.groups:
         start, stop = max(group.sets.start, sets.start), min(group.sets.stop, sets.stop)
-        for of in slices(stop, sizes.rows(4 * width), start):
+        for of in slices(stop, sizes.rows(4 * width + k), start):
             c, after = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
             P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
             place = slice(of.start - sets.start, of.stop - sets.start)

@@ -283,6 +283,8 @@ def matched_controls(
         BadInput: more sets asked for than distinct ones exist, or an entropy neuron whose norm or
             sigma is NaN.
     """
+    if n == 0:
+        return []
     own = sorted(set(entropy_neurons))
     k = len(own)
     places, pool = match_plane(norm, sigma, own)
@@ -298,8 +300,6 @@ def matched_controls(
             f"{n} matched controls: only {exist} distinct sets of {k} of {len(pool)} neurons with an "
             "output weight and an activation that varies exist. Lower --matched-controls."
         )
-    if n == 0:
-        return []
     others = places[pool]
     wanted = np.clip(places[own], others.min(0), others.max(0))
     offsets = wanted[:, None] - others  # (entropy, pool, 2)

@@ -1,6 +1,7 @@
 """The report of finished runs: one HTML page that needs nothing else, and the same as Markdown."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictU
 
 from ccm.answers import Answer, answers_of, key_numbers
 from ccm.command import command_of
+from ccm.errors import BadInput
 from ccm.figures.canvas import SINGLE, VALUE_LABELS
 from ccm.figures.gallery import Drawn, Entry, check_distinct, draw, figures_across, figures_of_run
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
@@ -166,12 +168,19 @@ def render_markdown(content: Mapping[str, Any]) -> str:
     environment.filters["table"] = lambda table: _Markdown(markdown(table))
     environment.filters["link"] = lambda path: _Markdown(quote(path))
     environment.filters["raw"] = _Markdown
-    environment.filters["code"] = lambda text: _Markdown("`" + " ".join(text.split()) + "`")
+    environment.filters["code"] = _code
     return environment.get_template("report.md.jinja").render(content)
 
 
 class _Markdown(str):
     """Markdown already: not to be escaped."""
+
+
+def _code(text: str) -> _Markdown:
+    """A block of a shell's, character for character, in a fence that the text does not hold."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return _Markdown(f"{fence}sh\n{text}\n{fence}")
 
 
 def _sides(table: Table) -> list[str]:
@@ -232,7 +241,12 @@ def _held(run: RunResults, given: Path | None) -> Held | None:
     if given is not None:
         return read_held(given).get(run.model)
     beside = run.path.resolve().parent / JSON
-    held = read_held(beside).get(run.model) if beside.is_file() else None
+    if not beside.is_file():
+        return None
+    try:
+        held = read_held(beside).get(run.model)
+    except BadInput as error:
+        raise BadInput(f"{error} It lies beside the run folder: move it, or name one.") from error
     return held if held is not None and dict(held.identity) == dict(run.identity) else None
 
 

@@ -4,7 +4,7 @@ On a CPU a mask's places are found and that is all. On a GPU their number is kno
 before it is done, and asking for it makes the host wait. So a list is given a length beforehand, and
 what of it is left over is filled with the place behind the last; the true lengths are read together, in
 one synchronisation, after everything that depends on them has been queued. Where a list was too short,
-all of it is done again with more room, which is rare, because a list gets twice what its like last had.
+all of it is done again with more room; a list gets twice the most that its like ever had.
 """
 
 from dataclasses import dataclass, field
@@ -40,8 +40,8 @@ class Room:
         Args:
             name: Unlike that of any other list of the step, like that of its kin in other steps.
             mask: The mask.
-            least: Room to begin with. None: as much as there are places. 0: none, and none left over
-                for the next step, for what hardly ever happens.
+            least: Room to begin with. None: as much as there are places. 0: none, and none after a
+                step that needed none, for what happens now and then.
         """
         if self.exact:
             found = torch.nonzero(mask)[:, 0]
@@ -96,8 +96,10 @@ class Room:
         self._count = dict(zip(self._true, lengths, strict=True))
         self._short = {name for name, given in self._given.items() if self._count[name] > given}
         for name, least in self._least.items():
-            wanted = least > 0 or name in self._short
-            self._guess[name] = 2 * self._count[name] if wanted else 0
+            wanted = 2 * self._count[name]
+            # While any list is short, the step is made again: none of them may lose its room.
+            kept = self._guess.get(name, 0) if least > 0 or self._short else 0
+            self._guess[name] = max(wanted, kept)
         return not self._short
 
     def was_short(self, word: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ccm.checkpoint import LoadedModel, assemble
+from ccm.checkpoint import LoadedModel, assemble, check_precision
 from ccm.errors import BadInput, NotAvailable, allowed
 from ccm.models import MODELS, ModelSpec
 from ccm.neurons import VOCAB_CHUNK
@@ -135,6 +135,7 @@ def build(
         BadInput: a tokenizer that cannot be used with the model.
     """
     # The bridge wants a tokenizer of transformers, whatever the prompts are encoded with.
+    check_precision(device, dtype)
     given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size))
     loaded = random_model(config, device, dtype, seed)
     spec = MODELS[name]

@@ -22,6 +22,7 @@ from reproduction.tolerance_report import write
 
 REPORTS = "reports"  # apart from run folders, which the models' names are taken by
 INDEX = "index.html"
+KINDS = ("pdf", "png", "json")  # of each figure
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -63,9 +64,6 @@ class Artifacts:
         return Left(results, tuple(paths))
 
 
-KINDS = ("pdf", "png", "json")
-
-
 def _figures(pair: Pair, entries: Iterable[Entry]) -> list[str]:
     return [e.stem for e in entries if e.value in (None, pair.ablation_value)]
 
@@ -95,8 +93,13 @@ def artifacts_of(stats: Mapping[str, Sequence[Any]]) -> list[Tested]:
     return [found[name] for name in sorted(found)]
 
 
-def write_index(tests: Sequence[Tested], root: Path) -> Path:
+def write_index(tests: Sequence[Tested], root: Path, more: Iterable[Path] = ()) -> Path:
     """Write the page that leads to everything; its links are relative, so the folder can be moved.
+
+    Args:
+        tests: What they left.
+        root: Where the page goes.
+        more: What the session wrote beside; only what lies in `root` is listed.
 
     Returns:
         Its path.
@@ -108,10 +111,9 @@ def write_index(tests: Sequence[Tested], root: Path) -> Path:
 
     # A set of links a test; a report is its model's, whichever test it was recorded with.
     reports = sorted({path for test in tests for path in test.paths if path.name == HTML})
-    more = sorted(root.glob("tolerance_report.*"))
     content = {
         "reports": [(path.parent.name, *link(path)) for path in reports],
-        "more": [link(path) for path in more],
+        "more": [link(path) for path in sorted(more) if path.resolve().is_relative_to(root.resolve())],
         "tests": [(t.name, t.outcome, [link(path) for path in t.paths]) for t in tests],
     }
     environment = html_environment(FileSystemLoader(TEMPLATES))

@@ -121,15 +121,17 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Write the tolerance report, say in a line a model what it says, and index all artifacts."""
     comparisons = list(config.stash.get(COMPARISONS, {}).values())
+    written = list[Path]()
     if comparisons:
         terminalreporter.section("held against the paper")
         for c in comparisons:
             terminalreporter.write_line(one_line(c))
-        for path in write(comparisons, config.stash[REPORT_FOLDER]):
+        written = list(write(comparisons, config.stash[REPORT_FOLDER]))
+        for path in written:
             terminalreporter.write_line(f"report: {path}")
     found = artifacts_of(terminalreporter.stats)
     if found:
-        index = write_index(found, artifact_root(config))
+        index = write_index(found, artifact_root(config), written)
         terminalreporter.section("artifacts")
         terminalreporter.write_line(
             f"{len({p for t in found for p in t.paths})} files, listed in {index}"

@@ -41,7 +41,9 @@ def test_the_index_leads_to_every_file_wherever_it_is_moved(tmp_path: Path) -> N
         ("t::one[<i>]", "passed", 2),
         ("t::two", "failed", 1),
     ]
-    assert write_index(tests, root) == root / INDEX
+    (root / "tolerance_report.json").touch()  # another session's
+    elsewhere = tmp_path / "tolerance_report.md"
+    assert write_index(tests, root, [root / "tolerance_report.md", elsewhere]) == root / INDEX
     moved = tmp_path / "elsewhere"
     shutil.move(root, moved)
     page = (moved / INDEX).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.checkpoint import LoadedModel, check_premise, load
+from ccm.checkpoint import LoadedModel, check_precision, check_premise, load
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.models import (
     DTYPES,
@@ -372,3 +372,17 @@ def test_dtypes() -> None:
     assert [dtype_for(name) for name in DTYPES] == [torch.float32, torch.bfloat16, torch.float16]
     with pytest.raises(BadInput, match=r"^dtype 'float8': unknown. Allowed: float32, bfloat16"):
         dtype_for("float8")
+
+
+@pytest.mark.parametrize(("precision", "override"), [("high", "0"), ("highest", "1")])
+def test_float32_on_a_gpu_is_float32(
+    precision: str, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    check_precision(cuda, torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", override)
+    with pytest.raises(BadInput, match=r"^float32 matmul precision .*TF32"):
+        check_precision(cuda, torch.float32)
+    check_precision(cuda, torch.bfloat16)
+    check_precision(cpu, torch.float32)

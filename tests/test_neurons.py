@@ -299,6 +299,7 @@ def test_neurons_without_weight_or_spread() -> None:
     sigma[0] = np.nan
     with pytest.raises(BadInput, match=r"^neuron 0: norm 0.0, sigma nan, so nothing matches it"):
         matched_controls(1, norm, sigma, [0], 0)
+    assert matched_controls(0, norm, sigma, [0], 0) == []  # what the message says to do
 
 
 def test_every_matched_set_there_is() -> None:

@@ -37,7 +37,7 @@ def test_a_list_that_holds_is_the_exact_one(mask: torch.Tensor, least: int) -> N
     assert guessed.count("list") == exact.count("list") == guessed.total("is") == len(wanted)
 
 
-def test_room_grows_with_need_and_what_hardly_happens_keeps_none() -> None:
+def test_room_grows_with_need_and_what_is_rare_loses_it_again() -> None:
     room, many = Room(exact=False), torch.ones(30, dtype=torch.bool)
 
     def lengths(mask: torch.Tensor) -> tuple[int, int, bool]:
@@ -48,9 +48,23 @@ def test_room_grows_with_need_and_what_hardly_happens_keeps_none() -> None:
     assert lengths(~many) == (4, 0, True)
     assert lengths(many[:10]) == (4, 0, False)
     assert lengths(many[:10]) == (10, 10, True)
-    assert lengths(many) == (20, 0, False)
+    assert lengths(many) == (20, 20, False)
     assert lengths(many) == (30, 30, True)
+    assert lengths(~many) == (30, 30, True)
     assert lengths(~many) == (30, 0, True)
+
+
+def test_lists_that_are_short_in_turn_come_to_an_end() -> None:
+    """What has found room keeps it while the step is made again for another list."""
+    room, many = Room(exact=False), torch.ones(30, dtype=torch.bool)
+    for name in ("a", "b", "c"):  # each is seen only once the one before it fits
+        room.start()
+        found = [room.places(other, many, least=0) for other in "abc" if other <= name]
+        assert not room.holds()
+        assert [len(places) for places in found] == [30] * (len(found) - 1) + [0]
+    room.start()
+    assert [len(room.places(name, many, least=0)) for name in "abc"] == [30] * 3
+    assert room.holds()
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(0, 4))

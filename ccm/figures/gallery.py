@@ -253,7 +253,7 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
         entries: What to draw.
         out: The folder; `entropy_neurons_figures/` is made in it.
         processes: How many may draw at once; the bytes are the same. Each costs the start of a Python,
-            so that a few figures are drawn by this one alone. More than one starts the main module
+            so that there is at most one for every 20 figures. More than one starts the main module
             anew: a script needs its `if __name__ == "__main__":`.
 
     Yields:
