@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ccm import hooked
 from ccm.ablation import ActivationStatistics
-from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Observer, Tokens
 from ccm.errors import CcmError
+from ccm.loaded import LoadedModel
 
 AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy
 MODE_BINS = 256  # the mode is the centre of the fullest of these

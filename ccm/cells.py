@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from ccm import decoding, hooked
 from ccm.ablation import Ablation
-from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, Shard, Tokens, Work, merge
 from ccm.knowledge import (
     SOURCES,
@@ -19,6 +18,7 @@ from ccm.knowledge import (
     answer_tokens,
     knowledge_sources,
 )
+from ccm.loaded import LoadedModel
 from ccm.prompts import ProbingPrompt
 from ccm.run_folder import ShardStore
 

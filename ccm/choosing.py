@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.checkpoint import LoadedModel
 from ccm.completions import N_TOP, Work, most_likely
 from ccm.forward import run_body
+from ccm.loaded import LoadedModel
 from ccm.room import Room
 from ccm.screening import (
     Nodes,

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from ccm.ablation import MATCHED, Ablation, numbered
-from ccm.checkpoint import LoadedModel
 from ccm.effects import EFFECTS, Effects, measure_effects
+from ccm.loaded import LoadedModel
 from ccm.neurons import NeuronMeasures, matched_controls, rho
 from ccm.run_folder import (
     ACTIVATION_STATS,

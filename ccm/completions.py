@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.checkpoint import LoadedModel
+from ccm.loaded import LoadedModel
 
 N_TOP = 3  # enough to name the best token that is neither of two others
 

@@ -24,11 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
-from ccm.checkpoint import LoadedModel
 from ccm.choosing import at_once
 from ccm.completions import Completions, Observer, Shard, Tokens, Work, merge, no_targets
 from ccm.engine import Engine
 from ccm.errors import CcmError
+from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS
 from ccm.prefill import shared_prefixes
 from ccm.prompts import SPLITTER

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccm.ablation import Ablation
-from ccm.checkpoint import LoadedModel
 from ccm.choosing import AtOnce, at_once, slices
 from ccm.completions import Tokens
 from ccm.decoding import read_last_positions
+from ccm.loaded import LoadedModel
 from ccm.run_folder import PartStore
 from ccm.screening import Nodes, Screen, build_screen, dense_changes, read_nodes
 

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.checkpoint import LoadedModel
 from ccm.choosing import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.completions import Shard, Tokens, Work
 from ccm.forward import RowCache, Rows, plan_rows, run_body
+from ccm.loaded import LoadedModel
 from ccm.prefill import prefill
 from ccm.room import Room, distinct
 from ccm.screening import Screen, read_nodes

@@ -27,7 +27,7 @@ from ccm.ablation import (
 )
 from ccm.activations import collect, float16_sigma
 from ccm.cells import ENGINES, CellReader, decode_hooked, decode_stored
-from ccm.checkpoint import LoadedModel, download, load
+from ccm.checkpoint import download, load
 from ccm.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import default_budget
@@ -35,6 +35,7 @@ from ccm.effects import evenly_spaced
 from ccm.knowledge import (
     object_tokens,
 )
+from ccm.loaded import LoadedModel
 from ccm.neurons import controls, measure, select
 from ccm.plan import Plan, Protocol, RunConfig, asked, identity, make_plan
 from ccm.probing import build_prompts, prompt_table, table_prompts

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.checkpoint import LoadedModel
+from ccm.loaded import LoadedModel
 from ccm.room import Room
 
 PREPARED = ("gpt2", "gpt_neox", "phi", "mistral", "llama")

@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
-from ccm.checkpoint import LoadedModel
 from ccm.completions import (
     Completions,
     FirstToken,
@@ -24,6 +23,7 @@ from ccm.completions import (
     no_targets,
     read_first_token,
 )
+from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256

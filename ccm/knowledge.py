@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from ccm.checkpoint import LoadedModel
 from ccm.completions import FirstToken
+from ccm.loaded import LoadedModel
 from ccm.prompts import ProbingPrompt, answer_object, same_name
 
 Source = Literal["CK", "ND", "PK"]

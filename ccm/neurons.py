@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.checkpoint import FinalNorm
 from ccm.errors import BadInput
+from ccm.loaded import FinalNorm
 
 VOCAB_CHUNK = 8192
 NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls

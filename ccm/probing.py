@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 
 from ccm.cells import ENGINES
-from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions
 from ccm.errors import BadInput
 from ccm.facts import FactSet
+from ccm.loaded import LoadedModel
 from ccm.prompts import (
     ParametricAnswer,
     ProbingPrompt,

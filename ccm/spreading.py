@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ccm.checkpoint import LoadedModel
 from ccm.errors import NotAvailable
+from ccm.loaded import LoadedModel
 
 
 def spread_over_devices(

@@ -24,13 +24,13 @@ from ccm.ablation import (
 )
 from ccm.activations import collect
 from ccm.cells import CellReader, decode_stored
-from ccm.checkpoint import LoadedModel
 from ccm.comparisons import rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.decoding import decode, decode_sets
 from ccm.effects import SAMPLED, evenly_spaced, measure_effects
 from ccm.facts import Fact, FactSet
 from ccm.knowledge import object_tokens
+from ccm.loaded import LoadedModel
 from ccm.meter import Meter
 from ccm.models import MODELS
 from ccm.neurons import controls, measure, select

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ccm.checkpoint import LoadedModel, assemble, check_precision
+from ccm.checkpoint import assemble, check_precision
 from ccm.errors import BadInput, NotAvailable, allowed
+from ccm.loaded import LoadedModel
 from ccm.models import MODELS, ModelSpec
 from ccm.neurons import VOCAB_CHUNK
 from ccm.organism import CHECKPOINT

@@ -53,14 +53,21 @@ def new_file(path: Path) -> Path:
         raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
-    try:
-        # Tried out now, because the results would come minutes later.
-        TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise BadInput(
-            f"--out {path}: cannot write to {path.parent} ({error.strerror}). Give another file."
-        ) from error
+    _try_writing(path.parent, f"--out {path}: cannot write to {path.parent}", "file")
     return path
+
+
+def _try_writing(folder: Path, trouble: str, other: str) -> None:
+    """See now whether a folder, made where missing, can be written to: results come minutes later.
+
+    Raises:
+        BadInput: with `trouble` and what else to give.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"{trouble} ({error.strerror}). Give another {other}.") from error
 
 
 def run(options: argparse.Namespace) -> None:
@@ -194,14 +201,7 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     runs = [read_results(path) for path in paths]
     check_distinct(runs)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # Tried out now, because drawing takes a while.
-        TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise BadInput(
-            f"{out}: cannot be written to ({error.strerror}). Give another folder with --out."
-        ) from error
+    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 
 

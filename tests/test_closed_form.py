@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ccm import hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.completions import Completions
 from ccm.facts import FactSet, read_fact_folder
 from ccm.knowledge import SOURCES, knowledge_source
+from ccm.loaded import LoadedModel
 from ccm.models import spec_for
 from ccm.neurons import (
     NeuronMeasures,

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from ccm import choosing, decoding, engine, hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.completions import Completions, Decoded, Shard, Work, merge
 from ccm.decoding import decode, decode_sets
 from ccm.errors import CcmError
 from ccm.forward import RowCache, plan_rows, run_body
 from ccm.knowledge import SOURCES, knowledge_source
+from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS, MODELS, spec_for
 from ccm.neurons import controls, measure, select
 from ccm.plan import find_facts

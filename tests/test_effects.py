@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ccm import comparisons, decoding, effects, hooked
 from ccm.ablation import Ablation
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.choosing import AtOnce
 from ccm.comparisons import rho_by_layer, set_effects
 from ccm.effects import EFFECTS, Effects, evenly_spaced, measure_effects
+from ccm.loaded import LoadedModel
 from ccm.models import spec_for
 from ccm.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.run_folder import PartStore

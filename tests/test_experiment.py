@@ -20,10 +20,11 @@ import safetensors.numpy
 import ccm.experiment
 from ccm.ablation import ABLATION_VALUES, STATISTICS
 from ccm.activations import float16_sigma
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.cli import main
 from ccm.experiment import statistics_step
 from ccm.knowledge import SOURCES
+from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS, MODELS, ModelSpec
 from ccm.neurons import matched_controls
 from ccm.organism import CHECKPOINT

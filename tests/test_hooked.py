@@ -21,8 +21,9 @@ from ccm.ablation import (
     ActivationStatistics,
     plan,
 )
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.completions import Completions
+from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS, spec_for
 from tests.strategies import neuron_sets, ragged_prompts, toy_configs
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, STATISTIC

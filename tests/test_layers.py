@@ -16,6 +16,8 @@ ORDER = (
     "facts",
     "models",
     "weights",
+    "loaded",
+    "premise",
     "checkpoint",
     "spreading",
     "prompts",

@@ -9,7 +9,8 @@ import torch
 
 from ccm import checkpoint, choosing, decoding, engine, neurons
 from ccm.ablation import ABLATION_VALUES, Ablation
-from ccm.checkpoint import LoadedModel, assemble
+from ccm.checkpoint import assemble
+from ccm.loaded import LoadedModel
 from ccm.models import MODELS
 from ccm.neurons import controls
 from ccm.organism import CHECKPOINT

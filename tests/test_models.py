@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.checkpoint import LoadedModel, check_precision, check_premise, load
+from ccm.checkpoint import check_precision, load
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
+from ccm.loaded import LoadedModel
 from ccm.models import (
     DTYPES,
     MAX_NEW_TOKENS,
@@ -22,6 +23,7 @@ from ccm.models import (
     spec_for,
 )
 from ccm.neurons import measure, processed_W_out, processed_W_U
+from ccm.premise import check_premise
 from tests.tolerance import LOG_PROBABILITY, MEASURE
 from tests.toys import (
     FAMILIES,

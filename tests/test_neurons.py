@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccm import neurons as neurons_module
-from ccm.checkpoint import FinalNorm
 from ccm.errors import BadInput
+from ccm.loaded import FinalNorm
 from ccm.neurons import (
     NeuronMeasures,
     controls,

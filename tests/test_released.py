@@ -12,7 +12,6 @@ import torch
 
 from ccm import activations, cli, decoding, hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
-from ccm.checkpoint import LoadedModel
 from ccm.completions import Completions, equal_length_batches, merge
 from ccm.knowledge import (
     SOURCES,
@@ -22,6 +21,7 @@ from ccm.knowledge import (
     knowledge_sources,
     object_tokens,
 )
+from ccm.loaded import LoadedModel
 from ccm.neurons import NeuronMeasures, controls, measure, select
 from ccm.probing import build_prompts
 from ccm.prompts import (

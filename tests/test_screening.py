@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
-from ccm.checkpoint import FinalNorm, LoadedModel
+from ccm.loaded import FinalNorm, LoadedModel
 from ccm.models import MODELS
 from ccm.screening import (
     SHORTLIST,

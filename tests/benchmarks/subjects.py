@@ -10,8 +10,9 @@ import torch
 
 from ccm.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.facts import read_fact_folder
+from ccm.loaded import LoadedModel
 from ccm.models import MODELS, spec_for
 from ccm.neurons import controls
 from ccm.organism import CHECKPOINT

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ccm.activations import Histograms, Moments
-from ccm.checkpoint import FinalNorm
 from ccm.facts import DATA_VARIABLE, load_pararel, pararel_folder
+from ccm.loaded import FinalNorm
 from ccm.neurons import measure
 from ccm.prompts import ParametricAnswer, filter_relation_groups
 from ccm.scores import global_transition_score, summarise, transition_counts

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from ccm.ablation import ActivationStatistics
-from ccm.checkpoint import LoadedModel, load
+from ccm.checkpoint import load
 from ccm.external import read_statistics_npz
 from ccm.facts import FactSet, Relation, fact_set, read_facts
+from ccm.loaded import LoadedModel
 from ccm.models import spec_for
 from ccm.probing import PROMPT_COLUMNS
 from ccm.prompts import ProbingPrompt
