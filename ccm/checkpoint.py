@@ -13,9 +13,10 @@ import torch
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.loaded import LoadedModel
+from ccm.memory import check_memory, weight_bytes
 from ccm.models import ModelSpec, device_for, dtype_for
 from ccm.premise import check_premise
-from ccm.weights import check_weights, weight_files
+from ccm.weights import check_weights, n_parameters, weight_files
 
 
 def load(
@@ -29,7 +30,8 @@ def load(
         dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
 
     Raises:
-        NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline).
+        NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline), or
+            do not fit the device.
         BadInput: weights that are damaged or another model's, a folder that TransformerLens cannot
             load.
         PremiseBroken: see `check_premise`.
@@ -42,6 +44,8 @@ def load(
     spec = check_weights(spec)
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
+    needed = weight_bytes(spec, n_parameters(weight_files(spec)), dtype)
+    check_memory(spec.name, needed, device, dtype)
     loaded = _read_weights(spec, source, device, dtype)
     return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
 

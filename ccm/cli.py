@@ -40,17 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CcmError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from ccm.memory import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(
+            f"\n{PROGRAM}: out of memory ({reason}); {_resumes(options)}. Free some first, or start "
+            "anew with a lower --memory-budget or --dtype bfloat16.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a full disk, a folder that went away
         print(f"{PROGRAM}: {error}. Nothing half-written is left.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = options.run is subcommands.run and options.out is not None
-        next_step = (
-            f"the same command with --out {options.out} goes on from here" if resumes else "no result"
-        )
-        print(f"\n{PROGRAM}: interrupted; {next_step}.", file=sys.stderr)  # below a progress bar
+        # Below a progress bar.
+        print(f"\n{PROGRAM}: interrupted; {_resumes(options)}.", file=sys.stderr)
         return 130
     return 0
+
+
+def _resumes(options: argparse.Namespace) -> str:
+    """Say what is left of a command that did not end."""
+    if options.run is subcommands.run and options.out is not None:
+        return f"the same command with --out {options.out} goes on from here"
+    return "no result"
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:

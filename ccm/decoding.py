@@ -29,6 +29,7 @@ from ccm.completions import Completions, Observer, Shard, Tokens, Work, merge, n
 from ccm.engine import Engine
 from ccm.errors import CcmError
 from ccm.loaded import LoadedModel
+from ccm.memory import default_budget, out_of_memory
 from ccm.models import MAX_NEW_TOKENS
 from ccm.prefill import shared_prefixes
 from ccm.prompts import SPLITTER
@@ -138,28 +139,31 @@ def decode_sets(
 def read_last_positions(
     model: LoadedModel,
     prompts: Sequence[Tokens],
+    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
     *,
     memory_budget: int | None = None,
     done: Collection[int] = (),
-) -> Iterator[tuple[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]]]:
+) -> Iterator[_Result]:
     """Run prompts through the plain model up to their last positions, a part at a time.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included, ragged.
+        read: Is given a part's prompts, their final residuals and their last-layer activations; called
+            again with fewer where its memory does not suffice.
         memory_budget: As for `decode_sets`, and so the others.
         done: Prompts to leave out; parts are cut as with them.
 
     Yields:
-        Which prompts, their final residuals, and their last-layer activations.
+        What `read` returns.
 
     Raises:
         CcmError: a single prompt does not fit the memory there is.
     """
     engine = _engine(model, [PLAIN], max_new_tokens=1)
 
-    def run(indices: list[int], shared: list[int]) -> tuple[list[int], Tensor, Tensor]:
-        return indices, *engine.read_last([prompts[i] for i in indices], shared, Work())
+    def run(indices: list[int], shared: list[int]) -> _Result:
+        return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
 
     yield from _in_parts(engine, prompts, run, memory_budget, done)
 
@@ -222,7 +226,7 @@ def _in_parts(
         try:
             result = run(indices, [shared[i] for i in indices])
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(indices) == 1:
                 raise CcmError(
@@ -237,20 +241,6 @@ def _in_parts(
                 work.halved += 1
             continue
         yield result
-
-
-def default_budget(device: torch.device) -> int:
-    """Bytes to plan with: half of what is free, and no more than 4 GiB.
-
-    More would make no step faster: that much keeps any processor busy.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    return min(int(free // 2), 4 << 30)
 
 
 def _parts(
@@ -268,10 +258,6 @@ def _parts(
         used += size
     if part:
         yield part
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _free(device: torch.device) -> None:

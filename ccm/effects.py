@@ -137,24 +137,26 @@ def measure_effects(
     screen, sizes = build_screen(model, [*own, *others]), at_once(model)
     parts = [] if store is None else list(store.read_arrays())
     done = {int(i) for part in parts for i in part["prompts"]}
-    read = read_last_positions(model, prompts, memory_budget=memory_budget, done=done)
+
+    def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:
+        nodes, at = read_nodes(screen, x, a), np.flatnonzero(np.isin(indices, sampled))
+        few = read_nodes(screen, x[at], a[at])
+        mine, rest = slice(0, len(own)), slice(len(own), len(own) + len(others))
+        return {
+            "prompts": np.asarray(indices, dtype=np.int64),
+            "plain": _numpy(plain_entropies(screen, nodes, sizes)),
+            "own": _by_node(ablated_entropies(screen, nodes, sizes, mine)),
+            "sampled": np.asarray(indices, dtype=np.int64)[at],
+            "others": _by_node(ablated_entropies(screen, few, sizes, rest)),
+        }
+
+    found = read_last_positions(model, prompts, read, memory_budget=memory_budget, done=done)
     with tqdm(total=len(prompts), initial=len(done), desc="effects", unit="prompt") as bar:
-        for indices, x, a in read:
-            nodes = read_nodes(screen, x, a)
-            at = np.flatnonzero(np.isin(indices, sampled))
-            part = {
-                "prompts": np.asarray(indices, dtype=np.int64),
-                "plain": _numpy(plain_entropies(screen, nodes, sizes)),
-                "own": _by_node(ablated_entropies(screen, nodes, sizes, slice(0, len(own)))),
-                "sampled": np.asarray(indices, dtype=np.int64)[at],
-            }
-            few = read_nodes(screen, x[at], a[at])
-            rest = slice(len(own), len(own) + len(others))
-            part["others"] = _by_node(ablated_entropies(screen, few, sizes, rest))
+        for part in found:
             if store is not None:
-                store.write_arrays(indices[0], part)
+                store.write_arrays(int(part["prompts"][0]), part)
             parts.append(part)
-            bar.update(len(indices))
+            bar.update(len(part["prompts"]))
 
     def joined(name: str, prompts: str) -> np.ndarray:
         order = np.argsort(np.concatenate([part[prompts] for part in parts]))

@@ -30,12 +30,13 @@ from ccm.cells import ENGINES, CellReader, decode_hooked, decode_stored
 from ccm.checkpoint import download, load
 from ccm.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.completions import Completions, Work, merge
-from ccm.decoding import default_budget
 from ccm.effects import evenly_spaced
 from ccm.knowledge import (
     object_tokens,
 )
 from ccm.loaded import LoadedModel
+from ccm.memory import check_memory, default_budget, needed_bytes
+from ccm.models import dtype_for
 from ccm.neurons import controls, measure, select
 from ccm.plan import Plan, Protocol, RunConfig, asked, identity, make_plan
 from ccm.probing import build_prompts, prompt_table, table_prompts
@@ -61,7 +62,7 @@ from ccm.run_folder import (
 )
 from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
-from ccm.weights import revision, weight_files
+from ccm.weights import n_parameters, revision, weight_files
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -104,12 +105,16 @@ def run_share(config: RunConfig, out: Path) -> RunFolder:
 
 
 def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
-    """Check what is asked for, see that its weights are here, and open the run folder."""
+    """Check what is asked for, see that its weights are here and fit, and open the run folder."""
     plan_ = make_plan(config)
+    # Before the folder is made: what cannot be had must leave no trace of a run.
     if not weight_files(plan_.spec):
-        # Before the folder is made: what cannot be had must leave no trace of a run.
         download(plan_.spec)
         plan_ = make_plan(config)
+    if not out.exists() and config.device_map is None:
+        dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
+        needed = needed_bytes(plan_.spec, parameters, dtype)
+        check_memory(plan_.spec.name, needed, plan_.device, dtype)
     folder = RunFolder(out, identity(plan_, weight_files(plan_.spec)))
     if "memory_budget" not in folder.manifest:
         # Kept, because parts cut otherwise would round otherwise when the run is resumed.

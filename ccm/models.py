@@ -134,31 +134,37 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
     try:
         kind = text.pop("model_type", None)
         config = AutoConfig.for_model(kind, **text)
-        d_model, n_layers = int(config.hidden_size), int(config.num_hidden_layers)
-        d_vocab = int(config.vocab_size)
+        sizes = dimensions(config)
     except Exception as error:  # transformers checks a config by errors of its own
         what = " ".join(str(error).split())[:80]  # it may list every model there is
         reason = f"model_type {kind!r}; {type(error).__name__}: {what}"
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
         ) from error
-    n_inner = getattr(config, "n_inner", None)  # GPT-2's word for d_mlp; None means 4 d_model
-    d_mlp: int = n_inner or getattr(config, "intermediate_size", None) or 4 * d_model
     return ModelSpec(
         name=Path(name).resolve().name,
         display_name=Path(name).resolve().name,
         hub_id=None,
         architecture=str(kind),
-        n_layers=n_layers,
-        d_model=d_model,
-        d_mlp=d_mlp,
-        d_vocab=d_vocab,
-        null_space_dims=max(1, round(0.025 * d_model)),
+        null_space_dims=max(1, round(0.025 * sizes["d_model"])),
         n_entropy_neurons=6,
         min_rho=0.0,
         template="bare",
         folder=folder,
+        **sizes,
     )
+
+
+def dimensions(config: Any) -> dict[str, Any]:
+    """Read the dimensions, by their names in a spec, off a transformers configuration."""
+    d_model = int(config.hidden_size)
+    n_inner = getattr(config, "n_inner", None)  # GPT-2's word for d_mlp; None means 4 d_model
+    return {
+        "n_layers": int(config.num_hidden_layers),
+        "d_model": d_model,
+        "d_mlp": int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model),
+        "d_vocab": int(config.vocab_size),
+    }
 
 
 def device_for(name: str) -> torch.device:

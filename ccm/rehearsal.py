@@ -9,6 +9,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -22,8 +23,9 @@ from ccm.completions import Tokens
 from ccm.decoding import decode
 from ccm.errors import BadInput
 from ccm.facts import FactSet, load_pararel, pararel_folder, read_fact_folder
+from ccm.memory import check_memory, needed_bytes
 from ccm.meter import Meter, Say
-from ccm.models import MODELS, device_for, dtype_for
+from ccm.models import MODELS, device_for, dimensions, dtype_for
 from ccm.organism import CHECKPOINT
 from ccm.projection import PUBLISHED_FACTS, PUBLISHED_PROMPTS, Rehearsal, project
 from ccm.prompts import (
@@ -40,9 +42,7 @@ from ccm.stand_in import (
     Architecture,
     architecture_of,
     build,
-    check_memory,
     n_parameters,
-    needed_bytes,
     read_tokenizer,
 )
 
@@ -122,7 +122,7 @@ def rehearse(
     facts = facts or rehearsal_facts()
     answers, candidates = choose_facts(facts, config.prompts)
     parameters = n_parameters(hf_config)
-    needed = needed_bytes(MODELS[config.model], hf_config, parameters, dtype, config.controls)
+    needed = needed_bytes(replace(MODELS[config.model], **dimensions(hf_config)), parameters, dtype)
     check_memory(config.model, needed, device, dtype)
     origin: dict[str, Any] = {
         "model": config.model,

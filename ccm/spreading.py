@@ -7,6 +7,7 @@ import torch
 
 from ccm.errors import NotAvailable
 from ccm.loaded import LoadedModel
+from ccm.memory import shares_of_devices
 
 
 def spread_over_devices(
@@ -16,7 +17,7 @@ def spread_over_devices(
 
     Args:
         model: On the CPU; its bridge and its own matrices stay there until they are asked for.
-        max_memory: Bytes for each device, GPUs by number; by default what is free on every GPU.
+        max_memory: Bytes for each device, GPUs by number; by default `shares_of_devices`.
         folder: Where to put what fits nowhere; None refuses such a model.
 
     Returns:
@@ -31,7 +32,7 @@ def spread_over_devices(
     body = model.body
     places = infer_auto_device_map(
         body,
-        max_memory=max_memory,
+        max_memory=shares_of_devices() if max_memory is None else max_memory,
         no_split_module_classes=list(body._no_split_modules or []),
         dtype=model.dtype,
     )

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from ccm.checkpoint import assemble, check_precision
-from ccm.errors import BadInput, NotAvailable, allowed
+from ccm.errors import BadInput, allowed
 from ccm.loaded import LoadedModel
-from ccm.models import MODELS, ModelSpec
-from ccm.neurons import VOCAB_CHUNK
+from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
@@ -222,50 +221,3 @@ class StandInTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Name of each token."""
         return [f"t{i}" for i in ids]
-
-
-GIB = 1 << 30
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def needed_bytes(
-    spec: ModelSpec, config: Any, parameters: int, dtype: torch.dtype, n_controls: int
-) -> int:
-    """Least memory a rehearsal takes: the weights, and the unembedding where it is worked on.
-
-    Measures and screening hold up to three float32 copies of the unembedding; LogitVar one, and three
-    float64 arrays of neurons x a chunk of the vocabulary; screening a row of logits for every neuron in
-    any set. The bridge splits a joint matrix of queries, keys and values (GPT-2, NeoX) into copies.
-    Caches adapt to what is left and are not counted.
-    """
-    d_vocab, d_model = int(config.vocab_size), int(config.hidden_size)
-    d_mlp = min(spec.d_mlp, 4 * d_model)
-    unembedding = 4 * d_vocab * d_model
-    rows = 4 * d_vocab * min(d_mlp, spec.n_entropy_neurons * (1 + n_controls))
-    chunk = 3 * 8 * d_mlp * min(VOCAB_CHUNK, d_vocab)
-    joint = config.model_type in ("gpt2", "gpt_neox")
-    split = 3 * d_model**2 * int(config.num_hidden_layers) if joint else 0
-    return (parameters + split) * dtype.itemsize + max(3 * unembedding + rows, unembedding + chunk)
-
-
-def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a model that cannot fit, before anything is built.
-
-    Raises:
-        NotAvailable: with what is needed and what is free.
-    """
-    free = free_bytes(device)
-    if needed > free:
-        smaller = "use --dtype bfloat16 or" if dtype == torch.float32 else "use"
-        raise NotAvailable(
-            f"{name} in {str(dtype).removeprefix('torch.')}: needs {needed / GIB:.1f} GiB on {device}, "
-            f"free {free / GIB:.1f} GiB; {smaller} another device."
-        )

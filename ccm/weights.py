@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from ccm.errors import BadInput
 from ccm.models import MODELS, ModelSpec, spec_of_folder
@@ -60,8 +62,20 @@ def check_weights(spec: ModelSpec) -> ModelSpec:
     return _check_architecture(spec, files[0].parent) if files else spec
 
 
-def _check_whole(path: Path) -> None:
-    """Hold a file's size to what its own header says."""
+def n_parameters(files: Sequence[Path]) -> int:
+    """Count the parameters in safetensors files by their headers; tied ones are stored once.
+
+    Older files hold masks, too, which are no floating-point numbers and are not counted.
+
+    Raises:
+        BadInput: see `check_weights`.
+    """
+    tensors = [t for path in files for t in _check_whole(path).values()]
+    return sum(prod(t["shape"]) for t in tensors if str(t["dtype"]).startswith(("F", "BF")))
+
+
+def _check_whole(path: Path) -> Mapping[str, Any]:
+    """Hold a file's size to what its own header says, and return the header's tensors."""
     if not path.is_file():
         raise BadInput(f"{path}: missing, though the index names it. Download the model again.")
     size = path.stat().st_size
@@ -70,7 +84,8 @@ def _check_whole(path: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         try:
             header = json.loads(stream.read(length) if 8 + length <= size else b"")
-            ends = [int(t["data_offsets"][1]) for n, t in header.items() if n != "__metadata__"]
+            tensors = {name: t for name, t in header.items() if name != "__metadata__"}
+            ends = [int(t["data_offsets"][1]) for t in tensors.values()]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(
                 f"{path}: no safetensors file, or its header is cut off. Download it again."
@@ -78,6 +93,7 @@ def _check_whole(path: Path) -> None:
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
         raise BadInput(f"{path}: cut off or damaged, {size} of {wanted} bytes. Download it again.")
+    return tensors
 
 
 def _check_architecture(spec: ModelSpec, folder: Path) -> ModelSpec:

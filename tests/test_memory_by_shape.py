@@ -11,6 +11,7 @@ from ccm import checkpoint, choosing, decoding, engine, neurons
 from ccm.ablation import ABLATION_VALUES, Ablation
 from ccm.checkpoint import assemble
 from ccm.loaded import LoadedModel
+from ccm.memory import needed_bytes
 from ccm.models import MODELS
 from ccm.neurons import controls
 from ccm.organism import CHECKPOINT
@@ -58,6 +59,8 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
         counted.peak = counted.now
 
     neurons.measure(model.W_U, model.W_out, model.final_norm, model.spec.null_space_dims)
+    least = needed_bytes(model.spec, weights // 4, torch.float32)
+    assert 0.98 * counted.peak < least <= counted.peak, "a model that fits is refused, or the reverse"
     stage("measures")
 
     run, parts = decoding.Engine.run, []

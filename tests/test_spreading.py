@@ -12,6 +12,7 @@ from ccm.decoding import decode_sets
 from ccm.errors import NotAvailable
 from ccm.models import spec_for
 from ccm.spreading import spread_over_devices
+from tests.pretended_gpu import pretended_gpus
 from tests.test_decoding import assert_same, random_sets
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
@@ -30,6 +31,24 @@ def test_a_model_in_two_places_decodes_as_in_one(config: ToyConfig, tmp_path: Pa
     assert any(p.device.type == "cpu" for p in model.body.parameters()), "none of it fits"
     assert model.device == torch.device("cpu")
     parts = merge(list(decode_sets(model, prompts, ablations)))
+    for i in range(7):
+        assert_same(parts, i, whole, i, config.id)
+
+
+@pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
+@pytest.mark.parametrize("share", [0.8, 1.0])
+def test_a_model_on_several_gpus_decodes_as_on_the_cpu(config: ToyConfig, share: float) -> None:
+    """On pretended ones. With less on each, the CPU takes what no GPU has room for."""
+    spec = spec_for(str(toy_folder(config)))
+    prompts = token_prompts(7, config, seed=3)
+    ablations = random_sets(config.d_mlp, [5, 9], 1.0)
+    whole = merge(list(decode_sets(load(spec), prompts, ablations)))
+    size = sum(p.numel() * p.element_size() for p in load(spec).body.parameters())
+    with pretended_gpus(3, int(share * size)):
+        model = spread_over_devices(load(spec))
+        places = {str(p.device) for p in model.body.parameters()}
+        assert len([place for place in places if place.startswith("cuda")]) > 1, places
+        parts = merge(list(decode_sets(model, prompts, ablations)))
     for i in range(7):
         assert_same(parts, i, whole, i, config.id)
 

@@ -1,0 +1,171 @@
+"""What a model takes, what is free, and what is said where it does not suffice."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ccm import effects, subcommands
+from ccm.checkpoint import load
+from ccm.cli import main
+from ccm.effects import measure_effects
+from ccm.errors import NotAvailable
+from ccm.memory import (
+    GIB,
+    check_memory,
+    default_budget,
+    free_bytes,
+    needed_bytes,
+    shares_of_devices,
+    weight_bytes,
+)
+from ccm.models import MODELS, spec_for
+from ccm.weights import n_parameters, weight_files
+from tests.pretended_gpu import pretended_gpus
+from tests.test_decoding import random_sets
+from tests.test_experiment import command
+from tests.test_pretended_gpu import on_gpu
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
+
+
+@pytest.mark.parametrize(("free", "budget"), [(3 * GIB, 3 * GIB // 2), (80 * GIB, 4 * GIB)])
+def test_half_of_what_is_free_is_planned_with(
+    free: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpus(memory=free):
+        assert (free_bytes(GPU), default_budget(GPU)) == (free, budget)
+    assert 0 < free_bytes(CPU) < 1 << 50
+
+
+def test_gpus_keep_room_to_work_in() -> None:
+    for free, share in ((24 * GIB, 18 * GIB), (80 * GIB, 72 * GIB)):
+        with pretended_gpus(2, free):
+            shares = shares_of_devices()
+        assert [shares[0], shares[1]] == [share, share]
+        assert list(shares) == ["cpu", 0, 1]
+
+
+def test_least_memory_is_weights_and_what_measures_hold() -> None:
+    spec, n = MODELS["Meta-Llama-3-8B"], 8_030_261_248
+    beside = 4 * 128256 * 4096 + 3 * 8 * 14336 * 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        assert weight_bytes(spec, n, dtype) == dtype.itemsize * n
+        assert needed_bytes(spec, n, dtype) == dtype.itemsize * n + beside
+    # GPT-2's joint matrix is held twice, once split.
+    joint = 12 * 3 * 768 * 769
+    assert weight_bytes(MODELS["gpt2-small"], 124_439_808, torch.float32) == 4 * (124_439_808 + joint)
+
+
+@each_toy
+def test_what_a_model_takes_follows_from_the_headers_of_its_files(config: ToyConfig) -> None:
+    spec = spec_for(str(toy_folder(config)))
+    held = sum(p.numel() * p.element_size() for p in set(load(spec).bridge.original_model.parameters()))
+    assert weight_bytes(spec, n_parameters(weight_files(spec)), torch.float32) == held
+
+
+def test_masks_in_old_files_are_no_parameters(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"w": torch.ones(3, 4), "half": torch.ones(5).bfloat16()}
+    save_file({**tensors, "mask": torch.ones(7, 7).bool()}, tmp_path / "model.safetensors")
+    assert n_parameters([tmp_path / "model.safetensors"]) == 17
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "ways"),
+    [
+        (1, torch.float32, "--dtype bfloat16 or another device"),
+        (2, torch.float32, "--dtype bfloat16 or --device-map auto or another device"),
+        (1, torch.bfloat16, "another device"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_ways_out(n: int, dtype: torch.dtype, ways: str) -> None:
+    with pretended_gpus(n, memory=GIB):
+        check_memory("gpt2-small", GIB, GPU, dtype)
+        with pytest.raises(NotAvailable) as refused:
+            check_memory("gpt2-small", 2 * GIB, GPU, dtype)
+    name = str(dtype).removeprefix("torch.")
+    assert str(refused.value) == (
+        f"gpt2-small in {name}: needs 2.0 GiB on cuda, free 1.0 GiB. Use {ways}."
+    )
+
+
+@pytest.mark.parametrize("free", [1 << 20, 6 << 20])
+def test_a_run_that_does_not_fit_leaves_no_trace(
+    free: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The organism's weights take 2.4 MiB, its measures 9 MiB more."""
+    with pretended_gpus(memory=free):
+        assert main(on_gpu(command(tmp_path / "run"))) == 2
+    assert f"on cuda, free {free / GIB:.1f} GiB. Use --dtype bfloat16" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.checkpoint._read_weights", None)
+    with pretended_gpus(memory=1 << 10), pytest.raises(NotAvailable, match=r"^organism in float32"):
+        load(MODELS["organism"], "cuda")
+
+
+# --- where memory runs out later ----------------------------------------------------------------------
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "python"])
+def test_memory_that_runs_out_is_one_line(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(subcommands, "run", full)
+    assert main(command(tmp_path / "run")) == 2
+    printed = capsys.readouterr().err.strip()
+    assert "\n" not in printed
+    assert printed.startswith(f"ccm: out of memory ({str(error).splitlines()[0] if str(error) else ''}")
+    assert f"the same command with --out {tmp_path / 'run'} goes on from here" in printed
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(subcommands, "run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(command(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "python"])
+def test_a_part_whose_effects_do_not_fit_is_halved(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FAMILIES[0]
+    model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, seed=3)
+    own, *others = random_sets(config.d_mlp, [5, 5, 5], 2.0)
+    whole = measure_effects(model, prompts, [own], others)
+    entropies, sizes = effects.plain_entropies, list[int]()
+
+    def full(screen: Any, nodes: Any, at_once: Any) -> torch.Tensor:
+        sizes.append(len(nodes.scale))
+        if sizes[-1] > 3:
+            raise error
+        return entropies(screen, nodes, at_once)
+
+    monkeypatch.setattr(effects, "plain_entropies", full)
+    halved = measure_effects(model, prompts, [own], others)
+    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    for name in ("plain", "own", "sampled", "others"):
+        np.testing.assert_allclose(getattr(halved, name), getattr(whole, name), atol=1e-5)
