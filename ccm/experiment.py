@@ -147,6 +147,7 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         for value in plan_.values
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
+    folder.note(batch_noise=model.noise)
     clock("ablations")
     effects_step(folder, model, tokens, planned)
     clock("effects")

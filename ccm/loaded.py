@@ -55,6 +55,7 @@ class LoadedModel:
     bos: int  # the one token in front of every prompt
     eos: frozenset[int]  # decoding stops at any of these
     splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `ccm.decoding` when needed
+    noise: float | None = None  # filled by `ccm.rounding` when needed
 
     @property
     def hook_post(self) -> str:

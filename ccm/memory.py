@@ -40,8 +40,9 @@ def shares_of_devices() -> dict[int | str, int]:
 
 def weight_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
     """Bytes that a loaded model takes; the bridge splits a joint matrix of GPT-2 and NeoX in copies."""
-    split = 3 * spec.d_model * (spec.d_model + 1) * spec.n_layers if spec.architecture in JOINT_QKV else 0
-    return (parameters + split) * dtype.itemsize
+    split = 3 * spec.d_model * (spec.d_model + 1) * spec.n_layers
+    copied = split if spec.architecture in JOINT_QKV else 0
+    return (parameters + copied) * dtype.itemsize
 
 
 def needed_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:

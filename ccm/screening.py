@@ -46,10 +46,10 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 
    If the best of the m exceeds that bound by more than tau, it is the argmax; that settles flips too.
    Only what is left needs a row over the whole vocabulary.
-6. u is 4e-6 in float32: some thirty roundings, ten times what another batch shape was seen to do to x.
-   Whatever leads by less than tau is called a near tie, is never certified nor taken from a shortlist,
-   and is settled by a referee that does not depend on the batch (see `ccm.decoding`). Exact ties
-   therefore go to the lowest token id, as argmax does.
+6. u is three times what other batches are seen to do to x on the device at hand, and at least 4e-6 in
+   float32 (`ccm.rounding`). Whatever leads by less than tau is called a near tie, is never certified
+   nor taken from a shortlist, and is settled by a referee that does not depend on the batch (see
+   `ccm.decoding`). Exact ties therefore go to the lowest token id, as argmax does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,11 +61,10 @@ from torch import Tensor
 
 from ccm.ablation import Ablation
 from ccm.loaded import LoadedModel
+from ccm.rounding import slack
 
 VOCAB_CHUNK = 8192
 SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
-# u of paragraph 4. Lower precisions round x itself.
-SLACK = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
     )
     norms = W.norm(dim=1)
     reach = norms / W.shape[1] ** 0.5
-    noise = SLACK[model.dtype] * longest
-    offset_noise = SLACK[model.dtype] * float(beta.abs().max())
+    u = slack(model)
+    noise, offset_noise = u * longest, u * float(beta.abs().max())
     half = (P.amax(1) - P.amin(1)) / 2
     slots, W = slots.to(device), W.double()
     return Screen(

@@ -12,9 +12,9 @@ from torch import Tensor
 from ccm.ablation import PLAIN, Ablation
 from ccm.loaded import FinalNorm, LoadedModel
 from ccm.models import MODELS
+from ccm.rounding import LEAST
 from ccm.screening import (
     SHORTLIST,
-    SLACK,
     Nodes,
     Screen,
     ablated_scale,
@@ -107,7 +107,7 @@ def a_model(
     spec = replace(MODELS["organism"], d_model=len(W_U), d_mlp=len(W_out), d_vocab=W_U.shape[1])
     cpu = torch.device("cpu")
     given = {"spec": spec, "device": cpu, "dtype": dtype, "source": "", "n_ctx": 1, "bos": 0}
-    given["eos"] = frozenset()
+    given |= {"eos": frozenset(), "noise": 0.0}
     modules = [f.name for f in fields(LoadedModel) if f.default is MISSING and f.name not in given]
     model = LoadedModel(**given, **dict.fromkeys(modules))
     # In place of what the cached properties of the same names read off a bridge.
@@ -630,4 +630,4 @@ def test_replacement_values_are_what_a_hook_would_write(dtype: torch.dtype) -> N
         k = screen.present.shape[1]
         assert screen.present[row].tolist() == [float(i < len(written)) for i in range(k)]
     longest = (m.W_U.to(dtype).float() * m.final_norm.gain[:, None]).norm(dim=0).max()
-    assert screen.noise == pytest.approx(SLACK[dtype] * float(longest), rel=1e-5)
+    assert screen.noise == pytest.approx(LEAST[dtype] * float(longest), rel=1e-5)

@@ -1,0 +1,62 @@
+"""How far its batch moves what the transformer computes, measured on the device that runs it.
+
+A sum is rounded otherwise in another batch, where another kernel takes it, and what a kernel does is
+known only once it has run. The shared decode must know by how much, because a choice that leads by less
+is made again alone (`ccm.screening`, paragraph 6).
+"""
+
+import numpy as np
+import torch
+
+from ccm.errors import PremiseBroken
+from ccm.forward import RowCache, run_body
+from ccm.loaded import LoadedModel
+
+# u of `ccm.screening`: at least this. Lower precisions round the final residual itself.
+LEAST = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# A lead is a difference of two logits, and either takes the residual's noise; once more for the rest.
+ROOM = 3
+MOST = 1e-4  # float32's noise is some 1e-6, that of products with ten bits some 1e-3
+LENGTHS, ROWS, ALONE = (6, 15), 32, 4
+
+
+def slack(model: LoadedModel) -> float:
+    """Relative rounding of logits to reckon with; measured once for a model in float32.
+
+    Raises:
+        PremiseBroken: float32 products of this device are not float32's.
+    """
+    if model.dtype != torch.float32:
+        return LEAST[model.dtype]
+    if model.noise is None:
+        model.noise = batch_noise(model)
+    if model.noise > MOST:
+        raise PremiseBroken(
+            f"{model.spec.name}: refused, the batch changes its final residual by {model.noise:.1e} of "
+            f"its length on {model.device}, which is not float32's rounding. Unset what lowers the "
+            "precision of products (TF32), or use --device cpu."
+        )
+    return max(LEAST[model.dtype], ROOM * model.noise)
+
+
+@torch.inference_mode()
+def batch_noise(model: LoadedModel) -> float:
+    """Largest |dx| / |x| of final residuals x that batch mates, and a cache, made to random prompts."""
+    draw, worst = np.random.default_rng(0), 0.0
+    for length in LENGTHS:
+        prompts = draw.integers(0, model.spec.d_vocab, (ROWS, min(length, model.n_ctx)))
+        prompts[:, 0] = model.bos
+        tokens = torch.from_numpy(prompts).to(model.device)
+        alone = torch.cat([_last(model, tokens[i : i + 1]) for i in range(ALONE)])
+        cache, before = RowCache(model.spec.n_layers), tokens.shape[1] - 1
+        cache.reserve(ROWS, before + 1)
+        _last(model, tokens[:, :-1], cache.window(slice(0, ROWS), 0, 0))
+        step = _last(model, tokens[:, -1:], cache.window(slice(0, ROWS), 0, before))
+        for found in (_last(model, tokens), step):
+            moved = (found[:ALONE] - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-30)
+            worst = max(worst, float(moved.max()))
+    return worst
+
+
+def _last(model: LoadedModel, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
+    return run_body(model, tokens, cache, last_only=True)[0][:, -1].float()
