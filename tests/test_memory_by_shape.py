@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccm import checkpoint, choosing, decoding, engine, neurons
+from ccm import checkpoint, choosing, decoding, effects, engine, neurons
 from ccm.ablation import ABLATION_VALUES, Ablation
 from ccm.checkpoint import assemble
 from ccm.loaded import LoadedModel
@@ -35,7 +35,8 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LiveBytes, LoadedMod
         "at_once",
         lambda model: choosing.AtOnce(1 << 12, 1 << 20, 1 << 28, model.spec.d_vocab),
     )
-    monkeypatch.setattr(decoding, "at_once", choosing.at_once)
+    for module in (decoding, effects):
+        monkeypatch.setattr(module, "at_once", choosing.at_once)
     monkeypatch.setattr(neurons, "_numpy", lambda tensor: np.zeros(tensor.shape))
     monkeypatch.setattr(engine._Tree, "leaves", lambda *args: (_ for _ in ()).throw(Finished()))
     cpu = torch.device("cpu")
@@ -78,10 +79,11 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
     model.noise = 0.0
     model.splitting_tokens = torch.zeros(model.spec.d_vocab, dtype=torch.bool)
     k = model.spec.n_entropy_neurons
+    # For each ablation value the entropy set, and a hundred controls of either kind.
     sets = [
         Ablation(value, neurons_, (0.0,) * k)
         for value in ABLATION_VALUES
-        for neurons_ in controls(101, model.spec.d_mlp, range(k), seed=0)
+        for neurons_ in controls(201, model.spec.d_mlp, range(k), seed=0)
     ]
     for name, ablations, length in (("answers", [], 160), ("grid", sets, 30)):
         prompts = [[1, *range(100 + i, 99 + i + length)] for i in range(448)]
@@ -89,4 +91,10 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
             list(decoding.decode_sets(model, prompts, ablations, memory_budget=BUDGET))
         stage(name)
     assert min(parts) > 50, "a GPU has too little to do"
+    monkeypatch.setattr(effects, "_numpy", lambda tensor: np.zeros(tensor.shape))
+    monkeypatch.setattr(effects, "SAMPLED", 16)  # for time's sake: a few are read at a time anyway
+    own, others = sets[:5], sets[5:]
+    prompts = [[1, *range(100 + i, 130 + i)] for i in range(448)]
+    effects.measure_effects(model, prompts, own, others, memory_budget=BUDGET)
+    stage("effects")
     assert all(1.1 < ratio <= 1.25 for ratio in most.values()), most
