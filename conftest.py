@@ -116,7 +116,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `--dist loadgroup`, keep every model on one worker, which runs it once.
+    """Under `--dist loadgroup`, keep every model on one worker, which runs it once, and so every file.
 
     Not by xdist_group marks: xdist 3.8 writes them into node ids, which pytest 9.2 does not let change.
     """
@@ -128,7 +128,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModel(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return next((model for model in models if f"[{model}-" in nodeid), nodeid)
+            file = nodeid.partition("::")[0]
+            return next((model for model in models if f"[{model}-" in nodeid), file)
 
     return ByModel(config, log)
 

@@ -5,6 +5,7 @@ killed goes on where it stopped and ends with the same bytes.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -111,7 +112,7 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
     if not weight_files(plan_.spec):
         download(plan_.spec)
         plan_ = make_plan(config)
-    if not out.exists() and config.device_map is None:
+    if not os.path.exists(out) and config.device_map is None:
         dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
         needed = needed_bytes(plan_.spec, parameters, dtype)
         check_memory(plan_.spec.name, needed, plan_.device, dtype)
@@ -147,9 +148,10 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         for value in plan_.values
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
-    folder.note(batch_noise=model.noise)
     clock("ablations")
     effects_step(folder, model, tokens, planned)
+    if model.noise is not None:  # whoever only reads back what is there measures none
+        folder.note(batch_noise=model.noise)
     clock("effects")
     return prompts
 

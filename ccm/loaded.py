@@ -12,6 +12,8 @@ from torch import Tensor
 from ccm.errors import BadInput
 from ccm.models import MAX_NEW_TOKENS, ModelSpec
 
+VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
+
 
 @dataclass(frozen=True)
 class FinalNorm:

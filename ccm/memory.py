@@ -3,8 +3,8 @@
 import torch
 
 from ccm.errors import NotAvailable
+from ccm.loaded import VOCAB_CHUNK
 from ccm.models import ModelSpec
-from ccm.neurons import VOCAB_CHUNK
 
 GIB = 1 << 30
 MOST_TO_PLAN_WITH = 4 * GIB  # more would make no step faster: that much keeps any processor busy

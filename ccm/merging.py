@@ -72,6 +72,7 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         merged.note(
             **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
             work=work,
+            batch_noise=max(manifest["batch_noise"] for manifest in manifests),
             shares=len(folders),
         )
         store = ShardStore(out)

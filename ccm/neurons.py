@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.errors import BadInput
-from ccm.loaded import FinalNorm
+from ccm.loaded import VOCAB_CHUNK, FinalNorm
 
-VOCAB_CHUNK = 8192
 NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
 
 

@@ -60,10 +60,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.ablation import Ablation
-from ccm.loaded import LoadedModel
+from ccm.loaded import VOCAB_CHUNK, LoadedModel
 from ccm.rounding import slack
 
-VOCAB_CHUNK = 8192
 SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
 
 
