@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -128,10 +129,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModel(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return next((model for model in models if f"[{model}-" in nodeid), file)
+            return _kept_together(nodeid, models)
 
     return ByModel(config, log)
+
+
+def _kept_together(nodeid: str, models: Sequence[str]) -> str:
+    """Name of what a test shares with others: its model's run, or the fixtures of its file."""
+    file = nodeid.partition("::")[0]
+    return next((model for model in models if f"[{model}-" in nodeid), file)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

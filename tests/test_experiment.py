@@ -487,6 +487,15 @@ def test_a_run_interrupted_at_every_step_gets_there(
     check_finished(out, expected, {})
 
 
+def test_a_run_that_lost_its_scores_knows_what_it_met(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(command(out)) == 0
+    before = manifest(out)
+    (out / SCORES).unlink()
+    assert main(command(out)) == 0
+    assert manifest(out)["batch_noise"] == before["batch_noise"] > 0
+
+
 KILLER = """
 import os, signal, sys
 from pathlib import Path

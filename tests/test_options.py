@@ -17,7 +17,7 @@ from ccm.ablation import ABLATION_VALUES
 from ccm.models import MODELS, PUBLISHED
 from ccm.organism import CHECKPOINT
 from ccm.weights import OTHER_DIMENSIONS_VARIABLE
-from conftest import _options
+from conftest import _kept_together, _options
 from reproduction import goldens
 from reproduction.goldens import GoldenExtension, differences, measured
 from reproduction.pairs import Pair, device_of, missing, pairs
@@ -456,3 +456,15 @@ def test_goldens_of_a_published_model_from_birth_to_change(
 
 def test_the_goldens_are_where_the_readme_says() -> None:
     assert ROOT / "golden" == goldens.GOLDEN
+
+
+def test_a_worker_keeps_the_tests_of_a_model_and_of_a_file() -> None:
+    models = ("gpt2-small", "Phi-1_5")
+    together = {
+        "reproduction/test_a.py::test_x[gpt2-small-mean_ablation]": "gpt2-small",
+        "reproduction/test_b.py::test_y[gpt2-small-mode_ablation]": "gpt2-small",
+        "reproduction/test_b.py::test_y[Phi-1_5-mode_ablation]": "Phi-1_5",
+        "tests/test_c.py::test_z[gpt2-tied]": "tests/test_c.py",
+        "tests/test_c.py::test_w": "tests/test_c.py",
+    }
+    assert {nodeid: _kept_together(nodeid, models) for nodeid in together} == together
