@@ -72,9 +72,11 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         merged.note(
             **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
             work=work,
-            batch_noise=max(manifest["batch_noise"] for manifest in manifests),
             shares=len(folders),
         )
+        noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
+        if noise:  # lower precisions measure none
+            merged.note(batch_noise=max(noise))
         store = ShardStore(out)
         for source in stores:
             for shard in source.read():

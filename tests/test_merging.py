@@ -101,6 +101,22 @@ def test_shares_merge_to_the_run_in_one_piece(whole: Path, shares: list[Path], t
     check_merged(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("met", "kept"), [((1e-6, 3e-6, 2e-6), 3e-6), ((None, None, None), None)])
+def test_the_largest_noise_of_all_shares_is_kept(
+    met: tuple[float | None, ...], kept: float | None, shares: list[Path], tmp_path: Path
+) -> None:
+    def change(held: dict[str, Any], noise: float | None) -> None:
+        del held["batch_noise"]
+        held |= {} if noise is None else {"batch_noise": noise}
+
+    folders = [
+        edited(folder, tmp_path / f"share_{i}", lambda held, noise=noise: change(held, noise))
+        for i, (folder, noise) in enumerate(zip(shares, met, strict=True))
+    ]
+    merge_shares(folders, tmp_path / "run")
+    assert manifest(tmp_path / "run").get("batch_noise") == kept
+
+
 def test_merge_on_the_command_line(
     shares: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
