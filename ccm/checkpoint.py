@@ -13,7 +13,7 @@ import torch
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.loaded import LoadedModel
-from ccm.memory import check_memory, weight_bytes
+from ccm.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models import ModelSpec, device_for, dtype_for
 from ccm.premise import check_premise
 from ccm.weights import check_weights, n_parameters, weight_files
@@ -45,7 +45,10 @@ def load(
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
     source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
     needed = weight_bytes(spec, n_parameters(weight_files(spec)), dtype)
-    check_memory(spec.name, needed, device, dtype)
+    for place in dict.fromkeys(
+        (torch.device("cpu"), device)
+    ):  # read into the CPU's memory, and moved from there
+        check_memory(spec.name, needed, place, dtype)
     loaded = _read_weights(spec, source, device, dtype)
     return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
 
@@ -60,7 +63,10 @@ def check_precision(device: torch.device, dtype: torch.dtype) -> None:
         BadInput: TF32 is switched on.
     """
     override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
-    precision = torch.get_float32_matmul_precision()
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer names for it, which its older ones do not know
+        precision = "set by fp32_precision"
     if (device.type, dtype) == ("cuda", torch.float32) and (precision, override) != ("highest", "0"):
         raise BadInput(
             f"float32 matmul precision {precision!r}, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE={override}: "
@@ -170,6 +176,8 @@ def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: tor
                 raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
             return loaded.to(device)
         except Exception as error:  # whatever the library raises, the next step is one of these
+            if out_of_memory(error):
+                raise
             raise _cannot_load(spec, source, error) from error
 
 
@@ -210,6 +218,8 @@ def _boot(
                 dtype=dtype,
             )
         except Exception as error:  # whatever the libraries raise, the next step is one of these
+            if out_of_memory(error):
+                raise
             raise _cannot_load(spec, source, error) from error
     try:
         last = bridge.blocks[int(bridge.cfg.n_layers) - 1]

@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         print(
-            f"\n{PROGRAM}: out of memory ({reason}); {_resumes(options)}. Free some first, or start "
-            "anew with a lower --memory-budget or --dtype bfloat16.",
+            f"\n{PROGRAM}: out of memory ({reason}); {_resumes(options)}. {_less_memory(options)}.",
             file=sys.stderr,
         )
         return 2
@@ -67,6 +66,14 @@ def _resumes(options: argparse.Namespace) -> str:
     if options.run is subcommands.run and options.out is not None:
         return f"the same command with --out {options.out} goes on from here"
     return "no result"
+
+
+def _less_memory(options: argparse.Namespace) -> str:
+    """Say what takes less memory, of what the command has."""
+    ways = ["a lower --memory-budget"] if hasattr(options, "memory_budget") else []
+    if getattr(options, "dtype", None) == "float32":
+        ways.append("--dtype bfloat16")
+    return "Free some first" + (f", or start anew with {' or '.join(ways)}" if ways else "")
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ from ccm.prompts import (
 from ccm.released_stats import read_released_statistics
 from ccm.run_folder import (
     ACTIVATION_STATS,
+    MANIFEST,
     MEASURES,
     PROMPTS,
     RHO_BY_LAYER,
@@ -112,7 +113,7 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
     if not weight_files(plan_.spec):
         download(plan_.spec)
         plan_ = make_plan(config)
-    if not os.path.exists(out) and config.device_map is None:
+    if not os.path.exists(out / MANIFEST) and config.device_map is None:
         dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
         needed = needed_bytes(plan_.spec, parameters, dtype)
         check_memory(plan_.spec.name, needed, plan_.device, dtype)
@@ -148,12 +149,18 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         for value in plan_.values
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
+    note_noise(folder, model)
     clock("ablations")
     effects_step(folder, model, tokens, planned)
-    if model.noise is not None:  # whoever only reads back what is there measures none
-        folder.note(batch_noise=model.noise)
+    note_noise(folder, model)
     clock("effects")
     return prompts
+
+
+def note_noise(folder: RunFolder, model: LoadedModel) -> None:
+    """Write down what was measured; lower precisions measure nothing, nor does reading cells back."""
+    if model.noise is not None:
+        folder.note(batch_noise=model.noise)
 
 
 def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:

@@ -1,5 +1,7 @@
 """Memory of a device: what is free, how much to plan with, and what a model takes at least."""
 
+import gc
+
 import torch
 
 from ccm.errors import NotAvailable
@@ -12,9 +14,10 @@ JOINT_QKV = ("gpt2", "gpt_neox")  # architectures with one matrix of queries, ke
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, bytes."""
+    """Memory that is free on a device, bytes; on a GPU also what torch holds ready for reuse."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + ready
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -62,17 +65,24 @@ def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtyp
     Raises:
         NotAvailable: with what is needed and what is free.
     """
+    if needed > free_bytes(device):
+        gc.collect()  # a model before this one may be held by cycles only
     free = free_bytes(device)
     if needed > free:
         ways = ["--dtype bfloat16"] if dtype == torch.float32 else []
         if device.type == "cuda" and torch.cuda.device_count() > 1:
-            ways.append("--device-map auto")
+            ways.append("ccm run --device-map auto")
+        ways.append("a machine with more memory" if device.type == "cpu" else "another device")
         raise NotAvailable(
-            f"{name} in {str(dtype).removeprefix('torch.')}: needs {needed / GIB:.1f} GiB on {device}, "
-            f"free {free / GIB:.1f} GiB. Use {' or '.join([*ways, 'another device'])}."
+            f"{name} in {str(dtype).removeprefix('torch.')}: needs {needed / GIB:.3g} GiB on {device}, "
+            f"free {free / GIB:.3g} GiB. Use {' or '.join(ways)}."
         )
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how a device says that it has no more memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    said = ("allocate memory", "out of memory", "ALLOC_FAILED")  # by the CPU, CUDA, its libraries
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )

@@ -50,6 +50,7 @@ def spread_over_devices(
     model.device = torch.device("cpu" if last == "disk" else last)
     for name in ("final_norm", "W_U", "b_U", "W_out"):
         model.__dict__.pop(name, None)  # cached where they were
+    model.noise = None
     return model
 
 

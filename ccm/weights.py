@@ -65,13 +65,14 @@ def check_weights(spec: ModelSpec) -> ModelSpec:
 def n_parameters(files: Sequence[Path]) -> int:
     """Count the parameters in safetensors files by their headers; tied ones are stored once.
 
-    Older files hold masks, too, which are no floating-point numbers and are not counted.
+    Older files hold masks, too, which are not counted: of no floating-point numbers, or 1 x 1 x n x n.
 
     Raises:
         BadInput: see `check_weights`.
     """
     tensors = [t for path in files for t in _check_whole(path).values()]
-    return sum(prod(t["shape"]) for t in tensors if str(t["dtype"]).startswith(("F", "BF")))
+    numbers = [t["shape"] for t in tensors if str(t["dtype"]).startswith(("F", "BF"))]
+    return sum(prod(shape) for shape in numbers if len(shape) < 4)
 
 
 def _check_whole(path: Path) -> Mapping[str, Any]:

@@ -92,6 +92,8 @@ def pretended_gpus(n: int = 1, memory: int = 8 << 30) -> Iterator[Waits]:
         "current_device": lambda: 0,
         "get_device_name": lambda device=None: "a pretended GPU",
         "mem_get_info": lambda device=None: (memory, memory),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 1,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
@@ -215,7 +217,12 @@ def _refuse_mixing(
         if _place(tensor) == device:
             continue
         if _place(tensor) == CPU and func in (Tensor.__getitem__, Tensor.__setitem__):
-            if tensor is not args[0]:  # indices, and a number, may lie on the CPU
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            indices = [i for i in index if isinstance(i, Tensor)]
+            # Indices may lie on the CPU, and what is written to a slice, or one number anywhere.
+            if tensor is not args[0] and (
+                any(tensor is i for i in indices) or not indices or tensor.dim() == 0
+            ):
                 waits.note()
                 continue
         elif _place(tensor) == CPU and tensor.dim() == 0 and not any(word in name for word in STRICT):

@@ -71,7 +71,7 @@ def test_what_a_model_takes_follows_from_the_headers_of_its_files(config: ToyCon
 def test_masks_in_old_files_are_no_parameters(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    tensors = {"w": torch.ones(3, 4), "half": torch.ones(5).bfloat16()}
+    tensors = {"w": torch.ones(3, 4), "half": torch.ones(5).bfloat16(), "bias": torch.ones(1, 1, 9, 9)}
     save_file({**tensors, "mask": torch.ones(7, 7).bool()}, tmp_path / "model.safetensors")
     assert n_parameters([tmp_path / "model.safetensors"]) == 17
 
@@ -80,7 +80,7 @@ def test_masks_in_old_files_are_no_parameters(tmp_path: Path) -> None:
     ("n", "dtype", "ways"),
     [
         (1, torch.float32, "--dtype bfloat16 or another device"),
-        (2, torch.float32, "--dtype bfloat16 or --device-map auto or another device"),
+        (2, torch.float32, "--dtype bfloat16 or ccm run --device-map auto or another device"),
         (1, torch.bfloat16, "another device"),
     ],
 )
@@ -90,9 +90,7 @@ def test_what_does_not_fit_is_refused_with_the_ways_out(n: int, dtype: torch.dty
         with pytest.raises(NotAvailable) as refused:
             check_memory("gpt2-small", 2 * GIB, GPU, dtype)
     name = str(dtype).removeprefix("torch.")
-    assert str(refused.value) == (
-        f"gpt2-small in {name}: needs 2.0 GiB on cuda, free 1.0 GiB. Use {ways}."
-    )
+    assert str(refused.value) == (f"gpt2-small in {name}: needs 2 GiB on cuda, free 1 GiB. Use {ways}.")
 
 
 @pytest.mark.parametrize("free", [1 << 20, 6 << 20])
@@ -100,10 +98,13 @@ def test_a_run_that_does_not_fit_leaves_no_trace(
     free: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The organism's weights take 2.4 MiB, its measures 9 MiB more."""
+    (tmp_path / "empty").mkdir()
     with pretended_gpus(memory=free):
+        assert main(on_gpu(command(tmp_path / "empty"))) == 2
         assert main(on_gpu(command(tmp_path / "run"))) == 2
-    assert f"on cuda, free {free / GIB:.1f} GiB. Use --dtype bfloat16" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "run").exists()
+    assert f"on cuda, free {free / GIB:.3g} GiB. Use --dtype bfloat16" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_weights_that_do_not_fit_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +119,13 @@ FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
 ]
+each_way = pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "python", "cublas", "driver"])
 
 
-@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "python"])
+@each_way
 def test_memory_that_runs_out_is_one_line(
     error: Exception,
     tmp_path: Path,
@@ -139,6 +143,20 @@ def test_memory_that_runs_out_is_one_line(
     assert f"the same command with --out {tmp_path / 'run'} goes on from here" in printed
 
 
+@each_way
+def test_memory_that_runs_out_while_loading_is_called_that(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    assert main(["measure", "--model", "organism", "--device", "cpu", "--dtype", "bfloat16"]) == 2
+    printed = capsys.readouterr().err
+    assert "ccm: out of memory (" in printed
+    assert printed.endswith("no result. Free some first.\n"), "there is no --memory-budget to lower"
+
+
 def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(options: Any) -> None:
         raise RuntimeError("a bug")
@@ -148,7 +166,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
         main(command(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "python"])
+@each_way
 def test_a_part_whose_effects_do_not_fit_is_halved(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

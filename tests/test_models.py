@@ -388,3 +388,12 @@ def test_float32_on_a_gpu_is_float32(
         check_precision(cuda, torch.float32)
     check_precision(cuda, torch.bfloat16)
     check_precision(cpu, torch.float32)
+
+
+def test_a_precision_that_torch_cannot_name_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> str:
+        raise RuntimeError("a mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    with pytest.raises(BadInput, match=r"^float32 matmul precision 'set by fp32_precision'"):
+        check_precision(torch.device("cuda"), torch.float32)

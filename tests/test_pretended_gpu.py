@@ -50,6 +50,7 @@ MIXED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "stack": lambda on, off: torch.stack([on[0], off[0]]),
     "matmul": lambda on, off: on @ off,
     "write": lambda on, off: off.add_(on),
+    "write at places": lambda on, off: on.__setitem__(on.long(), off),
     "gather": lambda on, off: on.gather(0, off.long()),
     "of the CPU's": lambda on, off: off[on.long()],
     "numpy": lambda on, off: on.numpy(),

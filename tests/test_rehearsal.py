@@ -546,7 +546,7 @@ def test_a_model_that_does_not_fit_is_refused(
     assert main(["rehearse", "--model", "Meta-Llama-3-8B", "--device", "cpu"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("ccm: Meta-Llama-3-8B in float32: needs 34.")
-    assert "GiB on cpu, free 16.0 GiB. Use --dtype bfloat16 or another device." in printed
+    assert "GiB on cpu, free 16 GiB. Use --dtype bfloat16 or a machine with more memory." in printed
 
 
 # --- the command -------------------------------------------------------------------------------------

@@ -52,6 +52,17 @@ def test_noise_is_found_and_leads_are_held_to_it(
     assert with_noise.noise / without.noise == pytest.approx(max(1, ROOM * size / FLOAT32), rel=0.6)
 
 
+def test_what_is_no_number_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, tokens: Any, *args: Any, **options: Any) -> Any:
+        x, a = run_body(model, tokens, *args, **options)
+        return (x * float("nan") if len(tokens) > 1 else x), a
+
+    monkeypatch.setattr(rounding, "run_body", broken)
+    assert batch_noise(load(MODELS["organism"])) != 0
+    with pytest.raises(PremiseBroken, match="by nan of its length"):
+        slack(load(MODELS["organism"]))
+
+
 def test_a_larger_slack_costs_work_and_changes_no_result() -> None:
     config = FAMILIES[0]
     prompts, sets = token_prompts(40, config, seed=3), random_sets(config.d_mlp, [5, 9], 1.0)
@@ -67,10 +78,11 @@ def test_a_larger_slack_costs_work_and_changes_no_result() -> None:
         assert wary.tokens(i) == exact.tokens(i)
 
 
-def test_products_of_ten_bits_are_refused() -> None:
+@pytest.mark.parametrize("noise", [5e-4, float("nan")])
+def test_too_much_noise_is_refused(noise: float) -> None:
     model = load(spec_for(str(toy_folder(FAMILIES[0]))))
-    model.noise = 5e-4
-    with pytest.raises(PremiseBroken, match=r"refused, the batch changes .* by 5.0e-04 .*--device cpu"):
+    model.noise = noise
+    with pytest.raises(PremiseBroken, match=rf"the batch changes .* by {noise:.1e} .*Allowed: 1e-04"):
         list(decode_sets(model, [[0, 1]], []))
 
 
@@ -87,7 +99,7 @@ def test_noise_is_measured_where_the_model_is() -> None:
         on_gpu = load(spec_for(str(toy_folder(FAMILIES[0]))), "cuda")
         waits.clear()
         assert batch_noise(on_gpu) == batch_noise(model)
-    assert waits["rounding.batch_noise"] == 6, "of either length the prompts, and two differences"
+    assert waits["rounding.batch_noise"] == 3, "of either length the prompts, and what was found"
 
 
 def test_short_contexts_are_kept_to() -> None:
