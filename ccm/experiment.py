@@ -149,18 +149,12 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         for value in plan_.values
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
-    note_noise(folder, model)
     clock("ablations")
     effects_step(folder, model, tokens, planned)
-    note_noise(folder, model)
+    if model.noise is not None:  # lower precisions measure none, nor does reading back what is there
+        folder.note(batch_noise=model.noise)
     clock("effects")
     return prompts
-
-
-def note_noise(folder: RunFolder, model: LoadedModel) -> None:
-    """Write down what was measured; lower precisions measure nothing, nor does reading cells back."""
-    if model.noise is not None:
-        folder.note(batch_noise=model.noise)
 
 
 def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:

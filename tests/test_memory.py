@@ -42,6 +42,13 @@ def test_half_of_what_is_free_is_planned_with(
     assert 0 < free_bytes(CPU) < 1 << 50
 
 
+def test_what_torch_holds_ready_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpus(memory=GIB):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
+        assert free_bytes(GPU) == 3 * GIB
+
+
 def test_gpus_keep_room_to_work_in() -> None:
     for free, share in ((24 * GIB, 18 * GIB), (80 * GIB, 72 * GIB)):
         with pretended_gpus(2, free):
@@ -110,6 +117,16 @@ def test_a_run_that_does_not_fit_leaves_no_trace(
 def test_weights_that_do_not_fit_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccm.checkpoint._read_weights", None)
     with pretended_gpus(memory=1 << 10), pytest.raises(NotAvailable, match=r"^organism in float32"):
+        load(MODELS["organism"], "cuda")
+
+
+def test_weights_must_fit_the_cpu_on_their_way_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccm.checkpoint._read_weights", None)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB if device.type == "cuda" else 1 << 10)
+    with (
+        pretended_gpus(),
+        pytest.raises(NotAvailable, match=r"on cpu, .* or a machine with more memory"),
+    ):
         load(MODELS["organism"], "cuda")
 
 
