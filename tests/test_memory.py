@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccm import effects, subcommands
+from ccm import effects, memory, subcommands
 from ccm.checkpoint import load
 from ccm.cli import main
 from ccm.effects import measure_effects
