@@ -62,6 +62,16 @@ def model_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def bos_option(command: argparse.ArgumentParser) -> None:
+    """What stands before every prompt."""
+    command.add_argument(
+        "--bos",
+        default="own",
+        metavar="none|ID",
+        help="token before every prompt: none, or an id (default: the tokenizer's own BOS)",
+    )
+
+
 def engine_options(command: argparse.ArgumentParser) -> None:
     """How to decode."""
     command.add_argument(

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no tracebac
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NoReturn
 from ccm import subcommands
 from ccm.arguments import (
     PROGRAM,
+    bos_option,
     engine_options,
     facts_options,
     measure_options,
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
+    logging.getLogger("ccm").addHandler(notes)
     try:
         _check_not_empty(given)
         options.run(options)
@@ -58,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Below a progress bar.
         print(f"\n{PROGRAM}: interrupted; {_resumes(options)}.", file=sys.stderr)
         return 130
+    finally:
+        logging.getLogger("ccm").removeHandler(notes)
     return 0
 
 
@@ -93,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="the whole experiment, into a run folder")
     model_options(run)
+    bos_option(run)
     facts_options(run)
     run.add_argument(
         "--ablation-value",
@@ -163,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
 
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
     model_options(prompts)
+    bos_option(prompts)
     facts_options(prompts)
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
     prompts.set_defaults(run=subcommands.prompts)
@@ -175,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
 
     ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
     model_options(ablate)
+    bos_option(ablate)
     ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
     ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
     sets = ablate.add_mutually_exclusive_group(required=True)

@@ -64,7 +64,7 @@ from ccm.run_folder import (
 )
 from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
-from ccm.weights import n_parameters, revision, weight_files
+from ccm.weights import n_parameters, revision, unfinished, weight_files
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -110,14 +110,14 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
     """Check what is asked for, see that its weights are here and fit, and open the run folder."""
     plan_ = make_plan(config)
     # Before the folder is made: what cannot be had must leave no trace of a run.
-    if not weight_files(plan_.spec):
+    if unfinished(plan_.spec):
         download(plan_.spec)
         plan_ = make_plan(config)
     if not os.path.exists(out / MANIFEST) and config.device_map is None:
         dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
         needed = needed_bytes(plan_.spec, parameters, dtype)
         check_memory(plan_.spec.name, needed, plan_.device, dtype)
-    folder = RunFolder(out, identity(plan_, weight_files(plan_.spec)))
+    folder = RunFolder(out, identity(plan_))
     if "memory_budget" not in folder.manifest:
         # Kept, because parts cut otherwise would round otherwise when the run is resumed.
         budget = config.memory_budget or default_budget(plan_.device)
@@ -129,10 +129,15 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
     """Every step that needs the model, in order."""
     config = plan_.config
     if config.device_map is None:
-        model = load(plan_.spec, plan_.device, config.dtype)
+        model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
     else:
-        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype))
-    folder.note(weights={"source": model.source, "revision": revision(plan_.spec)})
+        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+    weights = {
+        "source": model.source,
+        "revision": revision(plan_.spec),
+        "files": [path.name for path in weight_files(plan_.spec)],
+    }
+    folder.note(weights=weights, special_tokens=model.special_tokens)
     clock("load")
     prompts = prompts_step(folder, plan_, model)
     clock("prompts")

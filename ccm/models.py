@@ -1,6 +1,5 @@
 """The models, before any weights are loaded: one table of specs, and where their weights are."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ccm.checkpoint_folder import CONFIG, check_folder, read_object
 from ccm.errors import BadInput, NotAvailable, allowed, one_of
 from ccm.organism import CHECKPOINT
 
@@ -18,6 +18,14 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+# What a configuration may not ask for, and the way out.
+REFUSED: Mapping[str, str] = {
+    "quantization_config": (
+        "Quantized weights have no W_out to read: dequantize them (dequantize() in transformers) and "
+        "give the folder that save_pretrained writes then."
+    ),
+    "transformers_weights": "Weights of another name are not read: call them model.safetensors.",
 }
 
 
@@ -85,14 +93,14 @@ def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
         spec = MODELS[name]
         if name not in paths and spec.folder is None:
             paths = _collected(name)
-        return replace(spec, folder=_checkpoint(paths[name])) if name in paths else spec
+        return replace(spec, folder=check_folder(paths[name])) if name in paths else spec
     folder = paths.get(name, Path(name))
     if not folder.is_dir():
         raise BadInput(
             f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
             "checkpoint folder."
         )
-    return spec_of_folder(name, _checkpoint(folder))
+    return spec_of_folder(name, check_folder(folder))
 
 
 def _collected(name: str) -> dict[str, Path]:
@@ -106,27 +114,12 @@ def _collected(name: str) -> dict[str, Path]:
     return {name: folder} if folder.is_dir() else {}
 
 
-def _checkpoint(folder: Path) -> Path:
-    """Check that a folder looks like a Hugging Face checkpoint with safetensors weights."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(
-            f"{folder}: not a checkpoint folder (no config.json). Give the folder that "
-            "save_pretrained wrote."
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise BadInput(
-            f"{folder}: no *.safetensors weights. Pickled weights are never loaded; convert them "
-            "with save_pretrained(..., safe_serialization=True)."
-        )
-    return folder
-
-
 def spec_of_folder(name: str, folder: Path) -> ModelSpec:
     """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
-    try:
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{folder}/config.json: not JSON ({error}).") from error
+    text = read_object(folder / CONFIG)
+    for key, way_out in REFUSED.items():
+        if text.get(key):
+            raise BadInput(f"{folder / CONFIG}: it has a {key}. {way_out}")
     from transformers import AutoConfig
 
     config: Any

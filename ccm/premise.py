@@ -36,9 +36,8 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
         a[..., neurons] += push_by
         return a
 
-    tokens = torch.tensor(
-        [[model.bos, min(model.bos + 1, model.spec.d_vocab - 1)]], device=model.device
-    )
+    first = model.bos or 0
+    tokens = torch.tensor([[first, min(first + 1, model.spec.d_vocab - 1)]], device=model.device)
     residual = "ln_final.hook_in"
     with torch.inference_mode():
         mask = torch.ones_like(tokens)

@@ -45,7 +45,8 @@ def batch_noise(model: LoadedModel) -> float:
     draw, noise = np.random.default_rng(0), list[torch.Tensor]()
     for length in LENGTHS:
         prompts = draw.integers(0, model.spec.d_vocab, (ROWS, min(length, model.n_ctx)))
-        prompts[:, 0] = model.bos
+        if model.bos is not None:
+            prompts[:, 0] = model.bos
         tokens = torch.from_numpy(prompts).to(model.device)
         alone = torch.cat([_last(model, tokens[i : i + 1]) for i in range(ALONE)])
         cache, before = RowCache(model.spec.n_layers), tokens.shape[1] - 1

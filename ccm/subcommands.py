@@ -18,7 +18,7 @@ def _config(options: argparse.Namespace, **more: Any) -> Any:
 
     given = {
         name: getattr(options, name)
-        for name in ("model", "device", "dtype", "protocol", "facts", "template")
+        for name in ("model", "device", "dtype", "protocol", "facts", "template", "bos")
         if hasattr(options, name)
     }
     measures = {
@@ -224,7 +224,7 @@ def prompts(options: argparse.Namespace) -> None:
     from ccm.run_folder import write_atomically
 
     plan = make_plan(_config(options, controls=0))
-    model = load(plan.spec, plan.device, options.dtype)
+    model = load(plan.spec, plan.device, options.dtype, plan.bos)
     built = build_prompts(model, plan.facts, plan.template, lower_case=plan.protocol.lower_case_objects)
     write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
     for name, count in built.counts.items():
@@ -274,8 +274,10 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.models import device_for, dtype_for, spec_for
     from ccm.plan import PROTOCOLS
     from ccm.run_folder import write_json
+    from ccm.tokens import parse_bos
     from ccm.weights import check_weights
 
+    bos = parse_bos(options.bos)
     protocol = PROTOCOLS[one_of("protocol", options.protocol, PROTOCOLS)]
     engine = one_of("engine", options.engine, ENGINES)
     value = ablation_values(options.ablation_value)
@@ -291,7 +293,7 @@ def ablate(options: argparse.Namespace) -> None:
     else:
         sets = {"set_000": check_neurons(parse_neurons(options.neurons), spec.d_mlp, "--neurons")}
     ablations = [plan(name, neurons, value[0], statistics) for name, neurons in sets.items()]
-    model = load(spec, device, options.dtype)
+    model = load(spec, device, options.dtype, bos)
     tokens = [model.encode(prompt.text) for prompt in prompts]
     released = protocol.released_tokens
     objects = object_tokens(model, prompts, released=released)
@@ -318,6 +320,7 @@ def ablate(options: argparse.Namespace) -> None:
             "work": work.as_dict(),
             "dtype": options.dtype,
             "device": device.type,
+            "special_tokens": model.special_tokens,
             "first_prompt_tokens": tokens[0],
             "results": sets_json(tables, sets),
         },
