@@ -88,13 +88,13 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     if config.share is not None:
         raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
     with open_folder(config, out) as (folder, plan_):
+        clock = Clock(folder)
         if folder.missing():  # a file that was removed from a finished run is made again
             folder.note(complete=False)
-            clock = Clock(folder)
             prompts = decode_everything(folder, plan_, clock)
             finish(folder, plan_.protocol, prompts)
-            clock("scores")
         if not folder.manifest["complete"]:
+            clock("scores")
             folder.note(complete=True)
         return read_scores(folder)
 

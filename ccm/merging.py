@@ -61,10 +61,12 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     check_folder(out)
     with locked(out):
         merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
+        clock = Clock(merged)
         if merged.missing():
             merged.note(complete=False)
             _join(folders, manifests, stores, merged)
         if not merged.manifest["complete"]:
+            clock("scores")
             merged.note(complete=True)
         return read_scores(merged)
 
@@ -98,10 +100,8 @@ def _join(
     for source in stores:
         for shard in source.read():
             store.write(shard)
-    clock = Clock(merged)
     protocol = PROTOCOLS[merged.manifest["identity"]["protocol"]]
     finish(merged, protocol, table_prompts(read_table(merged.path / PROMPTS)))
-    clock("scores")
 
 
 def _files(manifest: dict[str, Any]) -> list[str]:

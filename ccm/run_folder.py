@@ -218,12 +218,12 @@ class RunFolder:
             held = fresh
         # A folder that cannot be written to is found out before the work: all that is done to files
         # later is done now, below the folder and, with the manifest, in it.
+        remove_partial(path)
         trial = path / f".trial{PARTIAL}"
         try_writing(trial)
         trial.rmdir()
         for _ in range(2):
             write_json(path / MANIFEST, held)
-        remove_partial(path)
         return dict(held)
 
     def _check_same(self, identity: dict[str, Any], held: dict[str, Any]) -> None:
@@ -297,10 +297,13 @@ class PartStore:
 
     @cached_property
     def stamp(self) -> dict[str, str]:
-        """What every part says of itself: its run, whichever share of it, and its stage."""
+        """What every part says of itself: its run, whichever share of it, and its stage.
+
+        Under one key: safetensors writes several in an order that changes.
+        """
         known = read_json(self.run / MANIFEST)["identity"] if (self.run / MANIFEST).is_file() else {}
         told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
-        return {"run": hashlib.sha256(told.encode()).hexdigest(), "stage": self.stage}
+        return {"of": f"{self.stage} {hashlib.sha256(told.encode()).hexdigest()}"}
 
     def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
         """Keep a part, named after its first prompt."""
@@ -338,8 +341,6 @@ class PartStore:
 
         What cannot be removed is in nobody's way: it is not read again.
         """
-        if not self.path.is_dir():
-            return
         remove_partial(self.path)
         for path in self.path.glob("shard_*.safetensors"):
             with suppress(OSError):
