@@ -20,7 +20,7 @@ from ccm.markup import escape_markdown
 from ccm.models import MODELS
 from ccm.rendering import Table, markdown
 from ccm.results import RunResults
-from ccm.run_folder import write_atomically
+from ccm.run_folder import locked_for, write_atomically
 from ccm.tables import tables_of, write_tables
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -94,9 +94,17 @@ def write_report(
 
     Raises:
         BadInput: two runs of one model, or a tolerance report that cannot be read.
+        InUse: another process is writing there.
     """
     check_distinct(runs)
     found = [_held(run, held) for run in runs]
+    with locked_for(out):
+        return _write(runs, out, found, processes)
+
+
+def _write(
+    runs: Sequence[RunResults], out: Path, found: Sequence[Held | None], processes: int
+) -> list[Path]:
     written = write_tables(runs, out / FIGURES)
 
     groups = [*(list(figures_of_run(run)) for run in runs), list(figures_across(runs))]

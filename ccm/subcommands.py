@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from ccm.arguments import PROGRAM, parse_model_paths
-from ccm.errors import BadInput, allowed, one_of
+from ccm.errors import BadInput, CannotWrite, allowed, one_of
+from ccm.writing import try_writing
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:
@@ -49,7 +49,11 @@ def new_file(path: Path) -> Path:
     Raises:
         BadInput: it exists, or its folder does not or cannot be written to.
     """
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that the file system does not take
+        raise BadInput(f"--out {path}: {error.strerror}. Give another file.") from error
+    if there:
         raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
@@ -64,10 +68,9 @@ def _try_writing(folder: Path, trouble: str, other: str) -> None:
         BadInput: with `trouble` and what else to give.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BadInput(f"{trouble} ({error.strerror}). Give another {other}.") from error
+        try_writing(folder)
+    except CannotWrite as error:
+        raise BadInput(f"{trouble} ({error.reason}). Give another {other}.") from error
 
 
 def run(options: argparse.Namespace) -> None:
@@ -154,11 +157,13 @@ def figures(options: argparse.Namespace) -> None:
     out = _folder_of(options, "figures")
 
     from ccm.figures.gallery import write_figures
+    from ccm.run_folder import locked_for
     from ccm.tables import write_tables
 
     runs = _finished(options.runs, out)
-    tables = write_tables(runs, out)
-    figures = write_figures(runs, out, _cores())
+    with locked_for(out):
+        tables = write_tables(runs, out)
+        figures = write_figures(runs, out, _cores())
     print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
 
 
