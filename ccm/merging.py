@@ -30,7 +30,7 @@ from ccm.run_folder import (
 FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
-    *("sets", "effects"),
+    *("nested_objects", "sets", "effects"),
 )
 KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
 

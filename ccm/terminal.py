@@ -1,14 +1,21 @@
 """What the command line prints: plain text for people."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ccm.arguments import PROGRAM
 from ccm.errors import BadInput
 from ccm.knowledge import SOURCES
 from ccm.models import MODELS, spec_for
 from ccm.weights import check_weights, weight_files
 from ccm.wording import IN_BRACKETS, digits, mean_and_most, share
+
+
+def tell(text: str) -> None:
+    """Say something beside the result, where progress is shown too."""
+    print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
 def summary(scores: Mapping[str, Any]) -> str:
