@@ -84,11 +84,15 @@ def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -
     pairs = [" / ".join(map(repr, pair)) for pair in found["pairs"]]
     shown = "; ".join(pairs[:PAIRS]) + ("; and others" if len(pairs) > PAIRS else "")
     counts = "the counter-object (CK)" if counter_first else "the longer object"
+    matters = (
+        f" That matters in the {found['counter_begins']:,} whose counter-object is the shorter: there "
+        "the published rule never gives PK."
+        if found["counter_begins"]
+        else ""  # the longer object is CK, by either rule
+    )
     return (
         f"In {found['prompts']:,} of {prompts:,} prompts one object begins the other (CK / PK: "
-        f"{shown}). Where an answer names both, {counts} counts. That matters in the "
-        f"{found['counter_begins']:,} whose counter-object is the shorter: there the published rule "
-        "never gives PK."
+        f"{shown}). Where an answer names both, {counts} counts.{matters}"
     )
 
 

@@ -29,6 +29,7 @@ from ccm.prompts import ProbingPrompt, answer_object
 from ccm.report import HTML, MARKDOWN, write_report
 from ccm.results import read_results
 from ccm.run_folder import MANIFEST, read_json
+from ccm.wording import both_named
 from tests.made_runs import make_run
 from tests.toys import ToyConfig, toy_folder
 
@@ -209,6 +210,14 @@ def test_the_report_names_both_kinds(
             in html
         )
         assert text in markdown.replace("\\", "")
+
+
+def test_a_longer_counter_object_is_ck_by_either_rule() -> None:
+    found = {"prompts": 1, "counter_begins": 0, "pairs": [["a b", "a"]]}
+    assert both_named(found, 7, counter_first=False) == (
+        "In 1 of 7 prompts one object begins the other (CK / PK: 'a b' / 'a'). Where an answer names "
+        "both, the longer object counts."
+    )
 
 
 def test_the_report_of_a_run_without_any_says_nothing_of_them(tmp_path: Path) -> None:
