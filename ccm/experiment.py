@@ -5,6 +5,7 @@ killed goes on where it stopped and ends with the same bytes.
 """
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from ccm.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.effects import evenly_spaced
 from ccm.knowledge import (
+    nested_objects,
     object_tokens,
 )
 from ccm.loaded import LoadedModel
@@ -45,6 +47,7 @@ from ccm.plan import Plan, Protocol, RunConfig, asked, identity, make_plan
 from ccm.probing import build_prompts, prompt_table, table_prompts
 from ccm.prompts import (
     ProbingPrompt,
+    split_objects,
 )
 from ccm.released_stats import read_released_statistics
 from ccm.run_folder import (
@@ -68,6 +71,9 @@ from ccm.run_folder import (
 from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
 from ccm.weights import n_parameters, revision, unfinished, weight_files
+from ccm.wording import never_recalled
+
+_log = logging.getLogger(__name__)
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -209,6 +215,9 @@ class Clock:
 def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[ProbingPrompt]:
     """Build the probing prompts, or read them back."""
     if not folder.has(PROMPTS):
+        split = split_objects([fact.object for fact in plan_.facts.facts])
+        if split.count:
+            _log.warning(f"{never_recalled(vars(split))}. The manifest names all.")
         built = build_prompts(
             model,
             plan_.facts,
@@ -224,8 +233,9 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
         # Groups of all relations: filters may leave one without a prompt.
         groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
         folder.note(
-            facts={**built.counts, "relation_groups": groups},
+            facts={**built.counts, "relation_groups": groups, "objects_with_splitter": split},
             prompts=len(prompts),
+            nested_objects=nested_objects(prompts),
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )
         write_table(folder.path / PROMPTS, table)
@@ -372,6 +382,12 @@ def write_cells(
     reader: CellReader | None = None
     for path, done in zip(paths, runs, strict=True):
         if reader is None:
-            reader = CellReader(prompts, objects, done, released=protocol.released_tokens)
+            reader = CellReader(
+                prompts,
+                objects,
+                done,
+                released=protocol.released_tokens,
+                counter_first=protocol.counter_first,
+            )
         if not path.is_file():
             write_table(path, reader.table(done))

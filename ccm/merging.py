@@ -28,7 +28,7 @@ from ccm.run_folder import (
 # What every share was told or made for itself, and must have made alike.
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
-    *("sets", "effects"),
+    *("nested_objects", "sets", "effects"),
 )
 KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
 

@@ -18,10 +18,12 @@ from ccm.figures.gallery import Drawn, Entry, check_distinct, draw, figures_acro
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.markup import escape_markdown
 from ccm.models import MODELS
+from ccm.plan import PROTOCOLS
 from ccm.rendering import Table, markdown
 from ccm.results import RunResults
 from ccm.run_folder import locked_for, write_atomically
 from ccm.tables import tables_of, write_tables
+from ccm.wording import both_named, never_recalled
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report
@@ -261,6 +263,7 @@ def _held(run: RunResults, given: Path | None) -> Held | None:
 def _what_was_run(run: RunResults) -> Pairs:
     """Say what was run; what an older manifest does not hold is left out."""
     identity, facts = run.identity, run.manifest.get("facts", {})
+    split, nested = facts.get("objects_with_splitter", {}), run.manifest.get("nested_objects", {})
     spec = MODELS.get(run.model)
     neurons = ", ".join(str(i) for i in run.entropy_neurons)
     how = (
@@ -276,7 +279,17 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Model": run.display_name + (f" ({spec.hub_id})" if spec and spec.hub_id else ""),
         "Weights (SHA-256)": identity.get("weights_sha256"),
         "Facts": f"{identity['facts']}{known}" if "facts" in identity else None,
+        "Never recalled": never_recalled(split) if split.get("count") else None,
         "Probing prompts": f"{run.scores['n_prompts']:,}",
+        "Nested objects": (
+            both_named(
+                nested,
+                run.scores["n_prompts"],
+                counter_first=PROTOCOLS[identity["protocol"]].counter_first,
+            )
+            if nested.get("prompts")
+            else None
+        ),
         "Protocol": identity["protocol"],
         "Entropy set": f"{neurons} ({how})",
         "Controls": f"{identity['controls']} random sets of as many neurons{matched}",

@@ -1,6 +1,7 @@
 """What each subcommand does: a few calls into the package, whose imports wait until they are needed."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 from ccm.arguments import PROGRAM, parse_model_paths
 from ccm.errors import BadInput, CannotWrite, allowed, one_of
 from ccm.writing import try_writing
+
+_log = logging.getLogger(__name__)
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:
@@ -226,9 +229,14 @@ def prompts(options: argparse.Namespace) -> None:
     from ccm.checkpoint import load
     from ccm.plan import make_plan
     from ccm.probing import build_prompts, prompt_table
+    from ccm.prompts import split_objects
     from ccm.run_folder import write_atomically
+    from ccm.wording import never_recalled
 
     plan = make_plan(_config(options, controls=0))
+    split = split_objects([fact.object for fact in plan.facts.facts])
+    if split.count:
+        _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, options.dtype, plan.bos)
     built = build_prompts(model, plan.facts, plan.template, lower_case=plan.protocol.lower_case_objects)
     write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
@@ -274,13 +282,15 @@ def ablate(options: argparse.Namespace) -> None:
         read_sets,
         read_statistics_npz,
         sets_json,
+        split_columns,
     )
-    from ccm.knowledge import object_tokens
+    from ccm.knowledge import nested_objects, object_tokens
     from ccm.models import device_for, dtype_for, spec_for
     from ccm.plan import PROTOCOLS
     from ccm.run_folder import write_json
     from ccm.tokens import parse_bos
     from ccm.weights import check_weights
+    from ccm.wording import never_matched
 
     bos = parse_bos(options.bos)
     protocol = PROTOCOLS[one_of("protocol", options.protocol, PROTOCOLS)]
@@ -292,6 +302,11 @@ def ablate(options: argparse.Namespace) -> None:
     spec = check_weights(spec_for(options.model, _model_paths(options)))
     d_vocab = spec.d_vocab if protocol.released_tokens else None
     prompts = read_prompts(options.prompts, d_vocab=d_vocab)
+    split = split_columns(prompts)
+    if any(found.count for found in split.values()):
+        columns = {name: vars(found) for name, found in split.items()}
+        found = never_matched(columns)
+        _log.warning(f"{options.prompts}: {found}. Give what comes before it to match that.")
     statistics = check_statistics(read_statistics_npz(options.stats), spec.d_mlp)
     if options.sets is not None:
         sets = read_sets(options.sets, spec.d_mlp)
@@ -312,7 +327,9 @@ def ablate(options: argparse.Namespace) -> None:
                 model, tokens, ablations, objects, own_top=released, memory_budget=budget, work=work
             )
         )
-    reader = CellReader(prompts, objects, runs[0], released=released)
+    reader = CellReader(
+        prompts, objects, runs[0], released=released, counter_first=protocol.counter_first
+    )
     names = ["plain", *(a.name for a in ablations)]
     tables = {name: reader.table(run) for name, run in zip(names, runs, strict=True)}
     write_json(
@@ -327,6 +344,8 @@ def ablate(options: argparse.Namespace) -> None:
             "device": device.type,
             "special_tokens": model.special_tokens,
             "first_prompt_tokens": tokens[0],
+            "objects_with_splitter": split,
+            "nested_objects": nested_objects(prompts),
             "results": sets_json(tables, sets),
         },
     )
