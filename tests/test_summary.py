@@ -123,7 +123,10 @@ def test_scores_differ_enough_to_be_told_apart(runs: list[Counted]) -> None:
     """Or one in another's place would pass."""
     for run in runs:
         for value, scores in scores_of(run)["ablations"].items():
-            for group in (scores["entropy"]["conversion_ratios"], scores["entropy"]["transition_counts"]):
+            for group in (
+                scores["entropy"]["conversion_ratios"],
+                scores["entropy"]["transition_counts"],
+            ):
                 numbers = [json.dumps(v) for v in group.values()]
                 assert len(set(numbers)) == len(numbers)
             moved = [n for (k, j), n in run.counts(value).items() if k != j]
