@@ -936,7 +936,8 @@ def test_no_figure_is_left_out(drawn: dict[str, Drawing]) -> None:
     of_value = {
         "-conversion_ratios", "_transition_score", "-ndck_pkck_conversion_ratios",
         "_ablation_log_ck_pk", "_ablation_log_nd_ck", "_ablation_log_nd_pk",
-        "_ablation_empirical_noises", "_entropy_by_transition", "_relation_groups", "_matched_controls", "_effects",
+        "_ablation_empirical_noises", "_entropy_by_transition", "_relation_groups",
+        "_matched_controls", "_effects",
     }  # fmt: skip
     values = ("mean_ablation", "mode_ablation")
     assert {*drawn} == {value + stem for value in values for stem in of_value} | {
