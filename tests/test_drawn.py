@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +20,7 @@ from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file
 from scipy import stats
 
-from ccm.figures import canvas
+from ccm.figures import canvas, gallery, layers
 from ccm.figures.canvas import Drawing
 from ccm.figures.gallery import figures_across, figures_of_run
 from ccm.results import read_results
@@ -945,6 +946,23 @@ def test_no_figure_is_left_out(drawn: dict[str, Drawing]) -> None:
         "weight_norm_distro-nb_neurons_with_low_logitvar=3", "rho_by_layer", "knowledge_source_sizes",
         "entropy_set_and_controls", "neuron_activation_distributions",
     }  # fmt: skip
+
+
+def test_a_layer_without_rho_has_no_median_in_words() -> None:
+    table = pd.DataFrame({"layer": [0, 1, 1], "neuron_idx": [0, 0, 1], "rho": [np.nan, 0.25, 0.75]})
+    assert "Median of layers 0 to 1: none, 0.50;" in layers.rho_by_layer(table, [1], "m", 2, 8).says
+
+
+def test_a_picture_is_told_by_its_own_title_and_words(
+    runs: list[Counted], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gallery, "save", lambda drawing, stem: [stem])
+    entries = [*figures_across([read_results(runs[0].path)])]
+    for entry, found in zip(entries, gallery.draw(entries, tmp_path), strict=True):
+        drawing = entry.draw()
+        assert found.alt == f"{entry.title}. {drawing.says}"
+        assert found.inches == tuple(drawing.figure.get_size_inches())
+        assert found.paths == (tmp_path / gallery.FOLDER / entry.stem,)
 
 
 def test_data_of_all_figures_are_json_and_differ(drawn: dict[str, Drawing]) -> None:
