@@ -1,8 +1,7 @@
 """All figures of one or more runs, under the names of Method 10."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from ccm.figures import (
 from ccm.figures.canvas import Drawing, save
 from ccm.knowledge import RATIOS
 from ccm.results import RunResults
+from ccm.stopping import in_processes
 
 FOLDER = "entropy_neurons_figures"
 WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
@@ -258,6 +258,9 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
 
     Yields:
         What became of each, in their order; one is open at a time, a hundred would be gigabytes.
+
+    Raises:
+        NotAvailable: a process that drew was killed.
     """
     processes = min(processes, len(entries) // WORTH_A_PROCESS)
     one = partial(_draw_one, out)
@@ -265,9 +268,8 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
     if processes < 2:
         yield from bar(map(one, entries))
         return
-    # Spawned: a fork of a process with threads, as torch has, may hang.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from bar(pool.map(one, entries))
+    with closing(in_processes(one, entries, processes)) as drawn:
+        yield from bar(drawn)
 
 
 def _draw_one(out: Path, entry: Entry) -> Drawn:
