@@ -1,8 +1,8 @@
 """The command line: thin, every subcommand a few calls into the package.
 
-Exit codes: 0 done, 1 a fault of ccm itself (one line on stderr that says where the traceback is), 2 input
-that cannot be used or a machine that cannot do it (one line, no traceback), 129, 130 and 143 stopped by
-SIGHUP, SIGINT and SIGTERM, 141 nobody reads the output (as in `ccm models | head -1`).
+Exit codes: 0 done; 1 a fault of ccm itself (one line on stderr says where its traceback is); 2 what
+cannot be used, or done here (one line, no traceback); 129, 130 and 143 stopped by SIGHUP, SIGINT and
+SIGTERM; 141 nobody reads what is printed, as behind `| head`. `--debug` shows any traceback.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit:
             raise
         except BaseException as error:
-            if getattr(options, "debug", False):
+            if _debug(options):
                 _write("".join(traceback.format_exception(error)))
             # A step that was interrupted may have made another error of it.
             return _end(stopping.stopped or error, options, given)
@@ -97,8 +97,12 @@ def _end(error: BaseException, options: argparse.Namespace, given: Sequence[str]
     if isinstance(error, ImportError) and not str(error.name).startswith("ccm"):
         _say(f"{error}. Install what is missing; --debug shows what needs it.")
         return 2
-    _say(fault(error, [PROGRAM, *given]))
+    _say(fault(error, [PROGRAM, *given], shown=_debug(options)))
     return 1
+
+
+def _debug(options: argparse.Namespace) -> bool:
+    return getattr(options, "debug", False)
 
 
 def _interrupted(options: argparse.Namespace) -> str:

@@ -12,8 +12,8 @@ PACKAGES = ("ccm", "torch", "transformers", "transformer_lens", "tokenizers", "s
 LONGEST = 200  # characters of an error's own words
 
 
-def fault(error: BaseException, command: Sequence[str]) -> str:
-    """Keep the traceback of an error that should not be, and say in one line what to do.
+def fault(error: BaseException, command: Sequence[str], *, shown: bool = False) -> str:
+    """Say in one line what to do about an error that should not be, and keep its traceback.
 
     The file lies in the system's folder for temporary files, readable for its user alone: a run folder
     holds nothing but the run.
@@ -21,14 +21,17 @@ def fault(error: BaseException, command: Sequence[str]) -> str:
     Args:
         error: What was raised.
         command: The program and its arguments, for the file.
+        shown: Whether the traceback was printed: then no file is written.
     """
     what = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     what = what if len(what) <= LONGEST else what[:LONGEST] + " ..."
     try:
-        kept = f"Please report it with {_keep(error, command)}, which holds the traceback"
+        where = "the traceback above" if shown else f"{_keep(error, command)}, its traceback"
+        report = f"Please report it with {where}"
     except OSError as reason:
-        kept = f"Its traceback could not be kept ({reason}); please report it"
-    return f"{what}. This is a fault of ccm, not of what was given. {kept}; --debug shows it here."
+        report = f"Please report it; its traceback could not be kept ({reason})"
+    hint = "" if shown else "; --debug shows it here"
+    return f"{what}. This is a fault of ccm, not of what was given. {report}{hint}."
 
 
 def _keep(error: BaseException, command: Sequence[str]) -> str:
@@ -38,7 +41,7 @@ def _keep(error: BaseException, command: Sequence[str]) -> str:
         f"system: {platform.platform()}, Python {platform.python_version()}",
         f"packages: {', '.join(_versions())}",
         "",
-        *traceback.format_exception(error),
+        "".join(traceback.format_exception(error)),
     ]
     handle, path = tempfile.mkstemp(prefix="ccm-traceback-", suffix=".txt")
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -131,7 +131,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
 
 def _own_groups(root: Path) -> dict[str, PurePosixPath]:
     """The process's group by controller; that of version 2 under no name."""
-    found = {}
+    found = dict[str, PurePosixPath]()
     for line in _lines(root / "proc/self/cgroup"):
         _, first, rest = line.partition(":")
         controllers, second, path = rest.partition(":")

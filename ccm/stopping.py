@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -22,15 +21,14 @@ from typing import Any, NoReturn, TypeVar
 from ccm.errors import NotAvailable
 
 # SIGHUP is not there on Windows.
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What ends a worker; nobody else sends it, so that none ends before the parent knows why.
 END_OF_WORKER = getattr(signal, "SIGUSR1", signal.SIGTERM)
 PATIENCE_SECONDS = 5.0  # for a worker to clean up
 BY_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 SAME_SECONDS = 2.0  # a signal so soon after the first is the same, passed on by a parent, too
-_In, _Out = TypeVar("_In"), TypeVar("_Out")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 class Stopped(KeyboardInterrupt):
@@ -114,18 +112,21 @@ def in_processes(
     pool = ProcessPoolExecutor(processes, context, initializer=_begin_worker)
     try:
         with _signals_held():
-            results = pool.map(partial(_work, function), items)
-        yield from results
+            # Not `map`: what it does where one fails gets in the way of what the pool does itself.
+            futures = [pool.submit(_work, function, item) for item in items]
+        for future in futures:
+            yield future.result()
     except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
         _end(set(multiprocessing.active_children()) - others)
         if isinstance(error, BrokenProcessPool):
             raise NotAvailable(
-                f"one of {processes} processes was killed, most often for want of memory. Free some and "
-                "give the same command again."
+                f"one of {processes} processes was killed, most often for want of memory. Free some "
+                "and give the same command again."
             ) from error
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 @contextmanager

@@ -50,13 +50,17 @@ def version_1(root: Path, files: Mapping[str, str], group: str = "/", mounted: s
 
 
 def memory_2(limit: object, used: int, *, inactive: int = 0, active: int = 0) -> dict[str, str]:
-    stat = f"anon 4096\nfile 1\ninactive_anon 99999999999\ninactive_file {inactive}\nactive_file {active}\n"
+    stat = f"anon 4096\nfile 1\ninactive_anon 999999999\ninactive_file {inactive}\nactive_file {active}"
     return {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
 
 
-def memory_1(limit: object, used: int, *, inactive: int = 0, above: object = UNLIMITED) -> dict[str, str]:
+def memory_1(
+    limit: object, used: int, *, inactive: int = 0, above: object = UNLIMITED
+) -> dict[str, str]:
     # Without `total_` these count the group alone, without those below it.
-    stat = f"cache 1\ninactive_file 7\nhierarchical_memory_limit {above}\ntotal_inactive_file {inactive}\n"
+    stat = (
+        f"cache 1\ninactive_file 7\nhierarchical_memory_limit {above}\ntotal_inactive_file {inactive}\n"
+    )
     return {
         "memory.limit_in_bytes": f"{limit}\n",
         "memory.usage_in_bytes": f"{used}\n",
