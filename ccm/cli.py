@@ -234,12 +234,12 @@ def parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=subcommands.merge)
 
     figures = commands.add_parser("figures", help="figures and tables of finished runs")
-    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
     figures.set_defaults(run=subcommands.figures)
 
     report = commands.add_parser("report", help="one page of finished runs: figures, tables, numbers")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
     report.add_argument(
         "--tolerance",

@@ -202,15 +202,14 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     """Read finished runs, and see that what is made of them can be written.
 
     Raises:
-        BadInput: a folder that is no finished run, two runs of one model, or `out` cannot be written.
+        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
     """
-    from ccm.figures.gallery import check_distinct
     from ccm.results import read_results
+    from ccm.telling_apart import told_apart
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
-    runs = [read_results(path) for path in paths]
-    check_distinct(runs)
+    runs = told_apart([read_results(path) for path in paths])
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 
