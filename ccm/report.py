@@ -14,7 +14,7 @@ from ccm.answers import Answer, answers_of, key_numbers
 from ccm.command import command_of
 from ccm.errors import BadInput
 from ccm.figures.canvas import SINGLE, VALUE_LABELS
-from ccm.figures.gallery import Drawn, Entry, check_distinct, draw, figures_across, figures_of_run
+from ccm.figures.gallery import Drawn, Entry, draw, figures_across, figures_of_run
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.markup import escape_markdown
 from ccm.models import MODELS
@@ -23,6 +23,7 @@ from ccm.rendering import Table, markdown
 from ccm.results import RunResults
 from ccm.run_folder import locked_for, write_atomically
 from ccm.tables import tables_of, write_tables
+from ccm.telling_apart import told_apart
 from ccm.wording import both_named, never_recalled
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -86,7 +87,7 @@ def write_report(
     """Write a report of some runs, with every figure and table of theirs beside it.
 
     Args:
-        runs: Finished runs, one a model.
+        runs: Finished runs; those of one model are told apart.
         out: The folder: `report.html`, `report.md` and `figures/` are made in it.
         held: A tolerance report; None: the one that lies beside a run folder, if it is of that run.
         processes: How many may draw at once, as for `ccm.figures.gallery.draw`.
@@ -95,10 +96,10 @@ def write_report(
         Every path written: the two reports, then figures and tables.
 
     Raises:
-        BadInput: two runs of one model, or a tolerance report that cannot be read.
+        BadInput: two are the same run, or a tolerance report that cannot be read.
         InUse: another process is writing there.
     """
-    check_distinct(runs)
+    runs = told_apart(runs)
     found = [_held(run, held) for run in runs]
     with locked_for(out):
         return _write(runs, out, found, processes)

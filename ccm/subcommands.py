@@ -11,14 +11,17 @@ from typing import Any
 
 from ccm.arguments import PROGRAM, parse_model_paths
 from ccm.errors import BadInput, CannotWrite, allowed, one_of
+from ccm.limits import cores
 from ccm.writing import try_writing
 
+THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
 _log = logging.getLogger(__name__)
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:
     from ccm.plan import RunConfig
 
+    _limit_threads()
     given = {
         name: getattr(options, name)
         for name in ("model", "device", "dtype", "protocol", "facts", "template", "bos")
@@ -30,6 +33,17 @@ def _config(options: argparse.Namespace, **more: Any) -> Any:
         if hasattr(options, name)
     }
     return RunConfig(**given, **measures, model_paths=_model_paths(options), **more)
+
+
+def _limit_threads() -> None:
+    """Set torch's threads down to the CPUs that this process may use: it counts the machine's.
+
+    More threads than a container's quota only wait for each other.
+    """
+    import torch
+
+    if not any(os.environ.get(name) for name in THREADS_VARIABLES):
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def _model_paths(options: argparse.Namespace) -> dict[str, Path]:
@@ -142,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
         from ccm.report import write_report
         from ccm.results import read_results
 
-        html, *_ = write_report([read_results(options.out)], options.out, processes=_cores())
+        html, *_ = write_report([read_results(options.out)], options.out, processes=cores())
         print(f"report: {html}")
 
 
@@ -166,7 +180,7 @@ def figures(options: argparse.Namespace) -> None:
     runs = _finished(options.runs, out)
     with locked_for(out):
         tables = write_tables(runs, out)
-        figures = write_figures(runs, out, _cores())
+        figures = write_figures(runs, out, cores())
     print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
 
 
@@ -180,13 +194,8 @@ def report(options: argparse.Namespace) -> None:
     runs = _finished(options.runs, out)
     if options.tolerance is not None:
         held_of(options.tolerance, [run.model for run in runs])
-    html, markdown, *_ = write_report(runs, out, options.tolerance, _cores())
+    html, markdown, *_ = write_report(runs, out, options.tolerance, cores())
     print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
@@ -200,15 +209,14 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     """Read finished runs, and see that what is made of them can be written.
 
     Raises:
-        BadInput: a folder that is no finished run, two runs of one model, or `out` cannot be written.
+        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
     """
-    from ccm.figures.gallery import check_distinct
     from ccm.results import read_results
+    from ccm.telling_apart import told_apart
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
-    runs = [read_results(path) for path in paths]
-    check_distinct(runs)
+    runs = told_apart([read_results(path) for path in paths])
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 
@@ -293,6 +301,7 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.wording import never_matched
 
     bos = parse_bos(options.bos)
+    _limit_threads()
     protocol = PROTOCOLS[one_of("protocol", options.protocol, PROTOCOLS)]
     engine = one_of("engine", options.engine, ENGINES)
     value = ablation_values(options.ablation_value)
@@ -365,6 +374,7 @@ def rehearse(options: argparse.Namespace) -> None:
     from ccm.run_folder import write_json
     from ccm.stages import RehearsalConfig
 
+    _limit_threads()
     config = RehearsalConfig(
         model=options.model,
         prompts=options.prompts,

@@ -17,6 +17,7 @@ from ccm.models import MODELS
 from ccm.rendering import Table, between, counted, latex, markdown, mean_of, nats, percent_of
 from ccm.results import RunResults
 from ccm.run_folder import write_formats
+from ccm.telling_apart import told_apart
 
 FOLDER = "latex_tables"
 EXAMPLES = 2  # prompts per transition
@@ -26,14 +27,17 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """Write every table as .tex, .csv and .md.
 
     Args:
-        runs: Finished runs, one a model.
+        runs: Finished runs; those of one model are told apart.
         out: The folder; `latex_tables/` is made in it.
 
     Returns:
         Every path written.
+
+    Raises:
+        BadInput: two are the same run.
     """
     written = []
-    for table in tables_of(runs):
+    for table in tables_of(told_apart(runs)):
         texts = {
             "tex": latex(table),
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
@@ -79,7 +83,7 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
             shown.append(row)
             for k in SOURCES:
                 data.append(
-                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
                     | {name: own[k][name] for name in ("count", "total", "percent", "low", "high")}
                     | {f"controls_{name}": v for name, v in controls[k].items()}
                 )
@@ -122,7 +126,7 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
                     f"{found['mean']:.1f} ({found['least']} to {found['most']})" if len(counts) else "–"
                 )
                 data.append(
-                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
                     | {"count": own[source][k]}
                     | {f"controls_{name}": v for name, v in found.items()}
                 )
@@ -154,7 +158,7 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
             }
         )
         data.append(
-            {"model": run.model, "ablation_value": value}
+            {"model": run.name, "ablation_value": value}
             | dict(own["gts"])
             | {f"controls_{name}": v for name, v in controls.items()}
             | {"q_value": q, "permutation_p": p, "n_controls": scores["controls"]["n"]}
@@ -194,7 +198,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
                 }
             )
             data.append(
-                {"model": run.model, "ablation_value": value, "from": change.before, "to": change.after}
+                {"model": run.name, "ablation_value": value, "from": change.before, "to": change.after}
                 | {"prompts": len(change.values), "mean": change.mean}
                 | dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True))
                 | {f"controls_{name}": v for name, v in asdict(controls).items()}
@@ -228,7 +232,7 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
                     "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
                 }
             )
-            row: dict[str, object] = {"model": run.model, "ablation_value": value}
+            row: dict[str, object] = {"model": run.name, "ablation_value": value}
             row |= {"group": effect.group, "relation": effect.name, "prompts": effect.prompts}
             for name, own, controls in (
                 ("gts", effect.gts, effect.gts_controls),
