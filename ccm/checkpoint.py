@@ -16,8 +16,9 @@ from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.loaded import LoadedModel
 from ccm.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models import ModelSpec, device_for, dtype_for
-from ccm.premise import check_premise
+from ccm.premise import check_parts, check_premise
 from ccm.tokens import Bos, read_tokenizer, special_tokens
+from ccm.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
 from ccm.weights import (
     check_weights,
     damaged,
@@ -69,6 +70,12 @@ def load(
         check_memory(spec.name, needed, place, dtype)
     loaded = _read_weights(spec, source, device, dtype)
     model = assemble(spec, loaded, tokenizer, device, dtype, source=source, bos=bos)
+    if model.spec.d_mlp != spec.d_mlp:
+        # Sets and numbers were checked against it.
+        raise PremiseBroken(
+            f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its config.json "
+            f"{spec.d_mlp}. Give the config.json that belongs to the weights."
+        )
     for note in model.special_tokens["notes"]:
         _log.warning(note)
     return model
@@ -122,6 +129,7 @@ def assemble(
             model does not have.
         PremiseBroken: see `check_premise`.
     """
+    prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
     bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
     original = bridge.original_model
     special = special_tokens(
@@ -137,7 +145,7 @@ def assemble(
             spec,
             n_layers=int(bridge.cfg.n_layers),
             d_model=int(bridge.cfg.d_model),
-            d_mlp=int(bridge.cfg.d_mlp),
+            d_mlp=_inputs(twin.get_submodule(names["mlp_out"])),  # not every configuration says it
             d_vocab=int(bridge.cfg.d_vocab),
         ),
         bridge=bridge.requires_grad_(False),  # again: it made parameters of its own
@@ -154,8 +162,32 @@ def assemble(
         eos=frozenset(special.eos),
         special_tokens=special.as_dict(),
     )
+    check_parts(model)
+    model.trial = check_hooks(model, twin, prompts, truth)
     check_premise(model)
     return model
+
+
+def _inputs(linear: Any) -> int:
+    """How many numbers a linear map takes; transformers' Conv1D (GPT-2) stores [in, out]."""
+    return int(linear.weight.shape[0 if type(linear).__name__ == "Conv1D" else 1])
+
+
+def _truth(
+    spec: ModelSpec, loaded: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], ...], torch.Tensor]:
+    """Draw the prompts of the trial, and run them before anything is wrapped around the model."""
+    d_vocab = int(loaded.get_input_embeddings().weight.shape[0])
+    prompts = trial_prompts(tokenizer, loaded.config, d_vocab)
+    try:
+        return prompts, plain_log_probs(loaded.eval(), prompts, device)
+    except Exception as error:  # the library raises what it likes
+        if out_of_memory(error):
+            raise
+        raise PremiseBroken(
+            f"{spec.name}: refused, transformers itself cannot run it in {str(dtype)[6:]} "
+            f"({reason_of(error)})."
+        ) from error
 
 
 def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -224,6 +256,8 @@ def _boot(
             twin = copy.deepcopy(loaded, shared)
             _fuse_gelu(twin)
             names = {id(module): name for name, module in loaded.named_modules()}
+            # By which the bridge finds its own name for it; a configuration may name another, or none.
+            loaded.config.architectures = [type(loaded).__name__]
             own = copy.deepcopy(tokenizer)
             # Or the bridge would read the tokenizer again by itself, and ask whether to trust its code.
             own.init_kwargs["add_bos_token"] = True
@@ -296,10 +330,10 @@ def _fuse_gelu(model: Any) -> None:
 
 def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
     """Say what to do where the libraries' own errors do not."""
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = reason_of(error)
     if spec.folder is not None:
         return BadInput(
-            f"{source}: TransformerLens cannot load it ({reason}). Allowed: decoder-only checkpoints "
+            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). Allowed: decoder-only checkpoints "
             "of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others that it knows."
         )
     gate = (

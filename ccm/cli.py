@@ -21,6 +21,7 @@ from ccm import subcommands
 from ccm.arguments import (
     PROGRAM,
     bos_option,
+    engine_option,
     engine_options,
     facts_options,
     measure_options,
@@ -272,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(prompts)
     bos_option(prompts)
     facts_options(prompts)
+    engine_option(prompts)
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
     prompts.set_defaults(run=subcommands.prompts)
 

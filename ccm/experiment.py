@@ -70,6 +70,7 @@ from ccm.run_folder import (
 )
 from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
+from ccm.trial import check_engine
 from ccm.weights import n_parameters, revision, unfinished, weight_files
 from ccm.wording import never_recalled
 
@@ -153,6 +154,7 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
     else:
         model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+    check_engine(model, config.engine)
     weights = {
         "source": model.source,
         "revision": revision(plan_.spec),
@@ -176,7 +178,7 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
     clock("ablations")
-    effects_step(folder, model, tokens, planned)
+    effects_step(folder, model, tokens, planned, config.engine)
     if model.noise is not None:  # lower precisions measure none, nor does reading back what is there
         folder.note(batch_noise=model.noise)
     clock("effects")

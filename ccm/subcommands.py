@@ -234,19 +234,28 @@ def prompts(options: argparse.Namespace) -> None:
     """Build probing prompts and write them as CSV."""
     out = new_file(options.out)
 
+    from ccm.cells import ENGINES
     from ccm.checkpoint import load
     from ccm.plan import make_plan
     from ccm.probing import build_prompts, prompt_table
     from ccm.prompts import split_objects
     from ccm.run_folder import write_atomically
+    from ccm.trial import check_engine
     from ccm.wording import never_recalled
 
-    plan = make_plan(_config(options, controls=0))
+    plan = make_plan(_config(options, controls=0, engine=options.engine))
     split = split_objects([fact.object for fact in plan.facts.facts])
     if split.count:
         _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, options.dtype, plan.bos)
-    built = build_prompts(model, plan.facts, plan.template, lower_case=plan.protocol.lower_case_objects)
+    check_engine(model, options.engine)
+    built = build_prompts(
+        model,
+        plan.facts,
+        plan.template,
+        lower_case=plan.protocol.lower_case_objects,
+        decoder=lambda stage: ENGINES[options.engine],
+    )
     write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
     for name, count in built.counts.items():
         print(f"{name.replace('_', ' '):32s}{count:8d}")
@@ -297,6 +306,7 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.plan import PROTOCOLS
     from ccm.run_folder import write_json
     from ccm.tokens import parse_bos
+    from ccm.trial import check_engine
     from ccm.weights import check_weights
     from ccm.wording import never_matched
 
@@ -323,6 +333,7 @@ def ablate(options: argparse.Namespace) -> None:
         sets = {"set_000": check_neurons(parse_neurons(options.neurons), spec.d_mlp, "--neurons")}
     ablations = [plan(name, neurons, value[0], statistics) for name, neurons in sets.items()]
     model = load(spec, device, options.dtype, bos)
+    check_engine(model, engine)
     tokens = [model.encode(prompt.text) for prompt in prompts]
     released = protocol.released_tokens
     objects = object_tokens(model, prompts, released=released)
