@@ -198,12 +198,16 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
 
     Raises:
         BadInput: a folder that is no finished run, two runs of one model, or `out` cannot be written.
+        InUse: another process is writing there.
     """
     from ccm.figures.gallery import check_distinct
+    from ccm.locking import refuse_if_locked
     from ccm.results import read_results
+    from ccm.run_folder import folder_to_lock
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
+    refuse_if_locked(folder_to_lock(out))
     runs = [read_results(path) for path in paths]
     check_distinct(runs)
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
