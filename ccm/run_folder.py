@@ -169,11 +169,16 @@ def locked_for(out: Path) -> Iterator[None]:
     Raises:
         InUse: another process is writing there.
     """
-    owner = next((folder for folder in (out, out.parent) if (folder / MANIFEST).is_file()), out)
-    with locked(owner):
-        if owner != out or (owner / MANIFEST).is_file():  # nobody else's files are there
-            remove_partial(owner)
+    folder = folder_to_lock(out)
+    with locked(folder):
+        if (folder / MANIFEST).is_file():  # nobody else's files are there
+            remove_partial(folder)
         yield
+
+
+def folder_to_lock(out: Path) -> Path:
+    """The run folder that a folder is or lies in, or else that folder."""
+    return next((folder for folder in (out, out.parent) if (folder / MANIFEST).is_file()), out)
 
 
 class RunFolder:

@@ -210,12 +210,16 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
 
     Raises:
         BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
+        InUse: another process is writing there.
     """
+    from ccm.locking import refuse_if_locked
     from ccm.results import read_results
+    from ccm.run_folder import folder_to_lock
     from ccm.telling_apart import told_apart
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
+    refuse_if_locked(folder_to_lock(out))
     runs = told_apart([read_results(path) for path in paths])
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs

@@ -16,8 +16,9 @@ from typing import Any
 
 # What Python tells of before it is done; writing into a file that is open is not among it, and makes no
 # other state: a file has its name only when it is whole.
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink"}
-CHANGES |= {"os.truncate", "os.utime"}
+# With each, which argument is the open folder that a relative name is in, if any is.
+CHANGES = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.chmod": 2, "os.link": 2}
+CHANGES |= {"os.symlink": 2, "os.truncate": -1, "os.utime": 3}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -34,17 +35,19 @@ class Watch:
         """What the interpreter tells; anything raised here keeps the operation from happening."""
         if threading.get_ident() != self.thread or self.busy:
             return
+        given, inside = arguments[0] if arguments else None, -1
         if event == "open":
-            name, _, flags = arguments
-            if not isinstance(flags, int) or not flags & WRITING:
+            if not isinstance(arguments[2], int) or not arguments[2] & WRITING:
                 return
         elif event in CHANGES:
-            name = arguments[0]
+            inside = arguments[CHANGES[event]] if CHANGES[event] >= 0 else -1
         else:
             return
-        if not isinstance(name, (str, bytes, os.PathLike)) or not os.path.isabs(os.fsdecode(name)):
+        if not isinstance(given, (str, bytes, os.PathLike)):
             return
-        name = os.fsdecode(name)
+        name = os.fsdecode(given)
+        if isinstance(inside, int) and inside >= 0:
+            name = os.path.join(os.readlink(f"/proc/self/fd/{inside}"), name)  # Linux
         if name == self.folder or name.startswith(self.folder + os.sep):
             self.busy = True
             try:

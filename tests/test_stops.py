@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 import ccm.effects
 import ccm.experiment
 import ccm.plan
 from ccm import decoding
-from ccm.errors import CcmError
+from ccm.errors import BadInput, CcmError
 from ccm.experiment import run, run_share
 from ccm.merging import merge_shares
 from ccm.organism import CHECKPOINT
 from ccm.plan import RunConfig
-from ccm.run_folder import MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, SHARDS, RunFolder
+from ccm.run_folder import FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, SHARDS, RunFolder
 from tests.stops import forsake, full_disk, recorded, what_lies_in
 from tests.test_experiment import loaded
 
@@ -231,12 +232,141 @@ def test_a_share_stopped_at_its_end_goes_on_to_the_same_bytes(
     with recorded(out, states) as operations:
         run_share(second, out)
     last = max(i for i, (_, name) in enumerate(operations) if name.startswith(f"{SHARDS}/ablations"))
-    for i in range(last - 4, len(operations)):
+    found = {what_lies_in(states / str(i)): i for i in range(last - 4, len(operations))}
+    assert len(found) > 5
+    for i in found.values():
         state = states / str(i)
+        check_claims(state)
         forsake(state)
         run_share(second, state)
         assert contents(state) == contents(shares[1]), operations[i]
         assert manifest(state)["complete"] is True
+
+
+# --- shards that do not fit ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halfway(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped when all shards of the ablations were there; read-only."""
+    folder = tmp_path_factory.mktemp("halfway")
+    out, states = folder / "run", folder / "states"
+    with recorded(out, states) as operations:
+        run(config, out)
+    at = next(i for i, (_, name) in enumerate(operations) if name.startswith(f"{SHARDS}/effects"))
+    forsake(states / str(at))
+    return states / str(at)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    found = sorted((folder / SHARDS / "ablations").glob("shard_*"))
+    assert len(found) >= 3
+    return found
+
+
+def another(path: Path, to: Path) -> None:
+    """A shard of another run."""
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(arrays, to, metadata={"of": "ablations 0"})
+
+
+# What is done to the shards of a run that was stopped, and what the next start says.
+DAMAGES: dict[str, tuple[Callable[[list[Path]], object], str]] = {
+    "a prompt twice": (
+        lambda found: shutil.copy(found[0], found[0].with_name("shard_999999.safetensors")),
+        r"shard_999999\.safetensors: holds prompt \d+ as shard_\d+\.safetensors does\. Remove ",
+    ),
+    "of another run": (
+        lambda found: another(found[0], found[0]),
+        r"\.safetensors: no part of this stage of this run\. Remove ",
+    ),
+    "without a stamp": (
+        lambda found: safetensors.numpy.save_file(safetensors.numpy.load_file(found[1]), found[1]),
+        r"\.safetensors: no part of this stage of this run\. Remove ",
+    ),
+    "torn": (
+        lambda found: found[2].write_bytes(found[2].read_bytes()[:-1]),
+        r"\.safetensors: damaged \(.*\)\. Remove it to compute it again\.",
+    ),
+    "empty": (
+        lambda found: found[0].write_bytes(b""),
+        r"\.safetensors: damaged \(.*\)\. Remove it to compute it again\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_shards_that_do_not_fit_are_named_and_the_way_out_leads_out(
+    case: str, config: RunConfig, halfway: Path, whole: Path, tmp_path: Path
+) -> None:
+    damage, message = DAMAGES[case]
+    out = Path(shutil.copytree(halfway, tmp_path / "run"))
+    damage(shards_of(out))
+    for _ in range(2):
+        with pytest.raises(BadInput, match=message) as caught:
+            run(config, out)
+    named = Path(str(caught.value).partition(": ")[0])
+    told = str(caught.value).partition("Remove ")[2].partition(": ")[0]
+    if told.startswith("it "):
+        named.unlink()
+    else:
+        shutil.rmtree(told)
+    run(config, out)
+    check_same(out, whole)
+
+
+@pytest.mark.parametrize("lost", [slice(0, 1), slice(1, None), slice(None)])
+def test_shards_that_are_missing_are_decoded_again(
+    lost: slice, config: RunConfig, halfway: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(halfway, tmp_path / "run"))
+    for path in shards_of(out)[lost]:
+        path.unlink()
+    run(config, out)
+    check_same(out, whole)
+
+
+def test_files_of_others_among_the_shards_stay_and_are_in_nobodys_way(
+    config: RunConfig, halfway: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(halfway, tmp_path / "run"))
+    for name in ("notes.txt", ".nfs0000001", "shard_1.safetensors.bak"):
+        (out / SHARDS / "ablations" / name).write_text("mine")
+    run(config, out)
+    left = {p.name for p in (out / SHARDS / "ablations").iterdir()}
+    assert left == {"notes.txt", ".nfs0000001", "shard_1.safetensors.bak"}
+    assert (out / SCORES).read_bytes() == (whole / SCORES).read_bytes()
+    assert manifest(out)["complete"] is True
+
+
+def test_shards_that_cannot_be_removed_stop_nothing(
+    config: RunConfig, halfway: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, unlink = Path(shutil.copytree(halfway, tmp_path / "run")), Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("shard_"):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        run(config, out)
+    assert (out / SCORES).read_bytes() == (whole / SCORES).read_bytes()
+    assert manifest(out)["complete"] is True
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*FILES, SCORES, "plain.parquet", "mode_ablation/control_000.parquet"],
+)
+def test_a_file_that_is_removed_from_a_finished_run_is_made_again(
+    name: str, config: RunConfig, whole: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / name).unlink()
+    run(config, out)
+    check_same(out, whole)
 
 
 # --- a full disk --------------------------------------------------------------------------------------
