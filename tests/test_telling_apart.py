@@ -2,16 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ccm import report
 from ccm.cli import main
 from ccm.errors import BadInput
 from ccm.figures import gallery
+from ccm.figures.canvas import style
 from ccm.figures.gallery import FOLDER, Entry, figures_across, figures_of_run, write_figures
 from ccm.report import HTML, MARKDOWN
 from ccm.results import RunResults, read_results
@@ -247,3 +251,24 @@ def test_figures_of_two_checkpoints(
     assert [d["entropy"] for d in data] == [
         run.scores["ablations"]["mean_ablation"]["entropy"]["gts"] for run in pair
     ]
+
+
+def test_long_names_stay_in_the_picture(tmp_path: Path) -> None:
+    long = "checkpoints-of-the-second-run/step-100000"
+    runs = told_apart(
+        [
+            made(tmp_path / str(i), "final", f"{long}/final", dtype=dtype)
+            for i, dtype in enumerate(("float32", "bfloat16"))
+        ]
+    )
+    runs = [replace(run, display_name=f"{long}/{run.display_name}") for run in runs]
+    for entry in [*figures_across(runs), *figures_of_run(runs[1])]:
+        figure = entry.draw().figure
+        with style():
+            FigureCanvasAgg(figure).draw()
+        titles = [figure._suptitle, *(legend.get_title() for legend in figure.legends)]
+        ticks = figure.axes[0].get_xticklabels() if entry.stem == "knowledge_source_sizes" else []
+        boxes = [text.get_window_extent() for text in [*titles, *ticks] if text and text.get_text()]
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes), entry.stem
+        for left, right in pairwise([tick.get_window_extent() for tick in ticks]):
+            assert left.x1 < right.x0, "names of models overlap"
