@@ -213,6 +213,34 @@ def test_changes_are_before_less_after() -> None:
     }
 
 
+def test_every_value_has_its_own_sets_changes() -> None:
+    """Of several ablation values, whose sets are read one after the other."""
+    values = {
+        "mean_ablation": ["entropy", "control_000", "control_001", "matched_000"],
+        "mode_ablation": ["entropy", "control_000", "control_001", "matched_000"],
+        "median_ablation": ["entropy", "control_000"],
+    }
+    random = np.random.default_rng(0)
+    found = Effects(
+        plain=random.random(5),
+        own=random.random((5, 3, 3)),
+        sampled=np.asarray([0, 2, 4]),
+        others=random.random((3, 7, 3)),
+    )
+    planned = {v: [Ablation(name, (0,), (0.0,)) for name in names] for v, names in values.items()}
+    table, other = set_effects(found, planned), 0
+    assert [*zip(table["ablation_value"], table["set"], strict=True)] == [
+        (value, name) for value, names in values.items() for name in names
+    ]
+    for row in table.to_dict("records"):
+        if row["set"] == "entropy":
+            after = found.own[found.sampled, [*values].index(row["ablation_value"])]
+        else:
+            after, other = found.others[:, other], other + 1
+        wanted = (found.plain[found.sampled, None] - after).mean(0)
+        assert [row[name] for name in ("total", "direct", "norm_only")] == pytest.approx(wanted)
+
+
 @given(n=st.integers(1, 60), most=st.integers(1, 60))
 @settings(deadline=None)
 def test_evenly_spaced_numbers(n: int, most: int) -> None:

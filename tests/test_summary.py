@@ -139,6 +139,15 @@ def test_scores_differ_enough_to_be_told_apart(runs: list[Counted]) -> None:
             )
 
 
+def test_controls_that_move_as_many_count_against_the_entropy_set(tmp_path: Path) -> None:
+    make_run(tmp_path, moved=0.0)
+    scores = scores_of(Counted(tmp_path))["ablations"]["mean_ablation"]
+    for found in (scores["entropy"], scores["matched_controls"]):
+        # The mean rank of one among five others alike is 3 of 5.
+        assert (found["q_value"], found["permutation_p"]) == (40.0, 1.0)
+    assert scores["controls"]["gts"]["entropy_quantile"] == 60.0
+
+
 def test_the_released_nd_ratio_is_the_pk_ratio(tmp_path: Path) -> None:
     make_run(tmp_path, before=("CK", "CK", "ND"), protocol="released", prompts=90)
     run = Counted(tmp_path)

@@ -68,7 +68,7 @@ def assert_summary(run: Counted) -> None:
     for line, value in zip(table[1:], run.values, strict=True):
         (gts, controls), (ck, of_controls) = run.gts(value), run.cr(value, "CK")
         # A column begins below its name, or ends there.
-        assert line.index(in_words(gts)) == table[0].index("GTS of the entropy set")
+        assert line.find(in_words(gts)) == table[0].index("GTS of the entropy set")
         highest = number(of_controls.high, 1)
         assert cells(
             line, r"\w+", SHARE, OF_SETS, "[0-9.-]+", "[0-9.-]+", SHARE, r"\((?:-|[0-9.]+) %\)"
