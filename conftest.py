@@ -52,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="figures, tables and reports go here (default: artifacts); where it is given, run folders "
         "are kept here, too, and resumed from",
     )
+    group.addoption(
+        "--threads", type=int, default=1, help="of torch, in this process (default: 1); for kernels"
+    )
     group.addoption("--require-gpu", action="store_true", help="fail where a GPU is missing")
     group.addoption("--require-weights", action="store_true", help="fail where weights are missing")
 
@@ -108,7 +111,7 @@ OPTIONS = pytest.StashKey[Options]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[OPTIONS] = _options(config)
     # Toy matrices are too small to share: a second thread only waits for the first.
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.getoption("--threads"))
     # syrupy would delete the goldens of every test that a narrower selection leaves out.
     if any("::" in argument for argument in config.invocation_params.args):
         config.option.no_cleanup = True
