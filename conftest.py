@@ -107,8 +107,25 @@ def _device_of_worker(device: str) -> str:
 
 OPTIONS = pytest.StashKey[Options]()
 
+NO_NETWORK = {
+    "HF_HUB_OFFLINE": "1",
+    # Port 9 takes whatever comes, where anything listens there at all: a connection is refused at once.
+    **{f"{kind}_PROXY": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL")},
+    "NO_PROXY": "",
+}
+
+
+def _cut_off() -> None:
+    """Keep commands that tests start off the network; in tests themselves sockets are disabled."""
+    for name, value in NO_NETWORK.items():
+        os.environ[name] = value
+        if name.endswith("PROXY"):
+            os.environ[name.lower()] = value  # which many clients read first
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--force-enable-socket"):
+        _cut_off()
     config.stash[OPTIONS] = _options(config)
     # Toy matrices are too small to share: a second thread only waits for the first.
     torch.set_num_threads(config.getoption("--threads"))

@@ -251,7 +251,7 @@ def _checked(folder: Path, file: ReleasedFile) -> Path:
     path, found = next(iter(sums.items()))
     raise BadInput(
         f"{path}: SHA-256 {found[:12]}..., expected {file.sha256[:12]}.... It is not the released "
-        f"{file.names}: unset {DATA_VARIABLE} to download that. For facts of your own use --facts FOLDER."
+        f"{file.names}. Unset {DATA_VARIABLE} to download that; facts of your own: --facts FOLDER."
     )
 
 

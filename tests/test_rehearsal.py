@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,16 +178,6 @@ def test_a_model_in_memory_is_the_model_read_from_its_folder() -> None:
 # --- every stage -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*where: Any) -> None:
-        raise AssertionError(f"a connection to {where[1:]}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_stage_of_every_family_runs(name: str, facts: FactSet) -> None:
     told: list[str] = []
@@ -317,7 +306,6 @@ def test_pararel_prompts_come_to_four_characters_a_token() -> None:
     assert 3.9 < sum(map(len, texts)) / sum(len(tokenizer.encode(t)) for t in texts) < 4.3
 
 
-@pytest.mark.usefixtures("no_network")
 def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
     facts: FactSet, tmp_path: Path
 ) -> None:
