@@ -1,7 +1,6 @@
 """Fact tables that are read, tables that are refused, and the released files where they are here."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ from ccm.facts import (
     read_facts,
     read_relations,
 )
+from tests.needs import FACTS
 
 HEADER = ",".join(FACT_COLUMNS)
 RELATION_HEADER = ",".join(RELATION_COLUMNS)
@@ -403,9 +403,8 @@ def test_a_whole_file_in_a_cache_that_is_read_only_will_do(
     assert served.asked == []
 
 
+@FACTS.mark()
 def test_the_released_facts() -> None:
-    if not os.environ.get(DATA_VARIABLE):
-        pytest.skip(f"needs {DATA_VARIABLE}: not set")
     held = load_pararel()
     assert held.name == "pararel"
     assert len(held.facts) == 4688

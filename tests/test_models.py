@@ -24,7 +24,8 @@ from ccm.models import (
 )
 from ccm.neurons import measure, processed_W_out, processed_W_U
 from ccm.premise import check_premise
-from tests.tolerance import LOG_PROBABILITY, MEASURE
+from tests.exact import margins
+from tests.tolerance import MEASURE
 from tests.toys import (
     FAMILIES,
     GROUPED,
@@ -78,7 +79,7 @@ def test_the_matrices_reproduce_the_logits(config: ToyConfig) -> None:
     with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[hook]):
         logits = model.bridge(prompt, attention_mask=torch.ones_like(prompt), return_type="logits")
     ours = model.final_norm(seen[0].float()) @ model.W_U + model.b_U
-    LOG_PROBABILITY.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
+    margins(model).log_prob.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
     assert bool(model.b_U.any()) == (config.family == "phi")
     check_premise(model)
 

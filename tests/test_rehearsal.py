@@ -22,7 +22,7 @@ from ccm.cli import main
 from ccm.completions import Completions, FirstToken
 from ccm.decoding import decode
 from ccm.errors import BadInput
-from ccm.facts import FactSet, pararel_folder, read_fact_folder
+from ccm.facts import FactSet, read_fact_folder
 from ccm.meter import Meter
 from ccm.models import MODELS, PUBLISHED, spec_for
 from ccm.organism import CHECKPOINT
@@ -48,6 +48,7 @@ from ccm.stand_in import (
     random_model,
     read_tokenizer,
 )
+from tests.needs import FACTS, NO_GPU
 from tests.toys import ToyConfig, toy_folder
 
 PARAMETERS = {  # the well-known totals
@@ -297,7 +298,7 @@ def test_prompts_of_a_fact_share_their_beginning_and_keep_their_length(facts: Fa
     assert tokenizer.encode("is") != tokenizer.encode(" is")
 
 
-@pytest.mark.skipif(pararel_folder() is None, reason="needs the ParaRel facts: CCM_DATA_DIR is not set")
+@FACTS.mark()
 def test_pararel_prompts_come_to_four_characters_a_token() -> None:
     facts = rehearsal.rehearsal_facts()
     answers, candidates = choose_facts(facts, 600)
@@ -480,7 +481,7 @@ def given_as(*arguments: str) -> Callable[[Path], list[str]]:
     return lambda tmp_path: list(arguments)
 
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+no_cuda = NO_GPU.mark()
 
 
 @pytest.mark.usefixtures("nothing_built")
