@@ -144,6 +144,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.warn_unused_snapshots = True
 
 
+NUMERIC = {"tests.tolerance", "tests.exact"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that other kernels might fail: of files with margins, and those with goldens.
+
+    By what they import, so that no list of them can be forgotten.
+    """
+    for item in items:
+        module = getattr(item, "module", None)
+        if is_numeric(module) or "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("numeric")
+
+
+def is_numeric(module: object) -> bool:
+    """Whether a test file holds floats to margins: it has imported what they are made with."""
+    held = vars(module).values() if module is not None else ()
+    made_in = {getattr(v, "__module__", None) for v in held} | {type(v).__module__ for v in held}
+    return bool(made_in & NUMERIC)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under `--dist loadgroup`, keep every model on one worker, which runs it once, and so every file.

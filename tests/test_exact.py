@@ -1,6 +1,9 @@
 """What float32 is held to is exact, and margins are as wide as this machine's rounding, no wider."""
 
+from configparser import ConfigParser
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from ccm.ablation import PLAIN, Ablation
 from ccm.checkpoint import load
 from ccm.models import MODELS, spec_for
+from conftest import is_numeric
 from tests.exact import clear, forward, lead, margins, margins_from, margins_of
 from tests.test_decoding import near_ties  # noqa: F401  (a fixture)
 from tests.tolerance import ENTROPY, FLOOR, LOG_PROBABILITY, TIMES, of_rounding
@@ -92,3 +96,31 @@ def test_the_organism_rounds_less_than_its_promise() -> None:
     found = margins_of(str(MODELS["organism"].folder), times=1.0)
     assert found.entropy.atol < ENTROPY.atol, "what is promised, this machine cannot keep"
     assert found.log_prob.atol < LOG_PROBABILITY.atol
+
+
+# --- which tests other kernels run again ------------------------------------------------------------
+
+NUMERIC = (
+    *("activations", "closed_form", "decoding", "effects", "exact", "hooked", "models", "neurons"),
+    *("pretended_gpu", "released", "rounding", "screening", "spreading", "tolerance"),
+)
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_files_with_margins_are_run_by_other_kernels_too(name: str) -> None:
+    assert is_numeric(import_module(f"tests.test_{name}"))
+
+
+def test_files_without_are_not(request: pytest.FixtureRequest) -> None:
+    assert not is_numeric(import_module("tests.test_layers"))
+    assert not is_numeric(None)
+    assert request.node.get_closest_marker("numeric") is not None, "the mark is not set"
+
+
+def test_the_environment_for_other_kernels_runs_them() -> None:
+    tox = ConfigParser()
+    tox.read(Path(__file__).parent.parent / "tox.ini")
+    kernels = tox["testenv:kernels"]
+    assert '-m "numeric and not slow"' in kernels["commands"]
+    assert "ATEN_CPU_CAPABILITY = default" in kernels["set_env"]
+    assert set(tox["tox"]["env_list"].split(", ")) >= {"tests", "kernels"}
