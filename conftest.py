@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from ccm.ablation import ablation_values
 from ccm.arguments import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
+from ccm.faults import fault
 from ccm.models import MODELS, device_for, dtype_for, spec_for
 from ccm.weights import check_weights, weight_files
 from tests.needs import NEEDS
@@ -89,6 +91,8 @@ def _options(config: pytest.Config) -> Options:
             raise BadInput(f"--threads {threads}: out of range. Allowed: 1 and more.")
     except CcmError as error:
         raise pytest.UsageError(str(error)) from error
+    except Exception as error:
+        raise pytest.UsageError(fault(error, sys.argv)) from error
     artifacts = config.getoption("--artifacts")
     return Options(
         models=models,

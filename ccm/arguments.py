@@ -62,13 +62,28 @@ def model_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_options(command: argparse.ArgumentParser) -> None:
-    """How to decode."""
+def bos_option(command: argparse.ArgumentParser) -> None:
+    """What stands before every prompt."""
+    command.add_argument(
+        "--bos",
+        default="own",
+        metavar="none|ID",
+        help="token before every prompt: none, or an id (default: the tokenizer's own BOS)",
+    )
+
+
+def engine_option(command: argparse.ArgumentParser) -> None:
+    """Which way to decode."""
     command.add_argument(
         "--engine",
         default="shared",
         help="shared (default): one decode for all sets; hooked: the slow reference, a pass a set",
     )
+
+
+def engine_options(command: argparse.ArgumentParser) -> None:
+    """How to decode."""
+    engine_option(command)
     command.add_argument(
         "--memory-budget",
         type=size_in_bytes,

@@ -4,6 +4,7 @@
 and the folded and centred matrices of Method 5 follow by formula (`ccm.neurons`).
 """
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,27 @@ from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.loaded import LoadedModel
 from ccm.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models import ModelSpec, device_for, dtype_for
-from ccm.premise import check_premise
-from ccm.weights import check_weights, n_parameters, weight_files
+from ccm.premise import check_parts, check_premise
+from ccm.tokens import Bos, read_tokenizer, special_tokens
+from ccm.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
+from ccm.weights import (
+    check_weights,
+    damaged,
+    folder_of,
+    n_parameters,
+    unfinished,
+    unused_parameters,
+    weight_files,
+)
+
+_log = logging.getLogger(__name__)
 
 
 def load(
-    spec: ModelSpec, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    spec: ModelSpec,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    bos: Bos = "own",
 ) -> LoadedModel:
     """Load a model's weights and tokenizer and check that the method's premise holds for it.
 
@@ -28,29 +44,41 @@ def load(
         spec: A row of `MODELS`, or `spec_for(folder)`.
         device: Where to run.
         dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
+        bos: What stands before every prompt, where it is not to be the tokenizer's own BOS token.
 
     Raises:
         NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline), or
             do not fit the device.
-        BadInput: weights that are damaged or another model's, a folder that TransformerLens cannot
-            load.
+        BadInput: weights or a tokenizer that are damaged or another model's, a folder that
+            TransformerLens cannot load.
         PremiseBroken: see `check_premise`.
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
     check_precision(device, dtype)
-    if not weight_files(spec):
+    if unfinished(spec):
         download(spec)
     spec = check_weights(spec)
     # Of the hub's models, the cached snapshot: nothing to ask the network for.
-    source = str(weight_files(spec)[0].parent if spec.folder is None else spec.folder)
+    source = str(folder_of(spec))
+    # First, because weights take minutes to read.
+    tokenizer = read_tokenizer(Path(source), spec.d_vocab)
     needed = weight_bytes(spec, n_parameters(weight_files(spec)), dtype)
     for place in dict.fromkeys(
         (torch.device("cpu"), device)
     ):  # read into the CPU's memory, and moved from there
         check_memory(spec.name, needed, place, dtype)
     loaded = _read_weights(spec, source, device, dtype)
-    return assemble(spec, loaded, _tokenizer(source), device, dtype, source=source)
+    model = assemble(spec, loaded, tokenizer, device, dtype, source=source, bos=bos)
+    if model.spec.d_mlp != spec.d_mlp:
+        # Sets and numbers were checked against it.
+        raise PremiseBroken(
+            f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its config.json "
+            f"{spec.d_mlp}. Give the config.json that belongs to the weights."
+        )
+    for note in model.special_tokens["notes"]:
+        _log.warning(note)
+    return model
 
 
 def check_precision(device: torch.device, dtype: torch.dtype) -> None:
@@ -83,6 +111,7 @@ def assemble(
     dtype: torch.dtype,
     *,
     source: str,
+    bos: Bos = "own",
 ) -> LoadedModel:
     """Make what the rest runs of a transformers model and its tokenizer, without copying a weight.
 
@@ -93,23 +122,30 @@ def assemble(
         device: Where the weights are.
         dtype: Theirs.
         source: Where they came from, for messages; nothing is read from there.
+        bos: As for `load`.
 
     Raises:
-        BadInput, NotAvailable: TransformerLens does not know the architecture.
+        BadInput, NotAvailable: TransformerLens does not know the architecture; a special token that the
+            model does not have.
         PremiseBroken: see `check_premise`.
     """
+    prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
     bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
-    config = bridge.original_model.config
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
-    if bos is None:
-        raise PremiseBroken(f"{spec.name}: its tokenizer has no BOS token to put before a prompt.")
-    generation = getattr(bridge.original_model, "generation_config", None)
+    original = bridge.original_model
+    special = special_tokens(
+        spec.name,
+        tokenizer,
+        original.config,
+        getattr(original, "generation_config", None),
+        int(bridge.cfg.d_vocab),
+        bos,
+    )
     model = LoadedModel(
         spec=replace(
             spec,
             n_layers=int(bridge.cfg.n_layers),
             d_model=int(bridge.cfg.d_model),
-            d_mlp=int(bridge.cfg.d_mlp),
+            d_mlp=_inputs(twin.get_submodule(names["mlp_out"])),  # not every configuration says it
             d_vocab=int(bridge.cfg.d_vocab),
         ),
         bridge=bridge.requires_grad_(False),  # again: it made parameters of its own
@@ -122,39 +158,36 @@ def assemble(
         dtype=dtype,
         source=source,
         n_ctx=int(bridge.cfg.n_ctx),
-        bos=int(bos),
-        eos=_eos(tokenizer.eos_token_id, config.eos_token_id, getattr(generation, "eos_token_id", 0)),
+        bos=special.bos,
+        eos=frozenset(special.eos),
+        special_tokens=special.as_dict(),
     )
+    check_parts(model)
+    model.trial = check_hooks(model, twin, prompts, truth)
     check_premise(model)
     return model
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+def _inputs(linear: Any) -> int:
+    """How many numbers a linear map takes; transformers' Conv1D (GPT-2) stores [in, out]."""
+    return int(linear.weight.shape[0 if type(linear).__name__ == "Conv1D" else 1])
 
 
-def _tokenizer(source: str) -> Any:
-    """Load the checkpoint's tokenizer as it is.
-
-    Raises:
-        BadInput: a folder without one, for which transformers would make up an empty tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise BadInput(
-            f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Save it there with "
-            "tokenizer.save_pretrained."
-        )
-    return AutoTokenizer.from_pretrained(source, use_fast=True)
-
-
-def _eos(*found: int | list[int] | None) -> frozenset[int]:
-    ids: set[int] = set()
-    for value in found:
-        if value is not None:
-            ids.update([value] if isinstance(value, int) else value)
-    return frozenset(ids)
+def _truth(
+    spec: ModelSpec, loaded: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], ...], torch.Tensor]:
+    """Draw the prompts of the trial, and run them before anything is wrapped around the model."""
+    d_vocab = int(loaded.get_input_embeddings().weight.shape[0])
+    prompts = trial_prompts(tokenizer, loaded.config, d_vocab)
+    try:
+        return prompts, plain_log_probs(loaded.eval(), prompts, device)
+    except Exception as error:  # the library raises what it likes
+        if out_of_memory(error):
+            raise
+        raise PremiseBroken(
+            f"{spec.name}: refused, transformers itself cannot run it in {str(dtype)[6:]} "
+            f"({reason_of(error)})."
+        ) from error
 
 
 def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -170,11 +203,24 @@ def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: tor
         warnings.simplefilter("ignore")
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             if report["missing_keys"]:
                 raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
+            unused = unused_parameters(weight_files(spec), sorted(report["unexpected_keys"]))
+            if unused:
+                raise BadInput(
+                    f"{source}: config.json has no place for {len(unused)} of the weights ({unused[0]} "
+                    "first), so this would be another model. Give the config.json that belongs to them."
+                )
             return loaded.to(device)
+        except BadInput:
+            raise
         except Exception as error:  # whatever the library raises, the next step is one of these
             if out_of_memory(error):
                 raise
@@ -210,12 +256,18 @@ def _boot(
             twin = copy.deepcopy(loaded, shared)
             _fuse_gelu(twin)
             names = {id(module): name for name, module in loaded.named_modules()}
+            # By which the bridge finds its own name for it; a configuration may name another, or none.
+            loaded.config.architectures = [type(loaded).__name__]
+            own = copy.deepcopy(tokenizer)
+            # Or the bridge would read the tokenizer again by itself, and ask whether to trust its code.
+            own.init_kwargs["add_bos_token"] = True
             bridge = TransformerBridge.boot_transformers(
                 source,
                 hf_model=loaded,
-                tokenizer=copy.deepcopy(tokenizer),
+                tokenizer=own,
                 device=str(device),
                 dtype=dtype,
+                trust_remote_code=False,
             )
         except Exception as error:  # whatever the libraries raise, the next step is one of these
             if out_of_memory(error):
@@ -241,12 +293,14 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
 
 
 def download(spec: ModelSpec) -> None:
-    """Download the weights of a published model into the hub's cache; the token is the stored one.
+    """Download a published model into the hub's cache, or what an earlier download left out.
+
+    The token is the stored one. Files that are whole stay; damaged ones are fetched anew.
 
     Raises:
-        NotAvailable: no network, or no access to a gated model.
+        NotAvailable: no network, no access to a gated model, or files that the hub does not have.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     hub = HfApi()
     try:
@@ -254,9 +308,16 @@ def download(spec: ModelSpec) -> None:
         hub.model_info(str(spec.hub_id), timeout=5)
         if spec.gated:
             hub.auth_check(str(spec.hub_id))
+        for name in damaged(spec):
+            hf_hub_download(str(spec.hub_id), name, force_download=True)
         snapshot_download(str(spec.hub_id), allow_patterns=DOWNLOADED)
     except Exception as error:  # offline, timed out, gated, gone: the next step is the same
         raise _cannot_load(spec, str(spec.hub_id), error) from error
+    if lacking := unfinished(spec):
+        raise NotAvailable(
+            f"{spec.name}: {spec.hub_id} was downloaded, but not {', '.join(lacking)}. Give a whole "
+            f"folder with --model-path {spec.name}=DIR."
+        )
 
 
 def _fuse_gelu(model: Any) -> None:
@@ -269,10 +330,10 @@ def _fuse_gelu(model: Any) -> None:
 
 def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
     """Say what to do where the libraries' own errors do not."""
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = reason_of(error)
     if spec.folder is not None:
         return BadInput(
-            f"{source}: TransformerLens cannot load it ({reason}). Allowed: decoder-only checkpoints "
+            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). Allowed: decoder-only checkpoints "
             "of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others that it knows."
         )
     gate = (
@@ -280,7 +341,10 @@ def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | N
         if spec.gated
         else ""
     )
+    lacking = unfinished(spec)
+    what = "weights" if folder_of(spec) is None else ", ".join(lacking)
     return NotAvailable(
-        f"{spec.name}: weights of {source} are not in the cache and cannot be downloaded "
-        f"({reason}).{gate} Or give a local folder with --model-path {spec.name}=DIR."
+        f"{spec.name}: {what} of {source} are not in the cache and cannot be downloaded "
+        f"({reason}).{gate} With a network, the same command goes on downloading. Or give a local "
+        f"folder with --model-path {spec.name}=DIR."
     )

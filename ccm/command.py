@@ -18,6 +18,7 @@ _OPTIONS = {
     "max_prompts": "--max-prompts",
     "engine": "--engine",
     "stats": "--stats",
+    "bos": "--bos",
     "device_map": "--device-map",
 }
 _ALWAYS = ("controls", "device", "seed")  # said even where they are the defaults

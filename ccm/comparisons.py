@@ -67,16 +67,18 @@ def effects_step(
     model: LoadedModel,
     tokens: Sequence[Sequence[int]],
     planned: Mapping[str, Sequence[Ablation]],
+    engine: str = "shared",
 ) -> None:
     """Split every ablation's effect on the first token's entropy, unless that is done.
 
-    Either engine's run does this in the same way: the transformer runs without ablation.
+    Either engine only runs the prompts, without ablation; what follows from that is the same.
 
     Args:
         folder: The run.
         model: The model.
         tokens: Of every probing prompt.
         planned: For each ablation value its sets, the entropy set first.
+        engine: What runs the prompts.
     """
     tables = [folder.path / value / PROMPT_EFFECTS for value in planned]
     store = PartStore(folder.path, "effects")
@@ -90,6 +92,7 @@ def effects_step(
         [ablation for sets in planned.values() for ablation in sets[1:]],
         store=store,
         memory_budget=folder.manifest["memory_budget"],
+        engine=engine,
     )
     for i, path in enumerate(tables):
         if not path.is_file():

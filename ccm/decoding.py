@@ -35,6 +35,7 @@ from ccm.prefill import shared_prefixes
 from ccm.prompts import SPLITTER
 from ccm.room import Room
 from ccm.screening import build_screen
+from ccm.trial import check_shared
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
@@ -177,6 +178,7 @@ def _engine(
     own_top: bool = False,
     observing: bool = False,
 ) -> Engine:
+    check_shared(model)
     return Engine(
         model=model,
         screen=build_screen(model, sets),

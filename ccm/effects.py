@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ccm import hooked
 from ccm.ablation import Ablation
 from ccm.choosing import AtOnce, at_once, slices
 from ccm.completions import Tokens
@@ -119,6 +120,7 @@ def measure_effects(
     *,
     store: PartStore | None = None,
     memory_budget: int | None = None,
+    engine: str = "shared",
 ) -> Effects:
     """Run every prompt up to its last position once, and take all sets' entropies there.
 
@@ -129,12 +131,15 @@ def measure_effects(
         others: Sets to read at `SAMPLED` of them, evenly spaced.
         store: Where finished parts are kept; those already there are not computed again.
         memory_budget: As for `ccm.decoding.decode_sets`.
+        engine: What runs them, shared or hooked.
 
     Returns:
         Entropies in the order of prompts and of sets.
     """
     sampled = evenly_spaced(len(prompts), SAMPLED)
-    screen, sizes = build_screen(model, [*own, *others]), at_once(model)
+    run = hooked.read_last_positions if engine == "hooked" else read_last_positions
+    # Nothing is chosen here, so no rounding is reckoned with.
+    screen, sizes = build_screen(model, [*own, *others], u=0.0), at_once(model)
     parts = [] if store is None else list(store.read_arrays())
     done = {int(i) for part in parts for i in part["prompts"]}
 
@@ -150,7 +155,7 @@ def measure_effects(
             "others": _by_node(ablated_entropies(screen, few, sizes, rest)),
         }
 
-    found = read_last_positions(model, prompts, read, memory_budget=memory_budget, done=done)
+    found = run(model, prompts, read, memory_budget=memory_budget, done=done)
     with tqdm(total=len(prompts), initial=len(done), desc="effects", unit="prompt") as bar:
         for part in found:
             if store is not None:

@@ -70,7 +70,8 @@ def run_body(
         for hook in hooks:
             hook.remove()
     x = seen["x"][:, -1:] if last_only else seen["x"]
-    assert seen["a"].shape == (*x.shape[:2], model.spec.d_mlp), seen["a"].shape
+    shape = (*x.shape[:2], model.spec.d_mlp)
+    assert seen["a"].shape == shape, f"activations of {tuple(seen['a'].shape)}, not {shape}"
     # Of a model that is spread over devices, its layers may have read them elsewhere.
     return x.to(model.device), seen["a"].to(model.device)
 

@@ -3,12 +3,12 @@
 Every other way to decode is held to this one in the tests and measured against it in the benchmarks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.ablation import PLAIN, Ablation
@@ -27,6 +27,8 @@ from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
+FINAL_RESIDUAL = "ln_final.hook_in"
+_Result = TypeVar("_Result")
 
 
 def decode(
@@ -76,6 +78,45 @@ def decode(
     return completions(model, generated, parts)
 
 
+@torch.inference_mode()
+def read_last_positions(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
+    *,
+    memory_budget: int | None = None,
+    done: Collection[int] = (),
+) -> Iterator[_Result]:
+    """Run prompts up to their last positions; same signature as `ccm.decoding.read_last_positions`.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged.
+        read: Is given a batch's prompts, their final residuals and their last-layer activations.
+        memory_budget: Not heeded: a batch takes what it takes.
+        done: Prompts to leave out; batches are cut as with them.
+
+    Yields:
+        What `read` returns.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(x: Tensor, hook: Any) -> None:
+            seen[name] = x[:, -1].clone()
+
+        return hook
+
+    hooks = [(FINAL_RESIDUAL, keep("x")), (model.hook_post, keep("a"))]
+    for indices in equal_length_batches(prompts, BATCH_SIZE):
+        if set(indices) <= set(done):
+            continue
+        tokens = torch.tensor([list(prompts[i]) for i in indices], device=model.device)
+        with model.bridge.hooks(fwd_hooks=hooks):
+            next_logits(model, tokens, new_cache(model))
+        yield read(indices, seen["x"], seen["a"])
+
+
 def _decode_batch(
     model: LoadedModel,
     tokens: Int[Tensor, "prompt position"],
@@ -87,9 +128,7 @@ def _decode_batch(
     generated: list[list[int]],
 ) -> FirstToken:
     """Decode prompts of one length; append to `generated`, return the first-token readings."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
+    cache = new_cache(model)
     live = torch.ones(len(indices), dtype=torch.bool, device=model.device)
     first: FirstToken | None = None
     hook = _hook(model, ablation, observe, live)
@@ -97,16 +136,7 @@ def _decode_batch(
         if hook is not None:
             hooks.enter_context(model.bridge.hooks(fwd_hooks=[(model.hook_post, hook)]))
         for step in range(max_new_tokens):
-            seen = cache.get_seq_length() + tokens.shape[1]
-            logits = model.bridge(
-                tokens,
-                return_type="logits",
-                # Explicit: without it the library derives a mask, wrongly where pad == BOS.
-                attention_mask=torch.ones((len(indices), seen), dtype=torch.long, device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )[:, -1].float()
+            logits = next_logits(model, tokens, cache)
             if step == 0:
                 first = read_first_token(logits, targets.to(model.device))
             next_tokens = greedy(logits)
@@ -121,6 +151,30 @@ def _decode_batch(
             tokens = next_tokens[:, None]
     assert first is not None
     return first
+
+
+def new_cache(model: LoadedModel) -> Any:
+    """Make an empty cache; of a hybrid, its configuration says which layers keep something else."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=model.bridge.original_model.config)
+
+
+def next_logits(
+    model: LoadedModel, tokens: Int[Tensor, "prompt position"], cache: Any
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Run new tokens through the bridge, in float32 the logits after the last; the cache grows."""
+    seen = cache.get_seq_length() + tokens.shape[1]
+    logits: Tensor = model.bridge(
+        tokens,
+        return_type="logits",
+        # Explicit: without it the library derives a mask, wrongly where pad == BOS.
+        attention_mask=torch.ones((len(tokens), seen), dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return logits[:, -1].float()
 
 
 def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor) -> Any:

@@ -1,9 +1,9 @@
 """A checkpoint ready to run, and what the method reads off it as it is stored."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ccm.errors import BadInput
 from ccm.models import MAX_NEW_TOKENS, ModelSpec
+
+if TYPE_CHECKING:
+    from ccm.trial import Trial
 
 VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
 
@@ -54,10 +57,12 @@ class LoadedModel:
     dtype: torch.dtype
     source: str  # folder or hub id the weights came from
     n_ctx: int
-    bos: int  # the one token in front of every prompt
+    bos: int | None  # the one token in front of every prompt, if any
     eos: frozenset[int]  # decoding stops at any of these
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where those were found
     splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `ccm.decoding` when needed
     noise: float | None = None  # filled by `ccm.rounding` when needed
+    trial: "Trial | None" = None  # what a way to run it is held to (`ccm.trial`)
 
     @property
     def hook_post(self) -> str:
@@ -118,18 +123,29 @@ class LoadedModel:
         return self.bridge.unembed.original_component
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with exactly one BOS in front.
+        """Token ids of `text`, with the model's BOS in front if it has one.
 
         Raises:
-            BadInput: more tokens than the model's context leaves room for.
+            BadInput: no token at all, one that the model does not have, or more than its context leaves
+                room for.
         """
-        ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False)]
+        start = [] if self.bos is None else [self.bos]
+        ids = [*start, *self.tokenizer.encode(text, add_special_tokens=False)]
         # The last generated token is never fed back.
         room = self.n_ctx - (MAX_NEW_TOKENS - 1)
-        if len(ids) > room:
+        if not 0 < len(ids) <= room:
             raise BadInput(
-                f"prompt of {len(ids)} tokens ({text[:40]!r}...): too long. Allowed: {room}, the "
-                f"context of {self.spec.name} ({self.n_ctx}) less its answer. Shorten it."
+                f"prompt of {len(ids)} tokens ({text[:40]!r}...): {'too long' if ids else 'empty'}. "
+                f"Allowed: 1 to {room}, the context of {self.spec.name} ({self.n_ctx}) less its answer."
+            )
+        return self._known(ids, text)
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        """Refuse tokens that were added to the tokenizer, but not to the model."""
+        if max(ids) >= self.spec.d_vocab:
+            raise BadInput(
+                f"{text[:40]!r}: holds token {max(ids)} of the tokenizer, but {self.spec.name} has "
+                f"{self.spec.d_vocab} tokens. Leave it out of the text."
             )
         return ids
 
@@ -151,4 +167,4 @@ class LoadedModel:
         both = self.tokenizer.encode(f"is {answer.strip()}", add_special_tokens=False)
         if not answer.strip() or both[: len(word)] != word or len(both) == len(word):
             raise BadInput(f"answer {answer!r} has no token of its own. Use another object name.")
-        return int(both[len(word)])
+        return self._known(both, answer)[len(word)]

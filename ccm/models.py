@@ -1,6 +1,5 @@
 """The models, before any weights are loaded: one table of specs, and where their weights are."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ccm.checkpoint_folder import CONFIG, check_folder, read_object
 from ccm.errors import BadInput, NotAvailable, allowed, one_of
 from ccm.organism import CHECKPOINT
 
@@ -18,6 +18,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+MLP_NAMES = ("mlp", "ffn", "feed_forward", "ff.", "fc")  # what transformers calls them
+# What a configuration may not ask for, and the way out.
+REFUSED: Mapping[str, str] = {
+    "quantization_config": (
+        "Quantized weights have no W_out to read: dequantize them (dequantize() in transformers) and "
+        "give the folder that save_pretrained writes then."
+    ),
+    "transformers_weights": "Weights of another name are not read: call them model.safetensors.",
 }
 
 
@@ -85,14 +94,14 @@ def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
         spec = MODELS[name]
         if name not in paths and spec.folder is None:
             paths = _collected(name)
-        return replace(spec, folder=_checkpoint(paths[name])) if name in paths else spec
+        return replace(spec, folder=check_folder(paths[name])) if name in paths else spec
     folder = paths.get(name, Path(name))
     if not folder.is_dir():
         raise BadInput(
             f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
             "checkpoint folder."
         )
-    return spec_of_folder(name, _checkpoint(folder))
+    return spec_of_folder(name, check_folder(folder))
 
 
 def _collected(name: str) -> dict[str, Path]:
@@ -106,35 +115,18 @@ def _collected(name: str) -> dict[str, Path]:
     return {name: folder} if folder.is_dir() else {}
 
 
-def _checkpoint(folder: Path) -> Path:
-    """Check that a folder looks like a Hugging Face checkpoint with safetensors weights."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(
-            f"{folder}: not a checkpoint folder (no config.json). Give the folder that "
-            "save_pretrained wrote."
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise BadInput(
-            f"{folder}: no *.safetensors weights. Pickled weights are never loaded; convert them "
-            "with save_pretrained(..., safe_serialization=True)."
-        )
-    return folder
-
-
 def spec_of_folder(name: str, folder: Path) -> ModelSpec:
     """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
-    try:
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{folder}/config.json: not JSON ({error}).") from error
-    from transformers import AutoConfig
+    text = read_object(folder / CONFIG)
+    for key, way_out in REFUSED.items():
+        if text.get(key):
+            raise BadInput(f"{folder / CONFIG}: it has a {key}. {way_out}")
+    from transformers import CONFIG_MAPPING
 
-    config: Any
-    kind: Any = None
+    kind = text.get("model_type")
     try:
-        kind = text.pop("model_type", None)
-        config = AutoConfig.for_model(kind, **text)
-        sizes = dimensions(config)
+        # Not AutoConfig: it would look for code in the folder.
+        sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
     except Exception as error:  # transformers checks a config by errors of its own
         what = " ".join(str(error).split())[:80]  # it may list every model there is
         reason = f"model_type {kind!r}; {type(error).__name__}: {what}"
@@ -156,15 +148,46 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
 
 
 def dimensions(config: Any) -> dict[str, Any]:
-    """Read the dimensions, by their names in a spec, off a transformers configuration."""
-    d_model = int(config.hidden_size)
-    n_inner = getattr(config, "n_inner", None)  # GPT-2's word for d_mlp; None means 4 d_model
+    """Read the dimensions, by their names in a spec, off a transformers configuration.
+
+    Every family has its own word for d_mlp, some compute it, and some have one for each layer. Of the
+    published families it is known; of any other the model is built, without memory for its weights.
+
+    Raises:
+        ValueError: transformers has no decoder for the configuration.
+    """
+    text = config.get_text_config()
+    d_model, n_layers = int(text.hidden_size), int(text.num_hidden_layers)
+    if config.model_type in {spec.architecture for spec in MODELS.values()}:
+        n_inner = getattr(config, "n_inner", None)  # GPT-2's word for it; None means 4 d_model
+        d_mlp = int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model)
+    else:
+        d_mlp = _built_d_mlp(config, n_layers, d_model) or 4 * d_model
     return {
-        "n_layers": int(config.num_hidden_layers),
+        "n_layers": n_layers,
         "d_model": d_model,
-        "d_mlp": int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model),
-        "d_vocab": int(config.vocab_size),
+        "d_mlp": d_mlp,
+        "d_vocab": int(text.vocab_size),
     }
+
+
+def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
+    """Inputs of the last layer's last linear map to the residual stream, an MLP's if one is named so."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    layers = [m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
+    found: dict[bool, int] = {}
+    for name, module in layers[0][-1].named_modules() if layers else ():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2:
+            continue
+        # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
+        sizes = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+        if sizes[1] == d_model:
+            found[any(word in name for word in MLP_NAMES)] = int(sizes[0])
+    return found.get(True, found.get(False))
 
 
 def device_for(name: str) -> torch.device:

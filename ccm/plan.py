@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from math import comb
@@ -17,9 +16,10 @@ from ccm.errors import BadInput, one_of
 from ccm.facts import FactSet, load_pararel, read_fact_folder
 from ccm.models import ModelSpec, device_for, dtype_for, spec_for
 from ccm.prompts import TEMPLATES
-from ccm.released_stats import read_released_statistics
+from ccm.released_stats import read_released_statistics, released_statistics_hash
 from ccm.run_folder import to_json
-from ccm.weights import check_weights, weight_hash
+from ccm.tokens import Bos, parse_bos
+from ccm.weights import check_weights, file_hashes
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Protocol:
     float16_sigma: bool = False  # defect 3
     released_tokens: bool = False  # defect 7
     nd_ratio_of_pk: bool = False  # defect 1
+    counter_first: bool = False  # CK where an answer names both objects, even if PK is the longer
 
 
 PROTOCOLS = {
     "corrected": Protocol("corrected"),
-    "released": Protocol("released", True, True, True, True, True),
+    "released": Protocol("released", True, True, True, True, True, True),
 }
 
 
@@ -58,6 +59,7 @@ class RunConfig:
     protocol: str = "corrected"
     facts: str | None = None  # None: the model's own
     template: str | None = None
+    bos: str = "own"  # own: the tokenizer's BOS token before every prompt; none; or a token id
     k: int | None = None
     min_rho: float | None = None
     null_space_dims: int | None = None
@@ -79,6 +81,7 @@ class Plan:
     spec: ModelSpec
     facts: FactSet
     template: str
+    bos: Bos
     protocol: Protocol
     values: tuple[AblationValue, ...]
     k: int
@@ -111,6 +114,11 @@ def make_plan(config: RunConfig) -> Plan:
     dtype_for(config.dtype)
     template = config.template or spec.template
     one_of("template", template, TEMPLATES)
+    bos = parse_bos(config.bos)
+    if isinstance(bos, int) and bos >= spec.d_vocab:
+        raise BadInput(
+            f"--bos {bos}: no token of {spec.name}. Allowed: own, none, 0 to {spec.d_vocab - 1}."
+        )
     if config.neurons is not None:
         check_neurons(config.neurons, spec.d_mlp)
     k = len(config.neurons) if config.neurons is not None else config.k or spec.n_entropy_neurons
@@ -149,6 +157,7 @@ def make_plan(config: RunConfig) -> Plan:
         spec=spec,
         facts=find_facts(config.facts, spec),
         template=template,
+        bos=bos,
         protocol=protocol,
         values=values,
         k=k,
@@ -203,13 +212,19 @@ def asked(config: RunConfig) -> dict[str, Any]:
     return {"model": config.model, "facts": config.facts, "model_paths": paths}
 
 
-def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
+# What computes a result: the model, its tokens, names that are alike, intervals.
+PACKAGES = (
+    *("ccm", "torch", "transformers", "transformer_lens", "tokenizers", "numpy", "scipy", "rapidfuzz"),
+)
+
+
+def identity(plan_: Plan) -> dict[str, Any]:
     """Everything a result depends on: two starts with the same identity give the same bytes."""
     config = plan_.config
     facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
     return {
         "model": plan_.spec.name,
-        "weights_sha256": weight_hash(files) if files else None,
+        **file_hashes(plan_.spec),
         "facts": plan_.facts.name,
         "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
         "ablation_values": [v.name for v in plan_.values],
@@ -226,6 +241,7 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "device_map": config.device_map,
         "dtype": config.dtype,
         "template": plan_.template,
+        "bos": config.bos,
         "k": plan_.k,
         "min_rho": plan_.min_rho,
         "null_space_dims": plan_.null_space_dims,
@@ -234,9 +250,12 @@ def identity(plan_: Plan, files: Sequence[Path]) -> dict[str, Any]:
         "engine": config.engine,
         "full_texts": config.full_texts,
         "stats": config.stats,
+        "statistics_sha256": (
+            released_statistics_hash(plan_.spec) if config.stats == "released" else None
+        ),
         "shard": None if config.share is None else "{}/{}".format(*config.share),
         "versions": {
             "python": platform.python_version(),
-            **{p: version(p) for p in ("ccm", "torch", "transformers", "transformer_lens", "numpy")},
+            **{package: version(package) for package in PACKAGES},
         },
     }

@@ -9,6 +9,19 @@ from ccm.errors import PremiseBroken
 from ccm.loaded import LoadedModel
 
 
+def check_parts(model: LoadedModel) -> None:
+    """Refuse a model without the parts that are ablated.
+
+    Raises:
+        PremiseBroken: with the part that is not there.
+    """
+    name = model.spec.name
+    if model.hook_post not in model.bridge.hook_dict:
+        raise PremiseBroken(f"{name}: refused, it has no {model.hook_post} to ablate.")
+    if tuple(model.W_out.shape) != (model.spec.d_mlp, model.spec.d_model):
+        raise PremiseBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
+
+
 def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
     """Refuse a model for which ablating last-layer neurons is more than a change of its last residual.
 
@@ -20,11 +33,8 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
     Raises:
         PremiseBroken: with the part that fails.
     """
-    name, cfg = model.spec.name, model.bridge.cfg
-    if model.hook_post not in model.bridge.hook_dict:
-        raise PremiseBroken(f"{name}: refused, it has no {model.hook_post} to ablate.")
-    if cfg.d_mlp is None or tuple(model.W_out.shape) != (model.spec.d_mlp, model.spec.d_model):
-        raise PremiseBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
+    check_parts(model)
+    name = model.spec.name
     seen: dict[str, Tensor] = {}
     neurons = torch.tensor([0, model.spec.d_mlp - 1], device=model.device)
 
@@ -36,9 +46,8 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
         a[..., neurons] += push_by
         return a
 
-    tokens = torch.tensor(
-        [[model.bos, min(model.bos + 1, model.spec.d_vocab - 1)]], device=model.device
-    )
+    first = model.bos or 0
+    tokens = torch.tensor([[first, min(first + 1, model.spec.d_vocab - 1)]], device=model.device)
     residual = "ln_final.hook_in"
     with torch.inference_mode():
         mask = torch.ones_like(tokens)

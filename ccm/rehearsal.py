@@ -43,8 +43,8 @@ from ccm.stand_in import (
     architecture_of,
     build,
     n_parameters,
-    read_tokenizer,
 )
+from ccm.tokens import read_tokenizer
 
 
 def rehearsal_facts() -> FactSet:
@@ -143,7 +143,7 @@ def rehearse(
                 config.model, hf_config, device, dtype, tokenizer=config.tokenizer, seed=config.seed
             )
             # One answer, so that what is set up at first use is not counted again for every prompt.
-            decode(model, [[model.bos]])
+            decode(model, [[model.bos or 0]])
         stages = Stages(config, model, facts, values, meter, folder, Path(scratch))
         stages.run(answers, candidates)
     measured = tuple(meter.stages)
@@ -176,7 +176,7 @@ def _check(config: RehearsalConfig, hf_config: Any, keep: Path | None) -> None:
     if config.controls < 0:
         raise BadInput(f"{config.controls} controls: out of range. Allowed: 0 and more.")
     if config.tokenizer is not None:
-        read_tokenizer(config.tokenizer, int(hf_config.vocab_size))
+        read_tokenizer(config.tokenizer, int(hf_config.vocab_size), "--tokenizer")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise BadInput(f"--keep {keep}: not an empty folder. Nothing was written; give another one.")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ccm.ablation import STATISTICS, ActivationStatistics, check_statistics
+from ccm.checkpoint_folder import hash_of
 from ccm.errors import BadInput, NotAvailable
 from ccm.facts import DATA_VARIABLE, pararel_folder
 from ccm.models import ModelSpec
@@ -44,6 +45,14 @@ def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStat
             f"{folder}: {error} Only --protocol released takes them as they are; --stats own "
             "computes them."
         ) from error
+
+
+def released_statistics_hash(spec: ModelSpec) -> str | None:
+    """SHA-256 over the released statistics of a model; None where they are not here."""
+    data = pararel_folder()
+    if data is None:
+        return None
+    return hash_of(data / FOLDER / spec.name / FILE.format(name) for name in STATISTICS)
 
 
 def _vector(path: Path, d_mlp: int) -> np.ndarray:

@@ -5,12 +5,15 @@ known only once it has run. The shared decode must know by how much, because a c
 is made again alone (`ccm.screening`, paragraph 6).
 """
 
+import math
+
 import numpy as np
 import torch
 
 from ccm.errors import PremiseBroken
 from ccm.forward import RowCache, run_body
 from ccm.loaded import LoadedModel
+from ccm.trial import ordinary_tokens
 
 # u of `ccm.screening`: at least this. Lower precisions round the final residual itself.
 LEAST = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -30,6 +33,11 @@ def slack(model: LoadedModel) -> float:
         return LEAST[model.dtype]
     if model.noise is None:
         model.noise = batch_noise(model)
+    if not math.isfinite(model.noise):
+        raise PremiseBroken(
+            f"{model.spec.name}: refused, the shared engine gives residuals that are no numbers for some "
+            f"random prompts on {model.device}. Check its weights, or use --engine hooked."
+        )
     if not model.noise <= MOST:
         raise PremiseBroken(
             f"{model.spec.name}: refused, the batch changes its final residual by {model.noise:.1e} of "
@@ -43,9 +51,11 @@ def slack(model: LoadedModel) -> float:
 def batch_noise(model: LoadedModel) -> float:
     """Largest |dx| / |x| of final residuals x that batch mates, and a cache, made to random prompts."""
     draw, noise = np.random.default_rng(0), list[torch.Tensor]()
+    ids = ordinary_tokens(model.tokenizer, model.spec.d_vocab)
     for length in LENGTHS:
-        prompts = draw.integers(0, model.spec.d_vocab, (ROWS, min(length, model.n_ctx)))
-        prompts[:, 0] = model.bos
+        prompts = draw.choice(ids, (ROWS, min(length, model.n_ctx)))
+        if model.bos is not None:
+            prompts[:, 0] = model.bos
         tokens = torch.from_numpy(prompts).to(model.device)
         alone = torch.cat([_last(model, tokens[i : i + 1]) for i in range(ALONE)])
         cache, before = RowCache(model.spec.n_layers), tokens.shape[1] - 1

@@ -115,8 +115,14 @@ class Nodes:
     slack: Float[Tensor, "node"]  # tau_0
 
 
-def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
-    """Plan the screening of neuron sets; sets of several sizes are filled up with absent neurons."""
+def build_screen(model: LoadedModel, ablations: Sequence[Ablation], u: float | None = None) -> Screen:
+    """Plan the screening of neuron sets; sets of several sizes are filled up with absent neurons.
+
+    Args:
+        model: The model.
+        ablations: Neuron sets with their values.
+        u: Of paragraph 6; by default as measured. Whoever chooses no token needs none.
+    """
     device = model.device
     neurons = sorted({i for ablation in ablations for i in ablation.neurons}) or [0]
     slot = {neuron: i for i, neuron in enumerate(neurons)}
@@ -142,7 +148,7 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation]) -> Screen:
     )
     norms = W.norm(dim=1)
     reach = norms / W.shape[1] ** 0.5
-    u = slack(model)
+    u = slack(model) if u is None else u
     noise, offset_noise = u * longest, u * float(beta.abs().max())
     half = (P.amax(1) - P.amin(1)) / 2
     slots, W = slots.to(device), W.double()

@@ -51,6 +51,8 @@ def spread_over_devices(
     for name in ("final_norm", "W_U", "b_U", "W_out"):
         model.__dict__.pop(name, None)  # cached where they were
     model.noise = None
+    if model.trial is not None:
+        model.trial.shared_holds = False
     return model
 
 

@@ -18,6 +18,7 @@ from ccm.errors import BadInput, allowed
 from ccm.loaded import LoadedModel
 from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
+from ccm.tokens import read_tokenizer
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
 # tokenizers make of such text; the organism's own 600 tokens come to 1.7.
@@ -95,7 +96,7 @@ def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def n_parameters(config: Any) -> int:
@@ -136,47 +137,15 @@ def build(
     """
     # The bridge wants a tokenizer of transformers, whatever the prompts are encoded with.
     check_precision(device, dtype)
-    given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size))
+    given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size), "--tokenizer")
     loaded = random_model(config, device, dtype, seed)
     spec = MODELS[name]
     model = assemble(spec, loaded, given, device, dtype, source=str(spec.hub_id))
     model.source = f"random weights, seed {seed}"
     if tokenizer is None:
+        assert model.bos is not None, "all published models have one"
         model.tokenizer = StandInTokenizer(int(config.vocab_size), model.bos)
     return model
-
-
-def read_tokenizer(folder: Path, d_vocab: int) -> Any:
-    """Read a tokenizer from a folder, and nowhere else.
-
-    Raises:
-        BadInput: no tokenizer there, one that cannot be read, or one with more tokens than the model.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not (folder / "tokenizer.json").is_file():
-        raise BadInput(
-            f"--tokenizer {folder}: no tokenizer.json there. Give a folder that "
-            "tokenizer.save_pretrained wrote, or leave the option out."
-        )
-    bare = not (folder / "tokenizer_config.json").is_file()  # it would name the class to read it with
-    try:
-        if bare:
-            found = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        else:
-            found = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
-    except Exception as error:  # the libraries raise what they like
-        reason = " ".join(str(error).split())[:80]
-        raise BadInput(
-            f"--tokenizer {folder}: cannot be read ({type(error).__name__}: {reason}). Give a folder "
-            "that tokenizer.save_pretrained wrote."
-        ) from error
-    if len(found) > d_vocab:
-        raise BadInput(
-            f"--tokenizer {folder}: {len(found)} tokens, but the model has {d_vocab}. Give its own "
-            "tokenizer, or leave the option out."
-        )
-    return found
 
 
 class StandInTokenizer:

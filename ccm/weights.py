@@ -3,7 +3,6 @@
 Nothing here reads a tensor or touches the network; all of it is done before any long work.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -13,38 +12,70 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ccm.checkpoint_folder import (
+    CONFIG,
+    INDEX,
+    TOKENIZERS,
+    WEIGHTS,
+    advice,
+    check_folder,
+    hashes,
+    weight_files_of,
+)
 from ccm.errors import BadInput
 from ccm.models import MODELS, ModelSpec, spec_of_folder
+from ccm.tokens import check_tokenizer_files
 
 OTHER_DIMENSIONS_VARIABLE = "CCM_ALLOW_OTHER_DIMENSIONS"
-INDEX = "model.safetensors.index.json"
 DIMENSIONS = ("architecture", "n_layers", "d_model", "d_mlp", "d_vocab")
 
 
-def weight_files(spec: ModelSpec) -> list[Path]:
-    """List the safetensors files of a model on this machine, without touching the network."""
+def folder_of(spec: ModelSpec) -> Path | None:
+    """Folder of a model's files: its own, or its snapshot in the hub's cache; None where neither is."""
     if spec.folder is not None:
-        return _files(spec.folder)
+        return spec.folder
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (INDEX, "model.safetensors"):
+    for name in (WEIGHTS, INDEX, CONFIG, *TOKENIZERS):
         found = try_to_load_from_cache(str(spec.hub_id), name)
         if isinstance(found, str):
-            return _files(Path(found).parent)
-    return []
+            return Path(found).parent
+    return None
 
 
-def _files(folder: Path) -> list[Path]:
-    """Files that the index names, there or not; without one, all there are."""
-    if (folder / INDEX).is_file():
+def weight_files(spec: ModelSpec) -> list[Path]:
+    """List the weight files of a model that are loaded, without touching the network."""
+    folder = folder_of(spec)
+    return [] if folder is None else weight_files_of(folder)
+
+
+def unfinished(spec: ModelSpec) -> list[str]:
+    """Name the files that a download still has to bring, or to bring again: none for a folder.
+
+    Weights that the index names, at their full size; the configuration; a tokenizer.
+    """
+    if spec.folder is not None:
+        return []
+    folder = folder_of(spec)
+    if folder is None:
+        return [WEIGHTS]
+    files = weight_files_of(folder)
+    lacking = [path.name for path in files if not path.is_file()] if files else [WEIGHTS]
+    lacking += [] if (folder / CONFIG).is_file() else [CONFIG]
+    lacking += [] if any((folder / name).is_file() for name in TOKENIZERS) else [TOKENIZERS[0]]
+    return lacking + damaged(spec)
+
+
+def damaged(spec: ModelSpec) -> list[str]:
+    """Name the weight files of a model that are there, but not whole."""
+    found = []
+    for path in weight_files(spec):
         try:
-            named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadInput(
-                f"{folder / INDEX}: not an index of weights ({error}). Download it again."
-            ) from error
-        return sorted({folder / str(name) for name in named})
-    return sorted(folder.glob("*.safetensors"))
+            if path.is_file():
+                _check_whole(path)
+        except BadInput:
+            found.append(path.name)
+    return found
 
 
 def check_weights(spec: ModelSpec) -> ModelSpec:
@@ -54,12 +85,18 @@ def check_weights(spec: ModelSpec) -> ModelSpec:
         The spec; that of the folder itself, where other dimensions are allowed for trying things out.
 
     Raises:
-        BadInput: a file that is missing, cut off or no safetensors; another model's weights.
+        BadInput: a file that is missing, cut off or no safetensors; a folder that is no checkpoint of
+            one model with its tokenizer; another model's weights.
     """
-    files = weight_files(spec)
-    for path in files:
+    folder = folder_of(spec)
+    if folder is None or unfinished(spec):
+        return spec  # a download brings the rest
+    check_folder(folder)
+    for path in weight_files_of(folder):
         _check_whole(path)
-    return _check_architecture(spec, files[0].parent) if files else spec
+    found = _check_architecture(spec, folder)
+    check_tokenizer_files(folder)
+    return found
 
 
 def n_parameters(files: Sequence[Path]) -> int:
@@ -78,7 +115,7 @@ def n_parameters(files: Sequence[Path]) -> int:
 def _check_whole(path: Path) -> Mapping[str, Any]:
     """Hold a file's size to what its own header says, and return the header's tensors."""
     if not path.is_file():
-        raise BadInput(f"{path}: missing, though the index names it. Download the model again.")
+        raise BadInput(f"{path}: missing, though the index names it. Fetch it, too.")
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -89,7 +126,7 @@ def _check_whole(path: Path) -> Mapping[str, Any]:
             ends = [int(t["data_offsets"][1]) for t in tensors.values()]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(
-                f"{path}: no safetensors file, or its header is cut off. Download it again."
+                f"{path}: no safetensors file, or its header is cut off. {advice(path)}"
             ) from error
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
@@ -99,7 +136,7 @@ def _check_whole(path: Path) -> Mapping[str, Any]:
 
 def _check_architecture(spec: ModelSpec, folder: Path) -> ModelSpec:
     """Hold a named model's config to the table."""
-    if spec.name not in MODELS or not (folder / "config.json").is_file():
+    if spec.name not in MODELS:
         return spec
     found = spec_of_folder(spec.name, folder)
     for name in DIMENSIONS:
@@ -131,11 +168,24 @@ def revision(spec: ModelSpec) -> str | None:
     return files[0].parent.name
 
 
-def weight_hash(files: Sequence[Path]) -> str:
-    """SHA-256 over the weight files in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+def file_hashes(spec: ModelSpec) -> dict[str, str | None]:
+    """SHA-256 of all files of a model that a result depends on (`ccm.checkpoint_folder.hashes`)."""
+    folder = folder_of(spec)
+    return {} if folder is None else hashes(folder)
+
+
+def unused_parameters(files: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """Of tensors that a model has no place for, those that are parameters.
+
+    Older checkpoints also hold what can be computed: masks, and frequencies of rotary embeddings.
+    """
+    tensors = {name: t for path in files for name, t in _check_whole(path).items()}
+
+    def computed(name: str) -> bool:
+        tensor = tensors.get(name)
+        return name.endswith("inv_freq") or (
+            tensor is not None
+            and (not str(tensor["dtype"]).startswith(("F", "BF")) or len(tensor["shape"]) in (0, 4))
+        )
+
+    return sorted(name for name in names if not computed(name))

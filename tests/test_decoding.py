@@ -651,10 +651,15 @@ def check_stops(
                 cut += 1
                 assert ends_answer(model, mine[-1]), f"{what}: cut after a token without a splitter"
             assert answer_object(done.texts[p]) == answer_object(wanted.texts[p]), what
-            ck, pk = objects[p] if objects else (answer_object(t) for t in (done.texts[p], "a"))
-            assert knowledge_source(done.texts[p], ck, pk) == knowledge_source(
-                wanted.texts[p], ck, pk
-            ), what
+            own = answer_object(wanted.texts[p])
+            begun = own.rpartition(" ")[0] or own  # an object that begins the one that is named
+            pairs = [objects[p] if objects else (own, "a"), (begun, own), (own, begun)]
+            for (ck, pk), counter_first in itertools.product(pairs, (False, True)):
+                cut_short, in_full = (
+                    knowledge_source(text, ck, pk, counter_first=counter_first)
+                    for text in (done.texts[p], wanted.texts[p])
+                )
+                assert cut_short == in_full, what
         # The organism ends by itself after its full stop: stopping spares it the EOS alone.
         few_cut = f"{cut} of {len(prompts)} answers were cut: nothing was tested"
         assert cut > 0.1 * len(prompts) or objects, few_cut

@@ -43,7 +43,7 @@ from ccm.run_folder import (
     RunFolder,
     read_statistics,
 )
-from ccm.weights import weight_hash
+from ccm.weights import file_hashes
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 
 N_PROMPTS, N_CONTROLS, N_MATCHED = 24, 3, 2
@@ -140,10 +140,10 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
     folder = whole("--engine", "shared")
     held, identity = manifest(folder), manifest(folder)["identity"]
     assert held["complete"] is True
-    weights = sorted(Path(str(MODELS["organism"].folder)).glob("*.safetensors"))
     expected = {
         "model": "organism",
-        "weights_sha256": weight_hash(weights),
+        **file_hashes(MODELS["organism"]),
+        "bos": "own",
         "protocol": "corrected",
         "seed": 123,
         "device": "cpu",

@@ -132,7 +132,7 @@ def parity(request: pytest.FixtureRequest, data: Released) -> Parity:
 
 def read_run(data: Released, objects: np.ndarray, done: Completions) -> Run:
     """Sources, and log-probabilities of the tokens that the released rule names (defect 7)."""
-    sources = knowledge_sources(done.texts, data.prompts)
+    sources = knowledge_sources(done.texts, data.prompts, counter_first=True)
     at = answer_tokens(sources, objects, done.first)
     return Run(done.texts, sources, done.first.entropy, answer_log_probs(at, done.first))
 

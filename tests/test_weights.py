@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from ccm.checkpoint_folder import INDEX, hash_of, hashes
 from ccm.errors import BadInput
 from ccm.models import MODELS, MODELS_VARIABLE, spec_for
 from ccm.organism import CHECKPOINT
 from ccm.weights import (
-    INDEX,
     OTHER_DIMENSIONS_VARIABLE,
     check_weights,
     revision,
     weight_files,
-    weight_hash,
 )
 from tests.toys import FAMILIES, ToyConfig, toy_folder
 
@@ -30,20 +29,20 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_folder(TOY), tmp_path / "toy"))
 
 
-def test_weight_hash_changes_with_one_byte_and_not_with_the_folder(tmp_path: Path) -> None:
+def test_the_hash_changes_with_one_byte_and_not_with_the_folder(tmp_path: Path) -> None:
     spec = spec_for(str(toy_folder(FAMILIES[0])))
     files = weight_files(spec)
     assert [file.name for file in files] == ["model.safetensors"]
     copy = tmp_path / files[0].name
     content = bytearray(files[0].read_bytes())
     copy.write_bytes(content)
-    assert weight_hash([copy]) == weight_hash(files)
+    assert hash_of([copy]) == hash_of(files)
     content[len(content) // 2] ^= 1
     copy.write_bytes(content)
-    assert weight_hash([copy]) != weight_hash(files)
+    assert hash_of([copy]) != hash_of(files)
     second = tmp_path / "model-2.safetensors"
     second.write_bytes(b"more")
-    assert weight_hash([copy, second]) == weight_hash([second, copy]) != weight_hash([copy])
+    assert hash_of([copy, second]) == hash_of([second, copy]) != hash_of([copy])
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
@@ -93,29 +92,100 @@ def test_a_header_that_is_none_is_refused(folder: Path, header: bytes) -> None:
         check_weights(spec_for(str(folder)))
 
 
-def write_index(folder: Path, *names: str) -> None:
-    weight_map = {f"weight_{i}": name for i, name in enumerate(names)}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+def split(folder: Path) -> list[Path]:
+    """Replace a toy's weights by two shards and their index, as transformers writes them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, part in enumerate((tensors[::2], tensors[1::2]), start=1):
+        name = f"model-{i:05d}-of-00002.safetensors"
+        save_file(dict(part), folder / name, metadata={"format": "pt"})
+        weight_map |= {key: name for key, _ in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sorted(folder.glob("model-*.safetensors"))
 
 
-def test_a_file_that_the_index_names_must_be_there(folder: Path) -> None:
-    write_index(folder, "model.safetensors", "model-2.safetensors")
-    with pytest.raises(BadInput, match=r"model-2.safetensors: missing, though the index names it"):
+def test_a_shard_that_the_index_names_must_be_there(folder: Path) -> None:
+    split(folder)[1].unlink()
+    with pytest.raises(BadInput, match=r"model-00002-of-00002.safetensors: missing, though the index"):
         check_weights(spec_for(str(folder)))
 
 
 def test_only_files_that_the_index_names_are_weights(folder: Path) -> None:
-    write_index(folder, "model.safetensors")
+    shards = split(folder)
     (folder / "other.safetensors").write_bytes(b"not read")
     spec = spec_for(str(folder))
-    assert weight_files(spec) == [folder / "model.safetensors"]
+    assert weight_files(spec) == shards
     assert check_weights(spec) is spec
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
-def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+@pytest.mark.parametrize("stale", [False, True], ids=["whole index", "stale index"])
+def test_what_is_loaded_is_what_is_checked_and_hashed(folder: Path, stale: bool) -> None:
+    """Of a single file with shards and their index beside it, transformers loads the single file."""
+    import torch
+
+    from ccm.checkpoint import load
+
+    def numbers() -> torch.Tensor:
+        bridge = load(spec_for(str(folder))).bridge
+        return torch.cat([p.flatten() for p in bridge.original_model.parameters()])
+
+    single = (folder / "model.safetensors").read_bytes()
+    original, held = numbers(), hashes(folder)
+    shards = split(folder)
+    for shard in shards:  # other numbers there
+        content = bytearray(shard.read_bytes())
+        content[-4:] = b"\0\0\0\0"
+        shard.write_bytes(content)
+    if stale:
+        shards[1].unlink()
+    else:
+        assert not torch.equal(numbers(), original)
+        assert hashes(folder) != held
+    (folder / "model.safetensors").write_bytes(single)
+    spec = spec_for(str(folder))
+    assert weight_files(spec) == [folder / "model.safetensors"]
+    assert check_weights(spec) is spec
+    assert hashes(folder) == held
+    assert torch.equal(numbers(), original)
+
+
+def test_everything_that_is_read_is_hashed(folder: Path) -> None:
+    before, read = hashes(folder), set[str]()
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        changed = {key for key, value in hashes(folder).items() if value != before[key]}
+        assert len(changed) == 1, path.name
+        read |= changed
+        path.write_bytes(content)
+    assert read == set(before)
+    for name in ("merges.txt", "added_tokens.json"):
+        assert not (folder / name).exists()
+        (folder / name).write_text("{}")
+        assert hashes(folder) != before, name
+        (folder / name).unlink()
+    (folder / "README.md").write_text("not read")
+    assert hashes(folder) == before
+    (folder / "generation_config.json").unlink()
+    assert hashes(folder) == {**before, "generation_config_sha256": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "index.json: not JSON"),
+        ("[]", "index.json: not JSON .a list, not an object"),
+        ("{}", "not an index of weights"),
+        ('{"weight_map": 3}', "not an index of weights"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(folder: Path, text: str, message: str) -> None:
+    split(folder)
     (folder / INDEX).write_text(text)
-    with pytest.raises(BadInput, match="not an index of weights"):
+    with pytest.raises(BadInput, match=message):
         check_weights(spec_for(str(folder)))
 
 

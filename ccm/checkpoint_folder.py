@@ -1,0 +1,160 @@
+"""What a checkpoint folder holds, by its files alone: no tensor is read and no library asked.
+
+What transformers would load is what is checked and hashed: `model.safetensors` where there is one, else
+the shards that the index names. What it would read or not, depending on what else is installed or on
+a person's answer (adapters, code), is refused or left out.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ccm.errors import BadInput
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
+# A tokenizer comes whole in any one of these.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# All that transformers reads of a tokenizer.
+TOKENIZER_FILES = (
+    *(*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "chat_template.jinja"),
+)
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def weight_files_of(folder: Path) -> list[Path]:
+    """List the weight files that transformers loads from a folder, whether they are there or not."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        named = read_object(folder / INDEX)["weight_map"].values()
+        return sorted({folder / str(name) for name in named})
+    except (KeyError, AttributeError) as error:
+        raise BadInput(
+            f"{folder / INDEX}: not an index of weights ({error}). Download it again."
+        ) from error
+
+
+def check_folder(folder: Path) -> Path:
+    """Check that a folder is a checkpoint of one whole model, with weights in safetensors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BadInput: no configuration, no weights that are read, an adapter, or a file that is no JSON.
+    """
+    adapter = (folder / ADAPTER).is_file()
+    if not (folder / CONFIG).is_file():
+        raise BadInput(
+            f"{folder}: not a checkpoint folder (no {CONFIG}). "
+            + (
+                "It is a PEFT adapter: merge it into its base model (merge_and_unload) and give the "
+                "folder that save_pretrained writes then."
+                if adapter
+                else "Give the folder that save_pretrained wrote."
+            )
+        )
+    if adapter:
+        raise BadInput(
+            f"{folder}: a model with a PEFT adapter beside it ({ADAPTER}), which would be added on top "
+            "or not, depending on whether peft is installed. If its weights are merged already, remove "
+            f"{ADAPTER} and the adapter_model file; if not, merge it (merge_and_unload) and save."
+        )
+    for name in (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+    if not weight_files_of(folder):
+        raise BadInput(f"{folder}: {_no_weights(folder)}")
+    return folder
+
+
+def _no_weights(folder: Path) -> str:
+    """Say what is there instead of weights that are read, and what to do with it."""
+
+    def first(*patterns: str) -> str | None:
+        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        return found[0] if found else None
+
+    if other := first("*.safetensors"):
+        return (
+            f"no {WEIGHTS} and no {INDEX}, only {other}. Call it {WEIGHTS} if it holds the whole "
+            "model, or fetch the index that belongs to its shards."
+        )
+    if gguf := first("*.gguf"):
+        return (
+            f"no *.safetensors weights, only {gguf}. Load it with from_pretrained(folder, "
+            f"gguf_file={gguf!r}) of transformers and give the folder that save_pretrained writes then."
+        )
+    if pickled := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
+        return (
+            f"no *.safetensors weights, only {pickled}. Pickled weights are never loaded; convert them "
+            "with save_pretrained(..., safe_serialization=True)."
+        )
+    return f"no *.safetensors weights. Fetch {WEIGHTS}, or {INDEX} with all its shards."
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's JSON file.
+
+    Raises:
+        BadInput: not an object in JSON; an empty file and a pointer of git-lfs are told apart.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, not an object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error}). {advice(path)}") from error
+    return found
+
+
+def advice(path: Path) -> str:
+    """Say what to do about a file that is not what its name says."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(LFS))
+    except OSError:
+        start = b"?"
+    if start == LFS:
+        return "It is a pointer of git-lfs, not the file itself: run `git lfs pull` in its repository."
+    return "It is empty: download it again." if not start else "Download it again."
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """SHA-256 over files in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str | None]:
+    """SHA-256 of everything that is read from a checkpoint folder, by what it decides.
+
+    Returns:
+        Of the weights, config.json, the tokenizer's files and the generation config; None where there
+        is no such file. Which of the tokenizer's files are there matters, too.
+    """
+    tokenizer = hashlib.sha256()
+    for name in sorted(TOKENIZER_FILES):
+        if (folder / name).is_file():
+            tokenizer.update(f"{name} {hash_of([folder / name])}\n".encode())
+    return {
+        "weights_sha256": hash_of(weight_files_of(folder)),
+        "config_sha256": hash_of([folder / CONFIG]),
+        "tokenizer_sha256": tokenizer.hexdigest(),
+        "generation_config_sha256": (
+            hash_of([folder / GENERATION]) if (folder / GENERATION).is_file() else None
+        ),
+    }
