@@ -25,6 +25,7 @@ from ccm.checkpoint import load
 from ccm.completions import Completions
 from ccm.errors import CcmError
 from ccm.models import spec_for
+from tests.exact import clear, margins
 from tests.strategies import activation_matrices, chunkings
 from tests.test_hooked import fed_back, naive
 from tests.tolerance import STATISTIC
@@ -173,7 +174,8 @@ def test_released_sigma_is_a_float16_sum(sigma: list[float], count: int) -> None
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
 def test_collect_covers_what_decoding_reads(config: ToyConfig) -> None:
     model = load(spec_for(str(toy_folder(config))))
-    prompts = token_prompts(6, config, max_len=5)
+    prompts = clear(model, token_prompts(6, config, max_len=5))
+    assert len(prompts) > 3
     rows: list[torch.Tensor] = []
     for prompt in prompts:
         hooked.decode(model, [prompt], observe=lambda r: rows.append(r.clone()))
@@ -181,11 +183,11 @@ def test_collect_covers_what_decoding_reads(config: ToyConfig) -> None:
     found, positions = collect(model, prompts)
     assert positions == len(every)
     span = every.max(axis=0) - every.min(axis=0)
-    # Batches of another size move float32 activations by 1e-6 of their size.
+    within = margins(model).a
     for name, wanted in (("mean", every.mean(0)), ("std", every.std(0)), ("min", every.min(0))):
-        STATISTIC.of(name).assert_close(getattr(found, name), wanted, scale=20 * span, what=config.id)
+        within.of(name).assert_close(getattr(found, name), wanted, what=config.id)
     off = np.abs(found.median - np.median(every, axis=0))
-    assert (off <= 2 * span / MEDIAN_BINS).all(), off / span
+    assert (off <= 2 * span / MEDIAN_BINS + within.atol).all(), off / span
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
