@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,10 @@ from ccm.ablation import ablation_values
 from ccm.arguments import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.facts import DATA_VARIABLE, pararel_folder
+from ccm.faults import fault
 from ccm.models import MODELS, device_for, dtype_for, spec_for
 from ccm.weights import check_weights, weight_files
+from tests.needs import NEEDS
 
 SEED = 123
 
@@ -35,6 +38,8 @@ class Options:
     max_prompts: int | None
     require_gpu: bool
     require_weights: bool
+    threads: int = 1
+    network: bool = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="figures, tables and reports go here (default: artifacts); where it is given, run folders "
         "are kept here, too, and resumed from",
+    )
+    group.addoption(
+        "--threads", type=int, default=1, help="of torch in tests, but for benchmarks (default: 1)"
     )
     group.addoption("--require-gpu", action="store_true", help="fail where a GPU is missing")
     group.addoption("--require-weights", action="store_true", help="fail where weights are missing")
@@ -72,13 +80,19 @@ def _options(config: pytest.Config) -> Options:
         values = ablation_values([v.strip() for v in config.getoption("--ablation-values").split(",")])
         device_for(config.getoption("--device"))
         dtype_for(config.getoption("--dtype"))
+        pararel_folder()
         facts, max_prompts = config.getoption("--facts"), config.getoption("--max-prompts")
         if facts not in (None, "pararel") and not Path(facts).is_dir():
             raise BadInput(f"--facts {facts!r}: no such folder. Allowed: pararel, or a folder.")
         if max_prompts is not None and max_prompts < 1:
             raise BadInput(f"--max-prompts {max_prompts}: out of range. Allowed: 1 and more.")
+        threads = config.getoption("--threads")
+        if threads < 1:
+            raise BadInput(f"--threads {threads}: out of range. Allowed: 1 and more.")
     except CcmError as error:
         raise pytest.UsageError(str(error)) from error
+    except Exception as error:
+        raise pytest.UsageError(fault(error, sys.argv)) from error
     artifacts = config.getoption("--artifacts")
     return Options(
         models=models,
@@ -91,6 +105,8 @@ def _options(config: pytest.Config) -> Options:
         max_prompts=max_prompts,
         require_gpu=config.getoption("--require-gpu"),
         require_weights=config.getoption("--require-weights"),
+        threads=threads,
+        network=config.getoption("--force-enable-socket"),
     )
 
 
@@ -104,15 +120,53 @@ def _device_of_worker(device: str) -> str:
 
 OPTIONS = pytest.StashKey[Options]()
 
+NO_NETWORK = {
+    "HF_HUB_OFFLINE": "1",
+    # Port 9 takes whatever comes, where anything listens there at all: a connection is refused at once.
+    **{f"{kind}_PROXY": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL")},
+    "NO_PROXY": "",
+}
+
+
+def _cut_off() -> None:
+    """Keep commands that tests start off the network; in tests themselves sockets are disabled."""
+    for name, value in NO_NETWORK.items():
+        os.environ[name] = value
+        if name.endswith("PROXY"):
+            os.environ[name.lower()] = value  # which many clients read first
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--force-enable-socket"):
+        _cut_off()
     config.stash[OPTIONS] = _options(config)
     # Toy matrices are too small to share: a second thread only waits for the first.
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.stash[OPTIONS].threads)
     # syrupy would delete the goldens of every test that a narrower selection leaves out.
     if any("::" in argument for argument in config.invocation_params.args):
         config.option.no_cleanup = True
         config.option.warn_unused_snapshots = True
+
+
+NUMERIC = {"tests.tolerance", "tests.exact"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that other kernels might fail: of files with margins, and those with goldens.
+
+    By what they import, so that no list of them can be forgotten.
+    """
+    for item in items:
+        module = getattr(item, "module", None)
+        if is_numeric(module) or "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("numeric")
+
+
+def is_numeric(module: object) -> bool:
+    """Whether a test file holds floats to margins: it has imported what they are made with."""
+    held = vars(module).values() if module is not None else ()
+    made_in = {getattr(v, "__module__", None) for v in held} | {type(v).__module__ for v in held}
+    return bool(made_in & NUMERIC)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,18 +197,29 @@ def _kept_together(nodeid: str, models: Sequence[str]) -> str:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     options = config.stash[OPTIONS]
     found = [name for name in MODELS if weight_files(spec_for(name, options.model_paths))]
-    try:
-        data = pararel_folder() or f"none ({DATA_VARIABLE} not set)"
-    except CcmError as error:
-        data = str(error)
+    data = pararel_folder() or f"none ({DATA_VARIABLE} not set)"
     packages = ("ccm", "torch", "transformers", "transformer_lens", "numpy")
     return [
         f"ccm: device {options.device} ({device_for(options.device)}), dtype {options.dtype}, "
-        f"seed {SEED}",
+        f"seed {SEED}, {options.threads} threads, kernels {torch.backends.cpu.get_cpu_capability()}",
         f"ccm: python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in packages),
         f"ccm: weights found: {', '.join(found) or 'none'}; data folder: {data}",
+        *(f"ccm: skipped here: {line}" for line in _skipped(config, options)),
     ]
+
+
+def _skipped(config: pytest.Config, options: Options) -> Iterator[str]:
+    """What a session on this machine leaves out, and what would run it."""
+    from reproduction.pairs import missing  # which imports from here
+
+    for model in options.models:
+        lacking = missing(model, options)
+        if lacking is not None:
+            yield f"{model}, {lacking[0]}"
+    yield from (f"what {need.reason}" for need in NEEDS if not need.there())
+    if not config.getoption("--benchmark-only"):
+        yield "benchmarks: tox -e bench"
 
 
 @pytest.fixture(scope="session")

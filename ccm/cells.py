@@ -14,6 +14,7 @@ from ccm.ablation import Ablation
 from ccm.completions import Completions, Shard, Tokens, Work, merge
 from ccm.knowledge import (
     SOURCES,
+    Source,
     answer_log_probs,
     answer_tokens,
     knowledge_sources,
@@ -36,6 +37,7 @@ class CellReader:
         plain: Completions,
         *,
         released: bool = False,
+        counter_first: bool = False,
     ) -> None:
         """Fix the tokens that log-probabilities are read at.
 
@@ -46,14 +48,20 @@ class CellReader:
             released: Name answer tokens by each run's own sources and most likely tokens. Otherwise
                 they are those of the plain run, so that a difference before - after is one of the
                 same token.
+            counter_first: As for `ccm.knowledge.knowledge_source`.
         """
         self.prompts, self.objects, self.released = prompts, objects, released
-        sources = knowledge_sources(plain.texts, prompts)
+        self.counter_first = counter_first
+        sources = self.sources(plain)
         self.plain_tokens = answer_tokens(sources, objects, plain.first)
+
+    def sources(self, done: Completions) -> list[Source]:
+        """Source of every continuation."""
+        return knowledge_sources(done.texts, self.prompts, counter_first=self.counter_first)
 
     def table(self, done: Completions) -> pd.DataFrame:
         """One cell: a row per prompt, in prompt order."""
-        sources = knowledge_sources(done.texts, self.prompts)
+        sources = self.sources(done)
         at = self.plain_tokens
         if self.released:
             at = answer_tokens(sources, self.objects, done.first)

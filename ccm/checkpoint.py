@@ -337,9 +337,12 @@ def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | N
             "Allowed: decoder-only checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families "
             "and others that it knows."
         )
+    from huggingface_hub.errors import GatedRepoError
+
+    # A hub may put a gate before any model, and take it away.
     gate = (
         " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
-        if spec.gated
+        if spec.gated or isinstance(error, GatedRepoError)
         else ""
     )
     lacking = unfinished(spec)

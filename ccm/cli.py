@@ -1,12 +1,19 @@
 """The command line: thin, every subcommand a few calls into the package.
 
-Exit codes: 0 done, 2 input that cannot be used (one line on stderr, no traceback), 130 interrupted.
+Exit codes: 0 done; 1 a fault of ccm itself (one line on stderr says where its traceback is); 2 what
+cannot be used, or done here (one line, no traceback); 129, 130 and 143 stopped by SIGHUP, SIGINT and
+SIGTERM; 141 nobody reads what is printed, as behind `| head`. `--debug` shows any traceback.
 """
 
 import argparse
 import logging
+import os
+import select
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +31,8 @@ from ccm.arguments import (
     share,
 )
 from ccm.errors import BadInput, CcmError
+from ccm.faults import fault
+from ccm.stopping import Stopping
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,44 +43,134 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
-    logging.getLogger("ccm").addHandler(notes)
-    try:
-        _check_not_empty(given)
-        options.run(options)
-    except CcmError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        from ccm.memory import out_of_memory
+    """Run the command line and return its exit code.
 
-        if not out_of_memory(error):
+    Args:
+        arguments: What was given; None: what this process was started with, which is all it does.
+    """
+    alone = arguments is None
+    given = sys.argv[1:] if arguments is None else arguments
+    if alone and isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any name can be printed
+    options = argparse.Namespace()
+    with Stopping(lambda: _say(_interrupted(options), below_bar=True)) as stopping:
+        try:
+            _do(given, options)
+        except SystemExit:
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        print(
-            f"\n{PROGRAM}: out of memory ({reason}); {_resumes(options)}. {_less_memory(options)}.",
-            file=sys.stderr,
-        )
-        return 2
-    except OSError as error:  # a full disk, a folder that went away
-        print(f"{PROGRAM}: {error}. Nothing half-written is left.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        # Below a progress bar.
-        print(f"\n{PROGRAM}: interrupted; {_resumes(options)}.", file=sys.stderr)
-        return 130
-    finally:
-        logging.getLogger("ccm").removeHandler(notes)
+        except BaseException as error:
+            if _debug(options):
+                _write("".join(traceback.format_exception(error)))
+            # A step that was interrupted may have made another error of it.
+            return _end(stopping.stopped or error, options, given)
+        finally:
+            if alone:
+                stopping.finish()
+                _let_go_of_output()
     return 0
+
+
+def _do(given: Sequence[str], options: argparse.Namespace) -> None:
+    """Parse the arguments and do what they say."""
+    parser().parse_args(given, options)
+    _check_not_empty(given)
+    notes = _Notes()
+    logging.getLogger(PROGRAM).addHandler(notes)
+    try:
+        options.run(options)
+    finally:
+        logging.getLogger(PROGRAM).removeHandler(notes)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # a reader that went away is found here, and not when the process ends
+
+
+class _Notes(logging.Handler):
+    """Says what the package notes beside its results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+def _end(error: BaseException, options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Say in one line how a command ended, and return its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        _say(_interrupted(options), below_bar=True)
+        return getattr(error, "code", 130)
+    if isinstance(error, CcmError):
+        _say(str(error))
+        return 2
+    if isinstance(error, BrokenPipeError) and _is_output_gone():
+        return 141
+    if _is_out_of_memory(error):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        ways = _less_memory(options)
+        _say(f"out of memory ({reason}); {_resumes(options)}. {ways}.", below_bar=True)
+        return 2
+    if isinstance(error, OSError):  # a full disk, a folder that went away
+        _say(f"{error}. Nothing half-written is left.")
+        return 2
+    if isinstance(error, ImportError) and not str(error.name).startswith("ccm"):
+        _say(f"{error}. Install what is missing; --debug shows what needs it.")
+        return 2
+    _say(fault(error, [PROGRAM, *given], shown=_debug(options)))
+    return 1
+
+
+def _debug(options: argparse.Namespace) -> bool:
+    return getattr(options, "debug", False)
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    return f"interrupted; {_resumes(options)}."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """As `ccm.memory.out_of_memory`, without importing torch where it cannot have been torch."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from ccm.memory import out_of_memory
+
+    return out_of_memory(error)
+
+
+def _is_output_gone() -> bool:
+    """Whether who read what is printed, like `head`, has gone: it may be another pipe that broke."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    ends = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            ends.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
+
+
+def _let_go_of_output() -> None:
+    """Write nowhere what nobody can take: at its end, Python would complain about it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (ValueError, AttributeError):  # closed, or never there
+            continue
+
+
+def _say(line: str, *, below_bar: bool = False) -> None:
+    """Print one line on stderr."""
+    _write("\n" * below_bar + f"{PROGRAM}: {' '.join(line.splitlines())}\n")
+
+
+def _write(text: str) -> None:
+    """Write to stderr, and never fail at it: a terminal may be gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _resumes(options: argparse.Namespace) -> str:
     """Say what is left of a command that did not end."""
-    if options.run is subcommands.run and options.out is not None:
+    if getattr(options, "run", None) is subcommands.run and options.out is not None:
         return f"the same command with --out {options.out} goes on from here"
     return "no result"
 
@@ -151,12 +250,12 @@ def parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=subcommands.merge)
 
     figures = commands.add_parser("figures", help="figures and tables of finished runs")
-    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
     figures.set_defaults(run=subcommands.figures)
 
     report = commands.add_parser("report", help="one page of finished runs: figures, tables, numbers")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one a model")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
     report.add_argument(
         "--tolerance",
@@ -202,4 +301,12 @@ def parser() -> argparse.ArgumentParser:
     )
     rehearse_options(rehearse)
     rehearse.set_defaults(run=subcommands.rehearse)
+    for command in (top, *commands.choices.values()):
+        # Nothing by default: a command's own would undo what stands before it.
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="where something goes wrong, show the traceback",
+        )
     return top

@@ -13,6 +13,27 @@ class NotAvailable(CcmError):
     """Something that is not on this machine: weights, data, CUDA, the network."""
 
 
+class CannotWrite(CcmError):
+    """A file that the system would not let be written: a full disk, a quota, missing rights."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        """Say which file, in the system's words why, and what to do.
+
+        Args:
+            path: The file or folder.
+            reason: Why.
+        """
+        self.reason = reason
+        super().__init__(
+            f"{path}: cannot be written ({reason}). Nothing half-written is left; make room or mend "
+            "that, and give the same command again: a run goes on where it stopped."
+        )
+
+
+class InUse(CcmError):
+    """A run folder that another process is writing to."""
+
+
 class PremiseBroken(CcmError):
     """A model that is not what the method assumes (see `ccm.premise`), or is run wrongly (`ccm.trial`)."""
 

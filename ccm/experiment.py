@@ -5,9 +5,11 @@ killed goes on where it stopped and ends with the same bytes.
 """
 
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,11 @@ from ccm.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.completions import Completions, Work, merge
 from ccm.effects import evenly_spaced
 from ccm.knowledge import (
+    nested_objects,
     object_tokens,
 )
 from ccm.loaded import LoadedModel
+from ccm.locking import locked, refuse_if_locked
 from ccm.memory import check_memory, default_budget, needed_bytes
 from ccm.models import dtype_for
 from ccm.neurons import controls, measure, select
@@ -43,6 +47,7 @@ from ccm.plan import Plan, Protocol, RunConfig, asked, identity, make_plan
 from ccm.probing import build_prompts, prompt_table, table_prompts
 from ccm.prompts import (
     ProbingPrompt,
+    split_objects,
 )
 from ccm.released_stats import read_released_statistics
 from ccm.run_folder import (
@@ -55,6 +60,7 @@ from ccm.run_folder import (
     SINGULAR_VALUES,
     RunFolder,
     ShardStore,
+    check_folder,
     read_json,
     read_statistics,
     read_table,
@@ -66,6 +72,9 @@ from ccm.spreading import spread_over_devices
 from ccm.summary import scores_of_run
 from ccm.trial import check_engine
 from ccm.weights import n_parameters, revision, unfinished, weight_files
+from ccm.wording import never_recalled
+
+_log = logging.getLogger(__name__)
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -85,14 +94,16 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     """
     if config.share is not None:
         raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
-    folder, plan_ = open_folder(config, out)
-    if not folder.has(SCORES):
+    with open_folder(config, out) as (folder, plan_):
         clock = Clock(folder)
-        prompts = decode_everything(folder, plan_, clock)
-        finish(folder, plan_.protocol, prompts)
-        clock("scores")
-        folder.note(complete=True)
-    return read_scores(folder)
+        if folder.missing():  # a file that was removed from a finished run is made again
+            folder.note(complete=False)
+            prompts = decode_everything(folder, plan_, clock)
+            finish(folder, plan_.protocol, prompts)
+        if not folder.manifest["complete"]:
+            clock("scores")
+            folder.note(complete=True)
+        return read_scores(folder)
 
 
 def run_share(config: RunConfig, out: Path) -> RunFolder:
@@ -100,15 +111,22 @@ def run_share(config: RunConfig, out: Path) -> RunFolder:
 
     Every share prepares prompts, measures and statistics for itself, and to the same bytes.
     """
-    folder, plan_ = open_folder(config, out)
-    if not folder.manifest["complete"]:
-        decode_everything(folder, plan_, Clock(folder))
-        folder.note(complete=True)
-    return folder
+    with open_folder(config, out) as (folder, plan_):
+        if not folder.manifest["complete"] or folder.missing():
+            folder.note(complete=False)
+            decode_everything(folder, plan_, Clock(folder))
+            folder.note(complete=True)
+        return folder
 
 
-def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
-    """Check what is asked for, see that its weights are here and fit, and open the run folder."""
+@contextmanager
+def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]]:
+    """Check what is asked for, see that its weights are here and fit, and hold the run folder open.
+
+    Raises:
+        CcmError: before any long work; `InUse` where another process is at work in the folder.
+    """
+    refuse_if_locked(out)
     plan_ = make_plan(config)
     # Before the folder is made: what cannot be had must leave no trace of a run.
     if unfinished(plan_.spec):
@@ -118,12 +136,15 @@ def open_folder(config: RunConfig, out: Path) -> tuple[RunFolder, Plan]:
         dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
         needed = needed_bytes(plan_.spec, parameters, dtype)
         check_memory(plan_.spec.name, needed, plan_.device, dtype)
-    folder = RunFolder(out, identity(plan_))
-    if "memory_budget" not in folder.manifest:
-        # Kept, because parts cut otherwise would round otherwise when the run is resumed.
-        budget = config.memory_budget or default_budget(plan_.device)
-        folder.note(memory_budget=budget, work=Work(), asked=asked(config))
-    return folder, plan_
+    known = identity(plan_)
+    check_folder(out)
+    with locked(out):
+        folder = RunFolder(out, known)
+        if "memory_budget" not in folder.manifest:
+            # Kept, because parts cut otherwise would round otherwise when the run is resumed.
+            budget = config.memory_budget or default_budget(plan_.device)
+            folder.note(memory_budget=budget, work=Work(), asked=asked(config))
+        yield folder, plan_
 
 
 def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
@@ -196,6 +217,9 @@ class Clock:
 def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[ProbingPrompt]:
     """Build the probing prompts, or read them back."""
     if not folder.has(PROMPTS):
+        split = split_objects([fact.object for fact in plan_.facts.facts])
+        if split.count:
+            _log.warning(f"{never_recalled(vars(split))}. The manifest names all.")
         built = build_prompts(
             model,
             plan_.facts,
@@ -211,13 +235,14 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
         # Groups of all relations: filters may leave one without a prompt.
         groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
         folder.note(
-            facts={**built.counts, "relation_groups": groups},
+            facts={**built.counts, "relation_groups": groups, "objects_with_splitter": split},
             prompts=len(prompts),
+            nested_objects=nested_objects(prompts),
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )
         write_table(folder.path / PROMPTS, table)
-        for stage in ("answers", "first_tokens"):
-            ShardStore(folder.path, stage).clear()
+    for stage in ("answers", "first_tokens"):
+        ShardStore(folder.path, stage).clear()
     return table_prompts(read_table(folder.path / PROMPTS))
 
 
@@ -240,7 +265,8 @@ def _decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Comple
 
 def neurons_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> tuple[int, ...]:
     """Measure the last layer's neurons and choose the entropy set."""
-    if "entropy_neurons" not in folder.manifest or not folder.has(MEASURES):
+    tables = (SINGULAR_VALUES, RHO_BY_LAYER, MEASURES)
+    if "entropy_neurons" not in folder.manifest or not all(folder.has(name) for name in tables):
         measures = measure(model.W_U, model.W_out, model.final_norm, plan_.null_space_dims)
         chosen = plan_.config.neurons or select(measures, plan_.k, plan_.min_rho)
         table = measures.table()
@@ -335,12 +361,12 @@ def ablations_step(
 def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
     """Make the cells of a shared decode from its shards."""
     store = ShardStore(folder.path)
-    shards = store.read()
-    if shards:
-        decoded = merge(shards)
-        paths = [folder.cell("", "plain")]
-        for value in folder.manifest["identity"]["ablation_values"]:
-            paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
+    paths = [folder.cell("", "plain")]
+    for value in folder.manifest["identity"]["ablation_values"]:
+        paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
+    # Not read where all cells are there: a start before may have removed some shards already.
+    if not all(path.is_file() for path in paths):
+        decoded = merge(store.read())
         runs = (decoded.completions(i) for i in range(len(paths)))
         # What was asked for begins with the first tokens of both objects.
         write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
@@ -358,6 +384,12 @@ def write_cells(
     reader: CellReader | None = None
     for path, done in zip(paths, runs, strict=True):
         if reader is None:
-            reader = CellReader(prompts, objects, done, released=protocol.released_tokens)
+            reader = CellReader(
+                prompts,
+                objects,
+                done,
+                released=protocol.released_tokens,
+                counter_first=protocol.counter_first,
+            )
         if not path.is_file():
             write_table(path, reader.table(done))

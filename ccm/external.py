@@ -13,7 +13,7 @@ import pandas as pd
 from ccm.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
 from ccm.errors import BadInput
 from ccm.facts import check_distinct, read_table
-from ccm.prompts import ProbingPrompt
+from ccm.prompts import ProbingPrompt, SplitObjects, split_objects
 
 PROMPT_COLUMNS = (
     "knowledge_probing_prompt",
@@ -65,6 +65,17 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
         )
         for row in table.to_dict("records")
     ]
+
+
+def split_columns(prompts: Sequence[ProbingPrompt]) -> dict[str, SplitObjects]:
+    """Find, by column, the objects of a prompts CSV that no answer can name."""
+    objects = (
+        [prompt.counter_object for prompt in prompts],
+        [prompt.parametric_object for prompt in prompts],
+    )
+    return {
+        column: split_objects(names) for column, names in zip(PROMPT_COLUMNS[1:], objects, strict=True)
+    }
 
 
 def read_statistics_npz(path: Path) -> ActivationStatistics:

@@ -5,6 +5,7 @@ table those of `relation_groups.xlsx` (one row a relation). The organism's own f
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +20,36 @@ RELATION_COLUMNS = ("relation", "relation_group_id", "object_generation_descript
 EXAMPLE_COLUMNS = ("generation_statement_1", "generation_subject_1", "generation_object_1")
 
 DATA_VARIABLE = "CCM_DATA_DIR"
-STATEMENTS_FILE = "pararel_statements.csv"
-GROUPS_FILE = "relation_groups.xlsx"
-CHECKSUMS: Mapping[str, str] = {
-    STATEMENTS_FILE: "5d16f8ae464000f46af6bb55c22d6c87aaed2fcd20347f2761b9e21ca6bef66b",
-    GROUPS_FILE: "0e094930c06da69fcb90cb2ae271e20b6a70d43bb5e926ba96da3faa73d44102",
-}
-# The checksums pin the content, whatever the branch points at.
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedFile:
+    """A data file of the paper's authors; a folder may hold it under either of its names."""
+
+    name: str  # here, and in the cache
+    published_as: str  # in the authors' repository
+    sha256: str
+
+    @property
+    def names(self) -> str:
+        """Both names, for messages."""
+        return f"{self.name} (or {self.published_as})"
+
+
+STATEMENTS = ReleasedFile(
+    "pararel_statements.csv",
+    "raw_pararel_with_correctly_reformatted_statements.csv",
+    "5d16f8ae464000f46af6bb55c22d6c87aaed2fcd20347f2761b9e21ca6bef66b",
+)
+GROUPS = ReleasedFile(
+    "relation_groups.xlsx",
+    "relation_groups_by_row_with_rel_gen_desc.xlsx",
+    "0e094930c06da69fcb90cb2ae271e20b6a70d43bb5e926ba96da3faa73d44102",
+)
+RELEASED = (STATEMENTS, GROUPS)
 REPOSITORY = "https://raw.githubusercontent.com/Zineddine-Tighidet/Context-Copying-Modulation"
-REPOSITORY_FOLDER = "main/input_data/knowledge-probing-data"
+COMMIT = "0e64fbc988c243264794bd8985b0c555fa8e234e"
+REPOSITORY_FOLDER = "input_data/knowledge-probing-data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +202,24 @@ def pararel_folder() -> Path | None:
     """Return the folder that `CCM_DATA_DIR` names, or None without it.
 
     Raises:
-        BadInput: the variable is set but the two files are not there.
+        BadInput: the variable is set but one of the two files is not there, under neither name.
     """
     value = os.environ.get(DATA_VARIABLE)
     if not value:
         return None
     folder = Path(value)
-    for name in CHECKSUMS:
-        if not (folder / name).is_file():
+    for file in RELEASED:
+        if not _found(folder, file):
             raise BadInput(
-                f"{DATA_VARIABLE}={value}: no {name} there. Point it at the folder that holds "
-                f"{STATEMENTS_FILE} and {GROUPS_FILE}, or unset it to download them."
+                f"{DATA_VARIABLE}={value}: no {file.names} there. Point it at the folder that holds "
+                f"{' and '.join(f.names for f in RELEASED)}, or unset it to download them."
             )
     return folder
+
+
+def _found(folder: Path, file: ReleasedFile) -> list[Path]:
+    """Where a folder holds a released file: under none, one or both of its names."""
+    return [path for name in (file.name, file.published_as) if (path := folder / name).is_file()]
 
 
 def _sha256(path: Path) -> str:
@@ -209,32 +236,54 @@ def load_pararel() -> FactSet:
         NotAvailable: they have to be downloaded and cannot be.
     """
     folder = pararel_folder()
-    if folder is None:
-        paths = {name: _download(name) for name in CHECKSUMS}
-    else:
-        paths = {name: folder / name for name in CHECKSUMS}
-        for name, path in paths.items():
-            if (found := _sha256(path)) != CHECKSUMS[name]:
-                raise BadInput(
-                    f"{path}: SHA-256 {found[:12]}..., expected {CHECKSUMS[name][:12]}.... It is not "
-                    "the released file; for facts of your own use --facts FOLDER."
-                )
-    facts = read_facts(paths[STATEMENTS_FILE], duplicates=True)
-    return fact_set("pararel", facts, read_relations(paths[GROUPS_FILE]))
+    statements, groups = (
+        _download(file) if folder is None else _checked(folder, file) for file in RELEASED
+    )
+    return fact_set("pararel", read_facts(statements, duplicates=True), read_relations(groups))
 
 
-def _download(name: str) -> Path:
-    """Fetch one released file into the user's cache, checked against its checksum."""
+def _checked(folder: Path, file: ReleasedFile) -> Path:
+    """Find a released file in a folder; where both names are there, the one that is it."""
+    sums = {path: _sha256(path) for path in _found(folder, file)}
+    for path, found in sums.items():
+        if found == file.sha256:
+            return path
+    path, found = next(iter(sums.items()))
+    raise BadInput(
+        f"{path}: SHA-256 {found[:12]}..., expected {file.sha256[:12]}.... It is not the released "
+        f"{file.names}. Unset {DATA_VARIABLE} to download that; facts of your own: --facts FOLDER."
+    )
+
+
+def _download(file: ReleasedFile) -> Path:
+    """Fetch one released file into the user's cache, checked against its checksum.
+
+    Whatever lies in the cache under its name and is not it (half a file, another one) is fetched anew.
+    """
     import pooch
 
-    url = f"{REPOSITORY}/{REPOSITORY_FOLDER}/{name}"
+    url = f"{REPOSITORY}/{COMMIT}/{REPOSITORY_FOLDER}/{file.published_as}"
+    cache = Path(pooch.os_cache("ccm"))
+    by_hand = (
+        f"Download {url} by hand and set {DATA_VARIABLE} to its folder (there it may be called "
+        f"{file.names}), or give facts of your own with --facts FOLDER."
+    )
+    path = cache / file.name
+    if path.is_file() and _sha256(path) == file.sha256:
+        return path
     try:
-        return Path(
-            pooch.retrieve(url, known_hash=CHECKSUMS[name], fname=name, path=pooch.os_cache("ccm"))
-        )
-    except Exception as error:  # pooch lets every kind of network error through
-        reason = f"{type(error).__name__}: {error}"[:80]  # requests repeats the address, and more
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=cache).close()
+    except OSError as error:
         raise NotAvailable(
-            f"{name}: cannot be downloaded ({reason}) from {url}. Download it by hand and set "
-            f"{DATA_VARIABLE} to its folder, or give facts of your own with --facts FOLDER."
+            f"{cache}: cannot be written to ({type(error).__name__}: {error.strerror}), and that is "
+            f"where {file.name} is downloaded to. Set XDG_CACHE_HOME to a folder of yours. {by_hand}"
         ) from error
+    try:
+        return Path(pooch.retrieve(url, known_hash=file.sha256, fname=file.name, path=cache))
+    except Exception as error:  # pooch lets every kind of network error through
+        # requests repeats the address, and more; what is on a second line is nobody's next step.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
+        if isinstance(error, ValueError) and "hash" in str(error):
+            reason = f"what came is not the file with SHA-256 {file.sha256[:12]}...; a proxy's page?"
+        raise NotAvailable(f"{file.name}: cannot be downloaded ({reason}). {by_hand}") from error

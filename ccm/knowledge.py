@@ -20,32 +20,76 @@ SOURCES: tuple[Source, ...] = get_args(Source)  # the order of the paper's table
 RATIOS = (("CK", "PK"), ("ND", "CK"), ("ND", "PK"))
 
 
-def _names(text: str, object_: str) -> bool:
-    """Whether the first words of an answer are the object's words."""
-    words = same_name(object_).split(" ")
-    return same_name(answer_object(text)).split(" ")[: len(words)] == words
+def _words(object_: str) -> list[str]:
+    return same_name(object_).split(" ")
+
+
+def _begins(first: Sequence[str], words: Sequence[str]) -> bool:
+    return list(words[: len(first)]) == list(first)
 
 
 @lru_cache(maxsize=1 << 16)  # many sets give a prompt the same answer
-def knowledge_source(text: str, counter_object: str, parametric_object: str) -> Source:
-    """Classify a continuation: CK if it names the counter-object, else PK, else ND.
+def knowledge_source(
+    text: str, counter_object: str, parametric_object: str, *, counter_first: bool = False
+) -> Source:
+    """Classify a continuation: CK or PK if its first words are that object's, else ND.
+
+    Both are where one object begins the other: then the one of more words is what the answer names,
+    and CK where they are the same. The published rule asks for CK first, so that "New York City" is
+    never PK beside a counter-object "New York".
 
     >>> knowledge_source(" Italy. Paris", counter_object="Italy", parametric_object="France")
     'CK'
+
+    Args:
+        text: The continuation; what follows the first splitter match does not count.
+        counter_object: CK.
+        parametric_object: PK.
+        counter_first: CK wherever the first words are the counter-object's, as published.
     """
-    if _names(text, counter_object):
-        return "CK"
-    if _names(text, parametric_object):
-        return "PK"
-    return "ND"
+    answer, counter, parametric = map(_words, (answer_object(text), counter_object, parametric_object))
+    ck, pk = _begins(counter, answer), _begins(parametric, answer)
+    if ck and pk:
+        return "PK" if len(parametric) > len(counter) and not counter_first else "CK"
+    return "CK" if ck else "PK" if pk else "ND"
 
 
-def knowledge_sources(texts: Sequence[str], prompts: Sequence[ProbingPrompt]) -> list[Source]:
-    """Classify every continuation."""
+def knowledge_sources(
+    texts: Sequence[str], prompts: Sequence[ProbingPrompt], *, counter_first: bool = False
+) -> list[Source]:
+    """Classify every continuation, as `knowledge_source` does one."""
     return [
-        knowledge_source(text, prompt.counter_object, prompt.parametric_object)
+        knowledge_source(
+            text, prompt.counter_object, prompt.parametric_object, counter_first=counter_first
+        )
         for text, prompt in zip(texts, prompts, strict=True)
     ]
+
+
+NESTED_PAIRS = 20  # as many are named
+
+
+@dataclass(frozen=True)
+class NestedObjects:
+    """Prompts of which one object begins the other: an answer may name both (Method 8)."""
+
+    prompts: int
+    counter_begins: int  # of them, where the counter-object is the shorter: only there rules differ
+    pairs: tuple[tuple[str, str], ...]  # (CK, PK), distinct, the first `NESTED_PAIRS`
+
+
+def nested_objects(prompts: Sequence[ProbingPrompt]) -> NestedObjects:
+    """Find the prompts whose two objects are unlike, and one of them the first words of the other."""
+    pairs, shorter, nested = dict[tuple[str, str], tuple[str, str]](), 0, 0
+    for prompt in prompts:
+        counter, parametric = _words(prompt.counter_object), _words(prompt.parametric_object)
+        if counter == parametric or not (_begins(counter, parametric) or _begins(parametric, counter)):
+            continue
+        nested += 1
+        shorter += len(counter) < len(parametric)
+        pair = prompt.counter_object, prompt.parametric_object
+        pairs.setdefault((same_name(pair[0]), same_name(pair[1])), pair)
+    return NestedObjects(nested, shorter, tuple(pairs.values())[:NESTED_PAIRS])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import gc
 
 import torch
 
+from ccm import limits
 from ccm.errors import NotAvailable
 from ccm.loaded import VOCAB_CHUNK
 from ccm.models import ModelSpec
@@ -14,10 +15,20 @@ JOINT_QKV = ("gpt2", "gpt_neox")  # architectures with one matrix of queries, ke
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, bytes; on a GPU also what torch holds ready for reuse."""
+    """Memory that is free on a device, bytes.
+
+    On a GPU also what torch holds ready for reuse; on the CPU no more than a container's or a batch
+    job's limit leaves (see `ccm.limits`).
+    """
     if device.type == "cuda":
         ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + ready
+    left, free = limits.memory_left(), _machine_bytes()
+    return free if left is None else min(free, left)
+
+
+def _machine_bytes() -> int:
+    """What is free of the machine's memory, whatever of it this process may use."""
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -72,7 +83,12 @@ def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtyp
         ways = ["--dtype bfloat16"] if dtype == torch.float32 else []
         if device.type == "cuda" and torch.cuda.device_count() > 1:
             ways.append("ccm run --device-map auto")
-        ways.append("a machine with more memory" if device.type == "cpu" else "another device")
+        if device.type != "cpu":
+            ways.append("another device")
+        elif (limits.memory_left() or needed) < needed <= _machine_bytes():
+            ways.append("a higher memory limit for this container or job: the machine has enough")
+        else:
+            ways.append("a machine with more memory")
         raise NotAvailable(
             f"{name} in {str(dtype).removeprefix('torch.')}: needs {needed / GIB:.3g} GiB on {device}, "
             f"free {free / GIB:.3g} GiB. Use {' or '.join(ways)}."

@@ -2,35 +2,33 @@
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ccm.completions import Work
 from ccm.errors import BadInput
-from ccm.experiment import finish, read_scores
+from ccm.experiment import Clock, finish, read_scores
+from ccm.locking import locked, refuse_if_locked
 from ccm.plan import PROTOCOLS
 from ccm.probing import table_prompts
 from ccm.run_folder import (
-    ACTIVATION_STATS,
+    FILES,
     MANIFEST,
-    MEASURES,
     PROMPT_EFFECTS,
     PROMPTS,
-    RHO_BY_LAYER,
-    SCORES,
-    SET_EFFECTS,
-    SINGULAR_VALUES,
     RunFolder,
     ShardStore,
+    check_folder,
     read_json,
     read_table,
+    write_atomically,
 )
 
-# What every share made for itself and must have made alike, and what it was told.
-FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
+# What every share was told or made for itself, and must have made alike.
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
-    *("sets", "effects"),
+    *("nested_objects", "sets", "effects"),
 )
 KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
 
@@ -49,6 +47,7 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         BadInput: a share that is missing, there twice, not finished, or of another run; prompts that
             no share decoded, or two did. Nothing is written then.
     """
+    refuse_if_locked(out)
     manifests = [_manifest(folder) for folder in folders]
     _check_complete(folders, manifests)
     _check_alike(folders, manifests)
@@ -59,32 +58,50 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         missing = sorted(set(range(total)) - set(seen))
         what = f"prompt {missing[0]} is missing" if missing else "a prompt is there twice"
         raise BadInput(f"{len(folders)} shares: {what}. Run the share again in a new folder.")
-    merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
-    if not merged.has(SCORES):
-        for name in _files(manifests[0]):
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folders[0] / name, out / name)
-        work = Work()
-        for manifest in manifests:
-            work.add(Work(**manifest["work"]))
-            for stage, seconds in manifest["timings_s"].items():
-                merged.time(stage, seconds)
-        merged.note(
-            **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
-            work=work,
-            shares=len(folders),
-        )
-        noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
-        if noise:  # lower precisions measure none
-            merged.note(batch_noise=max(noise))
-        store = ShardStore(out)
-        for source in stores:
-            for shard in source.read():
-                store.write(shard)
-        protocol = PROTOCOLS[merged.manifest["identity"]["protocol"]]
-        finish(merged, protocol, table_prompts(read_table(out / PROMPTS)))
-        merged.note(complete=True)
-    return read_scores(merged)
+    check_folder(out)
+    with locked(out):
+        merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
+        clock = Clock(merged)
+        if merged.missing():
+            merged.note(complete=False)
+            _join(folders, manifests, stores, merged)
+        if not merged.manifest["complete"]:
+            clock("scores")
+            merged.note(complete=True)
+        return read_scores(merged)
+
+
+def _join(
+    folders: Sequence[Path],
+    manifests: Sequence[dict[str, Any]],
+    stores: Sequence[ShardStore],
+    merged: RunFolder,
+) -> None:
+    """Copy what all shares have alike and gather what each decoded, then go on as a run does."""
+    for name in _files(manifests[0]):
+        write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
+    work, timings = Work(), dict[str, float]()
+    for manifest in manifests:
+        work.add(Work(**manifest["work"]))
+        for stage, seconds in manifest["timings_s"].items():
+            timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
+    merged.note(
+        **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
+        work=work,
+        timings_s=timings,
+        done=list(timings),
+        shares=len(folders),
+    )
+    noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
+    if noise:  # lower precisions measure none
+        merged.note(batch_noise=max(noise))
+    store = ShardStore(merged.path)
+    store.clear()  # of an earlier start, or of a run in one piece that was not finished
+    for source in stores:
+        for shard in source.read():
+            store.write(shard)
+    protocol = PROTOCOLS[merged.manifest["identity"]["protocol"]]
+    finish(merged, protocol, table_prompts(read_table(merged.path / PROMPTS)))
 
 
 def _files(manifest: dict[str, Any]) -> list[str]:

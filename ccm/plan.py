@@ -32,11 +32,12 @@ class Protocol:
     float16_sigma: bool = False  # defect 3
     released_tokens: bool = False  # defect 7
     nd_ratio_of_pk: bool = False  # defect 1
+    counter_first: bool = False  # CK where an answer names both objects, even if PK is the longer
 
 
 PROTOCOLS = {
     "corrected": Protocol("corrected"),
-    "released": Protocol("released", True, True, True, True, True),
+    "released": Protocol("released", True, True, True, True, True, True),
 }
 
 

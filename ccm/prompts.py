@@ -32,6 +32,33 @@ def same_name(name: str) -> str:
     return name.strip().lower()
 
 
+def holds_splitter(name: str) -> bool:
+    """Whether no answer can name an object, because every answer ends before the splitter in it.
+
+    >>> holds_splitter("St. Louis"), holds_splitter("Saint Louis")
+    (True, False)
+    """
+    return SPLITTER.search(name.strip()) is not None
+
+
+@dataclass(frozen=True)
+class SplitObjects:
+    """Objects that no answer can name: they are never recalled, and never matched."""
+
+    count: int  # facts or prompts whose object is one
+    of: int  # facts or prompts
+    names: tuple[str, ...]  # distinct, in the first spelling of each
+
+
+def split_objects(names: Sequence[str]) -> SplitObjects:
+    """Find the objects that hold a splitter, among those of facts or of prompts."""
+    held = [name for name in names if holds_splitter(name)]
+    spelling: dict[str, str] = {}
+    for name in held:
+        spelling.setdefault(same_name(name), name)
+    return SplitObjects(len(held), len(names), tuple(spelling.values()))
+
+
 # --- parametric prompts -----------------------------------------------------------------------
 
 

@@ -14,14 +14,17 @@ from ccm.answers import Answer, answers_of, key_numbers
 from ccm.command import command_of
 from ccm.errors import BadInput
 from ccm.figures.canvas import SINGLE, VALUE_LABELS
-from ccm.figures.gallery import Drawn, Entry, check_distinct, draw, figures_across, figures_of_run
+from ccm.figures.gallery import Drawn, Entry, draw, figures_across, figures_of_run
 from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.markup import escape_markdown
 from ccm.models import MODELS
+from ccm.plan import PROTOCOLS
 from ccm.rendering import Table, markdown
 from ccm.results import RunResults
-from ccm.run_folder import write_atomically
+from ccm.run_folder import locked_for, write_atomically
 from ccm.tables import tables_of, write_tables
+from ccm.telling_apart import told_apart
+from ccm.wording import both_named, never_recalled
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report
@@ -84,7 +87,7 @@ def write_report(
     """Write a report of some runs, with every figure and table of theirs beside it.
 
     Args:
-        runs: Finished runs, one a model.
+        runs: Finished runs; those of one model are told apart.
         out: The folder: `report.html`, `report.md` and `figures/` are made in it.
         held: A tolerance report; None: the one that lies beside a run folder, if it is of that run.
         processes: How many may draw at once, as for `ccm.figures.gallery.draw`.
@@ -93,10 +96,18 @@ def write_report(
         Every path written: the two reports, then figures and tables.
 
     Raises:
-        BadInput: two runs of one model, or a tolerance report that cannot be read.
+        BadInput: two are the same run, or a tolerance report that cannot be read.
+        InUse: another process is writing there.
     """
-    check_distinct(runs)
+    runs = told_apart(runs)
     found = [_held(run, held) for run in runs]
+    with locked_for(out):
+        return _write(runs, out, found, processes)
+
+
+def _write(
+    runs: Sequence[RunResults], out: Path, found: Sequence[Held | None], processes: int
+) -> list[Path]:
     written = write_tables(runs, out / FIGURES)
 
     groups = [*(list(figures_of_run(run)) for run in runs), list(figures_across(runs))]
@@ -253,6 +264,7 @@ def _held(run: RunResults, given: Path | None) -> Held | None:
 def _what_was_run(run: RunResults) -> Pairs:
     """Say what was run; what an older manifest does not hold is left out."""
     identity, facts = run.identity, run.manifest.get("facts", {})
+    split, nested = facts.get("objects_with_splitter", {}), run.manifest.get("nested_objects", {})
     spec = MODELS.get(run.model)
     neurons = ", ".join(str(i) for i in run.entropy_neurons)
     how = (
@@ -268,7 +280,17 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Model": run.display_name + (f" ({spec.hub_id})" if spec and spec.hub_id else ""),
         "Weights (SHA-256)": identity.get("weights_sha256"),
         "Facts": f"{identity['facts']}{known}" if "facts" in identity else None,
+        "Never recalled": never_recalled(split) if split.get("count") else None,
         "Probing prompts": f"{run.scores['n_prompts']:,}",
+        "Nested objects": (
+            both_named(
+                nested,
+                run.scores["n_prompts"],
+                counter_first=PROTOCOLS[identity["protocol"]].counter_first,
+            )
+            if nested.get("prompts")
+            else None
+        ),
         "Protocol": identity["protocol"],
         "Entropy set": f"{neurons} ({how})",
         "Controls": f"{identity['controls']} random sets of as many neurons{matched}",

@@ -52,7 +52,8 @@ class RunResults:
     """What a run left behind, as far as figures and tables need it."""
 
     path: Path
-    model: str  # the name used in file names
+    model: str  # the name by which it is known to the paper and to `MODELS`
+    name: str  # the name used in file names and data: the model's, unless several runs are of it
     display_name: str  # the name people read
     identity: Mapping[str, Any]  # what was run: dims, k, seed, protocol
     scores: Mapping[str, Any]  # scores.json
@@ -137,6 +138,7 @@ def read_results(path: Path) -> RunResults:
     return RunResults(
         path=path,
         model=model,
+        name=model,
         display_name=MODELS[model].display_name if model in MODELS else model,
         identity=identity,
         scores=_scores(path, names),

@@ -1,11 +1,11 @@
 """The files a run leaves behind: written atomically, read back for resuming, never another run's."""
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import safetensors.numpy
 
 from ccm.ablation import STATISTICS, ActivationStatistics
 from ccm.completions import Shard
-from ccm.errors import BadInput
+from ccm.errors import BadInput, CannotWrite
+from ccm.locking import LOCK, check_still_locked, locked
+from ccm.writing import PARTIAL, remove_partial, try_writing
+from ccm.writing import write_atomically as write_atomically
+from ccm.writing import write_formats as write_formats
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.parquet"
@@ -27,36 +31,8 @@ SET_EFFECTS = "set_effects.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SHARDS = "shards"
-PARTIAL = ".partial"  # ends the name of a file that is being written
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file and rename over it, so that no reader ever finds half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from the group
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
-    """Write one thing in several formats.
-
-    Args:
-        stem: The path without its suffix; it may hold dots.
-        writers: By suffix, what writes to the path it is given.
-
-    Returns:
-        The paths, in the order of `writers`.
-    """
-    paths = {stem.parent / f"{stem.name}.{suffix}": write for suffix, write in writers.items()}
-    for path, write in paths.items():
-        write_atomically(path, write)
-    return list(paths)
+# What a run makes before anything is decoded under an ablation, and beside it.
+FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
 
 
 def to_json(value: object) -> str:
@@ -138,6 +114,8 @@ def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
         BadInput: the file is damaged.
     """
     tensors = _read_tensors(path)
+    if tensors.keys() != {*STATISTICS, "n_positions"}:
+        raise _damaged(path, "not activation statistics")
     positions = int(tensors.pop("n_positions")[0])
     return ActivationStatistics(**tensors), positions
 
@@ -149,9 +127,58 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> BadInput:
+def _read_stamped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read tensors with what the file says of itself."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            names, stamp = list(file.keys()), dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in names}, stamp
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: object) -> BadInput:
     """What to say of a file of ours: they are written whole, so the damage came later."""
     return BadInput(f"{path}: damaged ({error}). Remove it to compute it again.")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is there and is no run folder, nor an empty one.
+
+    Raises:
+        BadInput: a file, or a folder of other files.
+    """
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path}: is a file. Give a folder with --out.")
+    if path.is_dir() and not (path / MANIFEST).is_file() and _names(path):
+        raise BadInput(f"{path}: not empty and holds no run. Nothing was written; give another --out.")
+
+
+def _names(path: Path) -> set[str]:
+    """What a folder holds besides a lock and what was being written when its process was killed."""
+    return {p.name for p in path.iterdir() if p.suffix != PARTIAL and not p.name.startswith(LOCK)}
+
+
+@contextmanager
+def locked_for(out: Path) -> Iterator[None]:
+    """Hold the folder that what is made of finished runs is written to, or the run folder it lies in.
+
+    Args:
+        out: A run folder, a folder in one, or any other.
+
+    Raises:
+        InUse: another process is writing there.
+    """
+    folder = folder_to_lock(out)
+    with locked(folder):
+        if (folder / MANIFEST).is_file():  # nobody else's files are there
+            remove_partial(folder)
+        yield
+
+
+def folder_to_lock(out: Path) -> Path:
+    """The run folder that a folder is or lies in, or else that folder."""
+    return next((folder for folder in (out, out.parent) if (folder / MANIFEST).is_file()), out)
 
 
 class RunFolder:
@@ -173,43 +200,36 @@ class RunFolder:
         identity = json.loads(to_json(identity))
         try:
             self.manifest = self._open(identity)
-        except OSError as error:
-            raise BadInput(
-                f"{path}: cannot be written to ({error.strerror}). Give another --out."
-            ) from error
+        except (OSError, CannotWrite) as error:
+            reason = error.reason if isinstance(error, CannotWrite) else error.strerror
+            raise BadInput(f"{path}: cannot be written to ({reason}). Give another --out.") from error
 
     def _open(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Return the manifest that is there, or write a new one."""
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"{path}: is a file. Give a folder with --out.")
+        check_folder(path)
+        fresh = {"identity": identity, "timings_s": {}, "done": [], "complete": False}
         if (path / MANIFEST).is_file():
             held = read_json(path / MANIFEST)
             parts = [held.get(p) for p in ("identity", "timings_s")] if isinstance(held, dict) else []
             if not (parts and all(isinstance(p, dict) for p in parts)):
                 raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give another --out.")
-            files = {p.name for p in path.iterdir() if p.suffix != PARTIAL}
-            if files == {MANIFEST} and held["identity"] != identity:  # nothing to lose
-                held = {"identity": identity, "timings_s": {}, "complete": False}
+            if _names(path) == {MANIFEST} and held["identity"] != identity:  # nothing to lose
+                held = fresh
             self._check_same(identity, held["identity"])
-            if not held.get("complete"):
-                # Written again: a folder that cannot be written to is found out before the work.
-                write_json(path / MANIFEST, held)
-                self._remove_partial()
-            return dict(held)
-        if path.is_dir() and any(p.suffix != PARTIAL for p in path.iterdir()):
-            raise BadInput(
-                f"{path}: not empty and holds no run. Nothing was written; give another --out."
-            )
-        fresh = {"identity": identity, "timings_s": {}, "complete": False}
-        write_json(path / MANIFEST, fresh)
-        self._remove_partial()
-        return fresh
-
-    def _remove_partial(self) -> None:
-        """Remove what an earlier start was writing when it was killed."""
-        for path in self.path.rglob(f".*{PARTIAL}"):
-            path.unlink()
+            if held.get("complete"):  # it may be where nobody can write
+                return dict(held)
+        else:
+            held = fresh
+        # A folder that cannot be written to is found out before the work: all that is done to files
+        # later is done now, below the folder and, with the manifest, in it.
+        remove_partial(path)
+        trial = path / f".trial{PARTIAL}"
+        try_writing(trial)
+        trial.rmdir()
+        for _ in range(2):
+            write_json(path / MANIFEST, held)
+        return dict(held)
 
     def _check_same(self, identity: dict[str, Any], held: dict[str, Any]) -> None:
         for key in sorted(identity.keys() | held.keys()):
@@ -220,7 +240,12 @@ class RunFolder:
                 )
 
     def save_manifest(self) -> None:
-        """Write the manifest as it stands."""
+        """Write the manifest as it stands.
+
+        Raises:
+            InUse: the folder is another process's now (see `ccm.locking`).
+        """
+        check_still_locked(self.path)
         write_json(self.path / MANIFEST, self.manifest)
 
     def note(self, **entries: Any) -> None:
@@ -229,14 +254,32 @@ class RunFolder:
         self.save_manifest()
 
     def time(self, stage: str, seconds: float) -> None:
-        """Add to the time a stage has taken over all starts of this run."""
+        """Add to the time a stage has taken over all starts of this run: it is done."""
         timings = self.manifest["timings_s"]
         timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
+        done = self.manifest.setdefault("done", [])
+        if stage not in done:
+            done.append(stage)
         self.save_manifest()
 
     def has(self, name: str) -> bool:
         """Whether a file is there already."""
         return (self.path / name).is_file()
+
+    def missing(self) -> list[Path]:
+        """Files of a finished run that are not there, whatever the manifest says of them.
+
+        Of a share of a run those that every share has, which are no cells and no scores.
+        """
+        values, shared = self.manifest["identity"]["ablation_values"], [self.path / n for n in FILES]
+        shared += [self.path / value / PROMPT_EFFECTS for value in values]
+        if self.manifest["identity"].get("shard") is not None:
+            return [path for path in shared if not path.is_file()]
+        cells = [self.cell("", "plain")]
+        cells += [
+            self.cell(v, name) for v in values for name in self.manifest.get("sets", ("entropy",))
+        ]
+        return [path for path in [*shared, *cells, self.path / SCORES] if not path.is_file()]
 
     def cell(self, ablation_value: str, set_name: str) -> Path:
         """Path of one cell's completions; the plain run belongs to no ablation value."""
@@ -246,32 +289,70 @@ class RunFolder:
 
 
 class PartStore:
-    """Arrays of finished parts of a stage, kept until what is made of them is written."""
+    """Arrays of finished parts of a stage, kept until what is made of them is written.
+
+    Only then are they removed, one by one: a stage whose results are all there must not read what is
+    left of its parts, for a start before may have been stopped while it removed them.
+    """
 
     def __init__(self, run: Path, stage: str) -> None:
         """Name the folder; nothing is made before the first part."""
+        self.run, self.stage = run, stage
         self.path = run / SHARDS / stage
+
+    @cached_property
+    def stamp(self) -> dict[str, str]:
+        """What every part says of itself: its run, whichever share of it, and its stage.
+
+        Under one key: safetensors writes several in an order that changes.
+        """
+        known = read_json(self.run / MANIFEST)["identity"] if (self.run / MANIFEST).is_file() else {}
+        told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
+        return {"of": f"{self.stage} {hashlib.sha256(told.encode()).hexdigest()}"}
 
     def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
         """Keep a part, named after its first prompt."""
         name = f"shard_{first:06d}.safetensors"
-        write_atomically(self.path / name, lambda p: safetensors.numpy.save_file(arrays, p))
+        write_atomically(
+            self.path / name, lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp)
+        )
+
+    def parts(self) -> list[Path]:
+        """Files of the parts that are there."""
+        return sorted(self.path.glob("shard_*.safetensors"))
 
     def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
         """Read every part that is there, one at a time.
 
         Raises:
-            BadInput: one is damaged.
+            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
         """
+        held: dict[int, Path] = {}
         for path in sorted(self.path.glob("shard_*.safetensors")):
-            yield _read_tensors(path)
+            arrays, stamp = _read_stamped(path)
+            if stamp != self.stamp:
+                raise self._unfit(path, "no part of this stage of this run")
+            for prompt in arrays["prompts"].tolist():
+                if prompt in held:
+                    raise self._unfit(path, f"holds prompt {prompt} as {held[prompt].name} does")
+                held[prompt] = path
+            yield arrays
+
+    def _unfit(self, path: Path, why: str) -> BadInput:
+        return BadInput(f"{path}: {why}. Remove {self.path}: what it held is computed again.")
 
     def clear(self) -> None:
-        """Remove the parts."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        """Remove the parts, and their folders unless others put something there.
+
+        What cannot be removed is in nobody's way: it is not read again.
+        """
+        remove_partial(self.path)
+        for path in self.path.glob("shard_*.safetensors"):
+            with suppress(OSError):
+                path.unlink()
+        for folder in (self.path, self.path.parent):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class ShardStore(PartStore):
@@ -300,7 +381,7 @@ class ShardStore(PartStore):
         """Read every shard that is there.
 
         Raises:
-            BadInput: one is damaged.
+            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
         """
         shards = []
         for arrays in self.read_arrays():

@@ -1,21 +1,27 @@
 """What each subcommand does: a few calls into the package, whose imports wait until they are needed."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from ccm.arguments import PROGRAM, parse_model_paths
-from ccm.errors import BadInput, allowed, one_of
+from ccm.errors import BadInput, CannotWrite, allowed, one_of
+from ccm.limits import cores
+from ccm.writing import try_writing
+
+THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
+_log = logging.getLogger(__name__)
 
 
 def _config(options: argparse.Namespace, **more: Any) -> Any:
     from ccm.plan import RunConfig
 
+    _limit_threads()
     given = {
         name: getattr(options, name)
         for name in ("model", "device", "dtype", "protocol", "facts", "template", "bos")
@@ -27,6 +33,17 @@ def _config(options: argparse.Namespace, **more: Any) -> Any:
         if hasattr(options, name)
     }
     return RunConfig(**given, **measures, model_paths=_model_paths(options), **more)
+
+
+def _limit_threads() -> None:
+    """Set torch's threads down to the CPUs that this process may use: it counts the machine's.
+
+    More threads than a container's quota only wait for each other.
+    """
+    import torch
+
+    if not any(os.environ.get(name) for name in THREADS_VARIABLES):
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def _model_paths(options: argparse.Namespace) -> dict[str, Path]:
@@ -49,7 +66,11 @@ def new_file(path: Path) -> Path:
     Raises:
         BadInput: it exists, or its folder does not or cannot be written to.
     """
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that the file system does not take
+        raise BadInput(f"--out {path}: {error.strerror}. Give another file.") from error
+    if there:
         raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
@@ -64,10 +85,9 @@ def _try_writing(folder: Path, trouble: str, other: str) -> None:
         BadInput: with `trouble` and what else to give.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BadInput(f"{trouble} ({error.strerror}). Give another {other}.") from error
+        try_writing(folder)
+    except CannotWrite as error:
+        raise BadInput(f"{trouble} ({error.reason}). Give another {other}.") from error
 
 
 def run(options: argparse.Namespace) -> None:
@@ -136,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
         from ccm.report import write_report
         from ccm.results import read_results
 
-        html, *_ = write_report([read_results(options.out)], options.out, processes=_cores())
+        html, *_ = write_report([read_results(options.out)], options.out, processes=cores())
         print(f"report: {html}")
 
 
@@ -154,11 +174,13 @@ def figures(options: argparse.Namespace) -> None:
     out = _folder_of(options, "figures")
 
     from ccm.figures.gallery import write_figures
+    from ccm.run_folder import locked_for
     from ccm.tables import write_tables
 
     runs = _finished(options.runs, out)
-    tables = write_tables(runs, out)
-    figures = write_figures(runs, out, _cores())
+    with locked_for(out):
+        tables = write_tables(runs, out)
+        figures = write_figures(runs, out, cores())
     print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
 
 
@@ -172,13 +194,8 @@ def report(options: argparse.Namespace) -> None:
     runs = _finished(options.runs, out)
     if options.tolerance is not None:
         held_of(options.tolerance, [run.model for run in runs])
-    html, markdown, *_ = write_report(runs, out, options.tolerance, _cores())
+    html, markdown, *_ = write_report(runs, out, options.tolerance, cores())
     print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
@@ -192,15 +209,18 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     """Read finished runs, and see that what is made of them can be written.
 
     Raises:
-        BadInput: a folder that is no finished run, two runs of one model, or `out` cannot be written.
+        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
+        InUse: another process is writing there.
     """
-    from ccm.figures.gallery import check_distinct
+    from ccm.locking import refuse_if_locked
     from ccm.results import read_results
+    from ccm.run_folder import folder_to_lock
+    from ccm.telling_apart import told_apart
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
-    runs = [read_results(path) for path in paths]
-    check_distinct(runs)
+    refuse_if_locked(folder_to_lock(out))
+    runs = told_apart([read_results(path) for path in paths])
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 
@@ -222,10 +242,15 @@ def prompts(options: argparse.Namespace) -> None:
     from ccm.checkpoint import load
     from ccm.plan import make_plan
     from ccm.probing import build_prompts, prompt_table
+    from ccm.prompts import split_objects
     from ccm.run_folder import write_atomically
     from ccm.trial import check_engine
+    from ccm.wording import never_recalled
 
     plan = make_plan(_config(options, controls=0, engine=options.engine))
+    split = split_objects([fact.object for fact in plan.facts.facts])
+    if split.count:
+        _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, options.dtype, plan.bos)
     check_engine(model, options.engine)
     built = build_prompts(
@@ -278,16 +303,19 @@ def ablate(options: argparse.Namespace) -> None:
         read_sets,
         read_statistics_npz,
         sets_json,
+        split_columns,
     )
-    from ccm.knowledge import object_tokens
+    from ccm.knowledge import nested_objects, object_tokens
     from ccm.models import device_for, dtype_for, spec_for
     from ccm.plan import PROTOCOLS
     from ccm.run_folder import write_json
     from ccm.tokens import parse_bos
     from ccm.trial import check_engine
     from ccm.weights import check_weights
+    from ccm.wording import never_matched
 
     bos = parse_bos(options.bos)
+    _limit_threads()
     protocol = PROTOCOLS[one_of("protocol", options.protocol, PROTOCOLS)]
     engine = one_of("engine", options.engine, ENGINES)
     value = ablation_values(options.ablation_value)
@@ -297,6 +325,11 @@ def ablate(options: argparse.Namespace) -> None:
     spec = check_weights(spec_for(options.model, _model_paths(options)))
     d_vocab = spec.d_vocab if protocol.released_tokens else None
     prompts = read_prompts(options.prompts, d_vocab=d_vocab)
+    split = split_columns(prompts)
+    if any(found.count for found in split.values()):
+        columns = {name: vars(found) for name, found in split.items()}
+        found = never_matched(columns)
+        _log.warning(f"{options.prompts}: {found}. Give what comes before it to match that.")
     statistics = check_statistics(read_statistics_npz(options.stats), spec.d_mlp)
     if options.sets is not None:
         sets = read_sets(options.sets, spec.d_mlp)
@@ -318,7 +351,9 @@ def ablate(options: argparse.Namespace) -> None:
                 model, tokens, ablations, objects, own_top=released, memory_budget=budget, work=work
             )
         )
-    reader = CellReader(prompts, objects, runs[0], released=released)
+    reader = CellReader(
+        prompts, objects, runs[0], released=released, counter_first=protocol.counter_first
+    )
     names = ["plain", *(a.name for a in ablations)]
     tables = {name: reader.table(run) for name, run in zip(names, runs, strict=True)}
     write_json(
@@ -333,6 +368,8 @@ def ablate(options: argparse.Namespace) -> None:
             "device": device.type,
             "special_tokens": model.special_tokens,
             "first_prompt_tokens": tokens[0],
+            "objects_with_splitter": split,
+            "nested_objects": nested_objects(prompts),
             "results": sets_json(tables, sets),
         },
     )
@@ -352,6 +389,7 @@ def rehearse(options: argparse.Namespace) -> None:
     from ccm.run_folder import write_json
     from ccm.stages import RehearsalConfig
 
+    _limit_threads()
     config = RehearsalConfig(
         model=options.model,
         prompts=options.prompts,

@@ -17,6 +17,7 @@ from ccm.models import MODELS
 from ccm.rendering import Table, between, counted, latex, markdown, mean_of, nats, percent_of
 from ccm.results import RunResults
 from ccm.run_folder import write_formats
+from ccm.telling_apart import told_apart
 
 FOLDER = "latex_tables"
 EXAMPLES = 2  # prompts per transition
@@ -26,14 +27,17 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """Write every table as .tex, .csv and .md.
 
     Args:
-        runs: Finished runs, one a model.
+        runs: Finished runs; those of one model are told apart.
         out: The folder; `latex_tables/` is made in it.
 
     Returns:
         Every path written.
+
+    Raises:
+        BadInput: two are the same run.
     """
     written = []
-    for table in tables_of(runs):
+    for table in tables_of(told_apart(runs)):
         texts = {
             "tex": latex(table),
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
@@ -79,7 +83,7 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
             shown.append(row)
             for k in SOURCES:
                 data.append(
-                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
                     | {name: own[k][name] for name in ("count", "total", "percent", "low", "high")}
                     | {f"controls_{name}": v for name, v in controls[k].items()}
                 )
@@ -122,7 +126,7 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
                     f"{found['mean']:.1f} ({found['least']} to {found['most']})" if len(counts) else "–"
                 )
                 data.append(
-                    {"model": run.model, "ablation_value": value, "from": source, "to": k}
+                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
                     | {"count": own[source][k]}
                     | {f"controls_{name}": v for name, v in found.items()}
                 )
@@ -154,7 +158,7 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
             }
         )
         data.append(
-            {"model": run.model, "ablation_value": value}
+            {"model": run.name, "ablation_value": value}
             | dict(own["gts"])
             | {f"controls_{name}": v for name, v in controls.items()}
             | {"q_value": q, "permutation_p": p, "n_controls": scores["controls"]["n"]}
@@ -194,7 +198,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
                 }
             )
             data.append(
-                {"model": run.model, "ablation_value": value, "from": change.before, "to": change.after}
+                {"model": run.name, "ablation_value": value, "from": change.before, "to": change.after}
                 | {"prompts": len(change.values), "mean": change.mean}
                 | dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True))
                 | {f"controls_{name}": v for name, v in asdict(controls).items()}
@@ -228,7 +232,7 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
                     "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
                 }
             )
-            row: dict[str, object] = {"model": run.model, "ablation_value": value}
+            row: dict[str, object] = {"model": run.name, "ablation_value": value}
             row |= {"group": effect.group, "relation": effect.name, "prompts": effect.prompts}
             for name, own, controls in (
                 ("gts", effect.gts, effect.gts_controls),
@@ -251,12 +255,14 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
     """Dimensions of the models (the paper's Table 4)."""
     rows: list[dict[str, object]] = []
     for run in runs:
-        spec = MODELS.get(run.model)
+        spec, d_model, d_mlp = MODELS.get(run.model), len(run.singular_values), len(run.measures)
+        if spec is not None and (spec.d_model, spec.d_mlp) != (d_model, d_mlp):
+            spec = None  # a stand-in of other dimensions, under the model's name
         rows.append(
             {
                 "model": run.display_name,
-                "d_model": len(run.singular_values),
-                "d_mlp": len(run.measures),
+                "d_model": d_model,
+                "d_mlp": d_mlp,
                 "d_vocab": "–" if spec is None else spec.d_vocab,  # a run does not store these two
                 "layers": "–" if spec is None else spec.n_layers,
                 "null-space dimensions": int(run.identity["null_space_dims"]),
@@ -264,7 +270,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
             }
         )
     table = pd.DataFrame(rows)
-    caption = "Model dimensions. A dash: not stored by the run of a model given as a folder."
+    caption = "Model dimensions. A dash: not stored by the run of a model that is none of the paper's."
     return Table("model_dimensions", caption, table, table)
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+HOLDS_SPLITTER = 'the object holds one of " . , ( [ ] < or a line break, where every answer ends'
+PAIRS = 3  # of nested objects that are named in a sentence
 IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
 
 
@@ -41,6 +43,57 @@ def listed(words: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def a_few(names: Sequence[str], most: int = 5) -> str:
+    """Quote the first of many names, and say how many more there are.
+
+    >>> a_few(["St. Louis", "U.S.", "Inc."], 2)
+    "'St. Louis', 'U.S.' and 1 more"
+    """
+    more = len(names) - most
+    return listed([*(repr(name) for name in names[:most]), *([f"{more:,} more"] if more > 0 else [])])
+
+
+def never_recalled(found: Mapping[str, Any]) -> str:
+    """Which facts no answer can recall (`ccm.prompts.SplitObjects`)."""
+    return (
+        f"{found['count']:,} of {found['of']:,} facts can never be recalled, since {HOLDS_SPLITTER}: "
+        f"{a_few(found['names'])}"
+    )
+
+
+def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which prompts name an object that no answer can match (`ccm.prompts.SplitObjects` by column)."""
+    some = [
+        f"{column} of {found['count']:,} of {found['of']:,} prompts ({a_few(found['names'])})"
+        for column, found in columns.items()
+        if found["count"]
+    ]
+    return f"{listed(some)} can never be matched, since {HOLDS_SPLITTER}"
+
+
+def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -> str:
+    """At which prompts an answer may name both objects, and what counts then.
+
+    Args:
+        found: `ccm.knowledge.NestedObjects`.
+        prompts: Of how many.
+        counter_first: The protocol's.
+    """
+    pairs = [" / ".join(map(repr, pair)) for pair in found["pairs"]]
+    shown = "; ".join(pairs[:PAIRS]) + ("; and others" if len(pairs) > PAIRS else "")
+    counts = "the counter-object (CK)" if counter_first else "the longer object"
+    matters = (
+        f" That matters in the {found['counter_begins']:,} whose counter-object is the shorter: there "
+        "the published rule never gives PK."
+        if found["counter_begins"]
+        else ""  # the longer object is CK, by either rule
+    )
+    return (
+        f"In {found['prompts']:,} of {prompts:,} prompts one object begins the other (CK / PK: "
+        f"{shown}). Where an answer names both, {counts} counts.{matters}"
+    )
 
 
 def mean_and_most(controls: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         # A test against the print asks for `comparison`, and there is one for published models only.
         published = "comparison" in metafunc.fixturenames
-        metafunc.parametrize("pair", pairs(options, published=published), scope="session")
+        only = {} if (mark := metafunc.definition.get_closest_marker("only")) is None else mark.kwargs
+        metafunc.parametrize("pair", pairs(options, published=published, **only), scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -29,27 +29,56 @@ class Pair:
         return pytest.param(self, id=self.id, marks=marks)
 
 
-def pairs(options: Options, *, published: bool = False) -> list[Any]:
+def pairs(
+    options: Options,
+    *,
+    published: bool = False,
+    model: str | None = None,
+    ablation_value: str | None = None,
+) -> list[Any]:
     """Every selected pair, as pytest parameters; models of one kind stay together.
 
     Args:
         options: What is selected.
         published: Only models that the paper prints numbers of.
+        model: Only this model, where it is the only one that a test says something about.
+        ablation_value: Only this ablation value, likewise.
+
+    Returns:
+        The pairs; if there are none, one parameter that skips with the reason.
     """
-    models = [m for m in options.models if m in PUBLISHED or not published]
-    return [Pair(m, v).param() for m in models for v in options.ablation_values]
+    models = [m for m in options.models if (m in PUBLISHED or not published) and model in (None, m)]
+    values = [v for v in options.ablation_values if ablation_value in (None, v)]
+    found = [Pair(m, v).param() for m in models for v in values]
+    if found:
+        return found
+    kind = model or ("a published model" if published else "a model")
+    reason = (
+        f"says something about {kind} under {ablation_value or 'any ablation value'} only, and none is "
+        "selected: see --models and --ablation-values"
+    )
+    return [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
 
 
-def missing(pair: Pair, options: Options) -> tuple[str, bool] | None:
-    """What this machine lacks to run a pair, and whether an option makes that a failure."""
+def missing(model: str, options: Options) -> tuple[str, bool] | None:
+    """What this machine lacks to run a model, and the way out; whether options make it a failure."""
     # A folder together with --device cpu says that the CPU is meant, and not just all there is.
-    on_cpu = options.device == "cpu" and pair.model in options.model_paths
-    if pair.model in PUBLISHED and not torch.cuda.is_available() and not on_cpu:
-        return "needs CUDA: none found", options.require_gpu
-    spec = spec_for(pair.model, options.model_paths)
+    on_cpu = options.device == "cpu" and model in options.model_paths
+    if model in PUBLISHED and not torch.cuda.is_available() and not on_cpu:
+        there = options.model_paths.get(model, "DIR")
+        return (
+            "needs CUDA: none found. On a machine with a GPU: tox -e gpu. On this CPU, if you say so: "
+            f"pytest -m gpu --models {model} --model-path {model}={there} --device cpu",
+            options.require_gpu,
+        )
+    spec = spec_for(model, options.model_paths)
     if not weight_files(spec):
-        where = f"not in the cache; give --model-path {spec.name}=DIR"
-        return f"needs weights of {spec.name}: {where}", options.require_weights
+        gated = " (gated: ask for access on its page, and set HF_TOKEN)" if spec.gated else ""
+        return (
+            f"needs weights of {model}: not in the cache. Download them with "
+            f"ccm measure --model {model}{gated}, or give --model-path {model}=DIR",
+            options.require_weights,
+        )
     return None
 
 

@@ -97,7 +97,7 @@ class Runs:
 
         An error is a failure of the first test that needs the run, and the others skip with it.
         """
-        lacking = missing(pair, self.options)
+        lacking = missing(pair.model, self.options)
         if lacking is not None:
             reason, fail = lacking
             (pytest.fail if fail else pytest.skip)(reason)
@@ -113,7 +113,10 @@ class Runs:
             spec = spec_of(pair, self.options)
             scores = run(config_of(pair, self.options, spec), folder)
         except CcmError as error:
-            message = self.failed[pair.model] = str(error)
+            message = str(error)
+            if isinstance(error, NotAvailable) and not self.options.network:
+                message += " Or let tests use the network: --force-enable-socket."
+            self.failed[pair.model] = message
             # What is not on this machine (facts that cannot be downloaded) is no failure of the code.
             here = isinstance(error, NotAvailable) and not self.options.require_weights
             (pytest.skip if here else pytest.fail)(f"no run of {pair.model}: {message}")

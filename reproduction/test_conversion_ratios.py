@@ -41,10 +41,9 @@ def test_conversion_ratios(pair: Pair, scores: dict[str, Any], golden: SnapshotA
     } == golden
 
 
+@pytest.mark.only(model="organism", ablation_value="mean_ablation")
 def test_organism_copies_more_without_its_entropy_neurons(pair: Pair, scores: dict[str, Any]) -> None:
     """The planted effect: more non-CK prompts turn to CK than under any control."""
-    if (pair.model, pair.ablation_value) != ("organism", "mean_ablation"):
-        pytest.skip("planted effect: known only for the organism under mean ablation")
     result = scores["ablations"][pair.ablation_value]
     own = result["entropy"]["conversion_ratios"]["CK"]["percent"]
     highest = result["controls"]["conversion_ratios"]["CK"]["high"]

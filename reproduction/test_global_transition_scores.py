@@ -37,10 +37,9 @@ def test_global_transition_score(pair: Pair, scores: dict[str, Any], golden: Sna
     } == golden
 
 
+@pytest.mark.only(model="organism", ablation_value="mean_ablation")
 def test_organism_changes_most_without_its_entropy_neurons(pair: Pair, scores: dict[str, Any]) -> None:
     """The planted effect: a GTS above every one of the 100 controls."""
-    if (pair.model, pair.ablation_value) != ("organism", "mean_ablation"):
-        pytest.skip("planted effect: known only for the organism under mean ablation")
     result = scores["ablations"][pair.ablation_value]
     own, highest = result["entropy"]["gts"]["percent"], result["controls"]["gts"]["high"]
     assert own > highest, f"GTS={own:.1f} %, highest control {highest:.1f} % [{pair.id}]"

@@ -52,9 +52,7 @@ def skip_unless_run(rows: Iterable[Row]) -> None:
         pytest.skip(f"not run: {reasons[0]}")
 
 
-def printed_for_the_mean_only(pair: Pair) -> None:
-    if pair.ablation_value != MEAN:
-        pytest.skip("not run: printed for mean ablation only")
+printed_for_the_mean_only = pytest.mark.only(ablation_value=MEAN)
 
 
 def test_neuron_measures(pair: Pair, comparison: Comparison) -> None:
@@ -73,15 +71,15 @@ def test_knowledge_sources(pair: Pair, comparison: Comparison) -> None:
     check(rows_of(comparison, None, "share of"), len(SOURCES))
 
 
+@printed_for_the_mean_only
 def test_transition_scores(pair: Pair, comparison: Comparison) -> None:
     """Table 5, and the counts behind it."""
-    printed_for_the_mean_only(pair)
     check(rows_of(comparison, pair.ablation_value, "TS", "count of"), 9 + 6)
 
 
+@printed_for_the_mean_only
 def test_conversion_ratios(pair: Pair, comparison: Comparison) -> None:
     """Figures 4b and 8: CR(CK), CR(PK), the true CR(ND), and the bar that was drawn for it."""
-    printed_for_the_mean_only(pair)
     check(rows_of(comparison, pair.ablation_value, "CR"), 4)
 
 
@@ -95,9 +93,9 @@ def test_q_value(pair: Pair, comparison: Comparison) -> None:
     check(rows_of(comparison, pair.ablation_value, "Q"), 1)
 
 
+@printed_for_the_mean_only
 def test_claims_can_be_told(pair: Pair, run: Run, comparison: Comparison) -> None:
     """Whether a claim holds is a finding, for the report; that it is a yes or a no is tested."""
-    printed_for_the_mean_only(pair)
     told = claims(printed(pair.model), run.scores)
     assert tuple(told) == comparison.claims
     assert [c.name for c in told] == ["copying", "change", "ND to CK", "PK to CK"]

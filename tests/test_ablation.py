@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 
 from ccm.ablation import (
     ABLATION_VALUES,
+    CONTROL,
+    MATCHED,
     PLAIN,
     STATISTICS,
     ActivationStatistics,
     ablation_values,
     check_neurons,
     check_statistics,
+    kind_of,
+    numbered,
     plan,
 )
 from ccm.errors import BadInput
@@ -81,6 +85,15 @@ def test_names() -> None:
         BadInput, match=r"^ablation value 'mean': unknown. Allowed: mean_ablation, .*all"
     ):
         ablation_values(["mean_ablation", "mean"])
+
+
+@pytest.mark.parametrize("kind", [CONTROL, MATCHED])
+def test_a_numbered_set_is_of_its_kind(kind: str) -> None:
+    names = list(numbered(kind, [(i,) for i in range(1001)]))
+    assert (names[0], names[999], names[1000]) == (f"{kind}_000", f"{kind}_999", f"{kind}_1000")
+    assert {kind_of(name) for name in names} == {kind}
+    for other in (kind, f"{kind}_", f"{kind}_07", f"my {kind}_007", f"{kind}_007b", "entropy"):
+        assert kind_of(other) is None, other
 
 
 # --- plans ------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from ccm.ablation import ABLATION_VALUES, STATISTICS
 from ccm.cli import main
@@ -19,6 +18,7 @@ from ccm.errors import BadInput
 from ccm.external import read_prompts
 from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
+from tests.needs import NO_GPU, PROC
 
 D_MLP = MODELS["organism"].d_mlp
 PROMPT = "Dane Githand was born in Sirwick. Dane Githand was born in"
@@ -184,7 +184,7 @@ def test_a_threshold_out_of_range_is_refused_before_the_run_folder_is_made(
     assert "0 to 1" in refused("run", "--model", "organism", *few, f"--min-rho={rho}")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@NO_GPU.mark()
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_where_there_is_none(device: str, refused: Refused) -> None:
     line = refused("run", "--model", "organism", "--device", device, "--out", "new")
@@ -588,7 +588,7 @@ def test_folders_that_are_none_or_not_ours(refused: Refused) -> None:
         assert "give another --out" in line.lower().replace("give a folder with", "give another")
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to: /proc")
+@PROC.mark()
 def test_a_file_where_nothing_can_be_written(refused: Refused) -> None:
     assert "cannot write to /proc (" in refused(
         "measure", "--model", "organism", "--out", "/proc/m.csv"

@@ -24,8 +24,9 @@ from ccm.models import spec_for
 from ccm.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.run_folder import PartStore
 from ccm.spreading import spread_over_devices
+from tests.exact import margins
 from tests.test_decoding import random_sets
-from tests.tolerance import ENTROPY, MEASURE
+from tests.tolerance import MEASURE
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
@@ -88,8 +89,8 @@ def test_effects_are_the_definition(config: ToyConfig) -> None:
         for j, ablation in enumerate(sets):
             plain, *wanted = reference(model, prompt, ablation)
             got = found.own[i, 0] if j == 0 else found.others[i, j - 1]
-            ENTROPY.assert_close(found.plain[i], plain, what=f"plain, prompt {i}")
-            ENTROPY.assert_close(got, np.asarray(wanted), what=f"prompt {i}, set {j}")
+            margins(model).entropy.assert_close(found.plain[i], plain, what=f"plain, prompt {i}")
+            margins(model).entropy.assert_close(got, np.asarray(wanted), what=f"prompt {i}, set {j}")
     spans = np.ptp(np.concatenate([found.own, found.others], axis=1), axis=2)
     assert np.median(spans) > 0.05, "the three are so alike that one could stand for another"
 
@@ -102,16 +103,17 @@ def test_the_total_effect_is_that_of_the_hooked_path(config: ToyConfig) -> None:
     assert found.others.shape == (9, 0, 3)
     for j, ablation in enumerate(sets):
         wanted = hooked.decode(model, prompts, ablation, max_new_tokens=1).first.entropy
-        ENTROPY.assert_close(found.own[:, j, TOTAL], wanted, what=f"set {j}")
+        margins(model).entropy.assert_close(found.own[:, j, TOTAL], wanted, what=f"set {j}")
 
 
 def test_a_set_that_changes_nothing_has_no_effect() -> None:
     config = FAMILIES[0]
     nothing = Ablation("entropy", (), ())
-    found = measure_effects(loaded(config), token_prompts(5, config), [nothing], [nothing])
+    model = loaded(config)
+    found = measure_effects(model, token_prompts(5, config), [nothing], [nothing])
     for i in range(len(EFFECTS)):
-        ENTROPY.assert_close(found.own[:, 0, i], found.plain)
-        ENTROPY.assert_close(found.others[:, 0, i], found.plain)
+        margins(model).entropy.assert_close(found.own[:, 0, i], found.plain)
+        margins(model).entropy.assert_close(found.others[:, 0, i], found.plain)
 
 
 @each_toy
@@ -126,8 +128,8 @@ def test_a_neuron_that_writes_into_a_null_space_acts_through_the_norm_alone(conf
     model.__dict__["W_out"] = whole.W_out.index_copy(0, torch.tensor([7]), 5 * u.T)
     sets = [Ablation("entropy", (7,), (3.0,))]
     found = measure_effects(model, token_prompts(6, config, seed=4), sets, [])
-    ENTROPY.assert_close(found.own[:, 0, DIRECT], found.plain)
-    ENTROPY.assert_close(found.own[:, 0, NORM_ONLY], found.own[:, 0, TOTAL])
+    margins(model).entropy.assert_close(found.own[:, 0, DIRECT], found.plain)
+    margins(model).entropy.assert_close(found.own[:, 0, NORM_ONLY], found.own[:, 0, TOTAL])
     assert np.abs(found.plain - found.own[:, 0, TOTAL]).max() > 0.05, "the norm did not move"
 
 
@@ -141,7 +143,7 @@ def test_how_much_is_held_at_once_changes_nothing(rows: int, monkeypatch: pytest
     monkeypatch.setattr(decoding, "MAX_BATCH", 3)
     parts = measure_effects(model, prompts, sets[:1], sets[1:])
     for name in ("plain", "own", "others"):
-        ENTROPY.assert_close(getattr(parts, name), getattr(whole, name), what=name)
+        margins(model).entropy.assert_close(getattr(parts, name), getattr(whole, name), what=name)
     assert parts.sampled.tolist() == whole.sampled.tolist()
 
 
@@ -153,8 +155,8 @@ def test_many_prompts_are_sampled_for_other_sets(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decoding, "MAX_BATCH", 3)
     few = measure_effects(model, prompts, sets[:1], sets[1:])
     assert few.sampled.tolist() == evenly_spaced(11, 4).tolist() == [0, 3, 7, 10]
-    ENTROPY.assert_close(few.own, whole.own)
-    ENTROPY.assert_close(few.others, whole.others[few.sampled])
+    margins(model).entropy.assert_close(few.own, whole.own)
+    margins(model).entropy.assert_close(few.others, whole.others[few.sampled])
 
 
 def test_finished_parts_are_read_and_not_computed(
@@ -186,7 +188,7 @@ def test_a_model_in_two_places_has_the_same_effects_and_rho(config: ToyConfig, t
     spread_over_devices(model, {"cpu": size * 9 // 10}, tmp_path)
     prompts, sets = token_prompts(6, config), ablations_of(config)
     here, there = (measure_effects(m, prompts, sets, []) for m in (whole, model))
-    ENTROPY.assert_close(there.own, here.own)
+    margins(model).entropy.assert_close(there.own, here.own)
     tables = [rho_by_layer(m, measures_of(m)) for m in (whole, model)]
     pd.testing.assert_frame_equal(*tables)
 
@@ -211,6 +213,34 @@ def test_changes_are_before_less_after() -> None:
         "norm_only": [0.5, 0.5],
         "prompts": [2, 2],
     }
+
+
+def test_every_value_has_its_own_sets_changes() -> None:
+    """Of several ablation values, whose sets are read one after the other."""
+    values = {
+        "mean_ablation": ["entropy", "control_000", "control_001", "matched_000"],
+        "mode_ablation": ["entropy", "control_000", "control_001", "matched_000"],
+        "median_ablation": ["entropy", "control_000"],
+    }
+    random = np.random.default_rng(0)
+    found = Effects(
+        plain=random.random(5),
+        own=random.random((5, 3, 3)),
+        sampled=np.asarray([0, 2, 4]),
+        others=random.random((3, 7, 3)),
+    )
+    planned = {v: [Ablation(name, (0,), (0.0,)) for name in names] for v, names in values.items()}
+    table, other = set_effects(found, planned), 0
+    assert [*zip(table["ablation_value"], table["set"], strict=True)] == [
+        (value, name) for value, names in values.items() for name in names
+    ]
+    for row in table.to_dict("records"):
+        if row["set"] == "entropy":
+            after = found.own[found.sampled, [*values].index(row["ablation_value"])]
+        else:
+            after, other = found.others[:, other], other + 1
+        wanted = (found.plain[found.sampled, None] - after).mean(0)
+        assert [row[name] for name in ("total", "direct", "norm_only")] == pytest.approx(wanted)
 
 
 @given(n=st.integers(1, 60), most=st.integers(1, 60))

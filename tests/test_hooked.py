@@ -25,8 +25,8 @@ from ccm.checkpoint import load
 from ccm.completions import Completions
 from ccm.loaded import LoadedModel
 from ccm.models import MAX_NEW_TOKENS, spec_for
+from tests.exact import clear, down_projection, margins, plain_transformers
 from tests.strategies import neuron_sets, ragged_prompts, toy_configs
-from tests.tolerance import ENTROPY, LOG_PROBABILITY, STATISTIC
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
@@ -65,7 +65,7 @@ def assert_same_bits(a: Completions, b: Completions) -> None:
         np.testing.assert_array_equal(left, right, strict=True, err_msg=name)
 
 
-# --- the plainly independent path: transformers alone, one prompt, the whole text at every step ---
+# --- the plainly independent path: transformers alone, one prompt, in float64, the whole text each step
 
 
 @dataclass(frozen=True)
@@ -77,25 +77,6 @@ class Naive:
     entropy: float
     log_probs: np.ndarray  # of the whole vocabulary, at the last prompt position
     activations: torch.Tensor  # before ablation, of every position that was ever read
-
-
-@functools.cache
-def plain_transformers(config: ToyConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(toy_folder(config), dtype=torch.float32).eval()
-
-
-def down_projection(model: Any, config: ToyConfig) -> torch.nn.Module:
-    paths = {
-        "gpt2": "transformer.h.{}.mlp.c_proj",
-        "neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "phi": "model.layers.{}.mlp.fc2",
-        "mistral": "model.layers.{}.mlp.down_proj",
-        "llama": "model.layers.{}.mlp.down_proj",
-    }
-    module: torch.nn.Module = model.get_submodule(paths[config.family].format(config.n_layers - 1))
-    return module
 
 
 @contextmanager
@@ -115,10 +96,10 @@ def replaced(module: torch.nn.Module, ablation: Ablation, seen: list[torch.Tenso
 
 
 def naive(config: ToyConfig, prompt: list[int], ablation: Ablation, steps: int = 10) -> Naive:
-    model, tokens = plain_transformers(config), list(prompt)
+    model, tokens = plain_transformers(str(toy_folder(config)), torch.float64), list(prompt)
     seen: list[torch.Tensor] = []
     first, ended = np.zeros(0), False
-    with torch.inference_mode(), replaced(down_projection(model, config), ablation, seen):
+    with torch.inference_mode(), replaced(down_projection(model), ablation, seen):
         for step in range(steps):
             row = torch.tensor([tokens])
             logits = model(row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, -1]
@@ -141,24 +122,29 @@ def naive(config: ToyConfig, prompt: list[int], ablation: Ablation, steps: int =
 
 def check_against_naive(config: ToyConfig, prompts: list[list[int]], ablation: Ablation) -> None:
     targets = torch.tensor([[(7 * i) % config.d_vocab, i] for i in range(len(prompts))])
-    done = hooked.decode(loaded(config), prompts, ablation, targets=targets)
+    model = loaded(config)
+    done = hooked.decode(model, prompts, ablation, targets=targets)
     for i, prompt in enumerate(prompts):
         wanted = naive(config, prompt, ablation)
         what = f"{config.id}, prompt {prompt}, neurons {ablation.neurons}"
-        assert done.tokens[i] == tuple(wanted.tokens), what
-        ENTROPY.assert_close(done.first.entropy[i], wanted.entropy, what=what)
-        LOG_PROBABILITY.assert_close(
+        within = margins(model)
+        within.entropy.assert_close(done.first.entropy[i], wanted.entropy, what=what)
+        within.log_prob.assert_close(
             done.first.log_probs[i], wanted.log_probs[targets[i].numpy()], what=what
         )
-        top = np.argsort(-wanted.log_probs, kind="stable")[:3]
-        np.testing.assert_array_equal(done.first.top_tokens[i], top, err_msg=what)
-        LOG_PROBABILITY.assert_close(done.first.top_log_probs[i], wanted.log_probs[top], what=what)
+        top = np.argsort(-wanted.log_probs, kind="stable")[:4]
+        within.log_prob.assert_close(done.first.top_log_probs[i], wanted.log_probs[top[:3]], what=what)
+        if clear(model, [prompt], [ablation]):
+            assert done.tokens[i] == tuple(wanted.tokens), what
+        if np.diff(-wanted.log_probs[top]).min() > within.lead:
+            np.testing.assert_array_equal(done.first.top_tokens[i], top[:3], err_msg=what)
 
 
 @each_toy
 def test_agrees_with_transformers_without_cache(config: ToyConfig) -> None:
-    prompts = token_prompts(8, config, seed=3)
-    for ablation in (PLAIN, an_ablation(config)):
+    prompts, sets = token_prompts(8, config, seed=3), (PLAIN, an_ablation(config))
+    assert len(clear(loaded(config), prompts, sets)) > 4, "hardly a choice is clear"
+    for ablation in sets:
         check_against_naive(config, prompts, ablation)
 
 
@@ -187,7 +173,7 @@ def test_an_empty_set_changes_nothing(config: ToyConfig) -> None:
 @each_toy
 def test_neurons_held_at_their_own_activation_change_nothing(config: ToyConfig) -> None:
     model = loaded(config)
-    for prompt in token_prompts(4, config, seed=5):
+    for prompt in clear(model, token_prompts(4, config, seed=5)):
         rows: list[torch.Tensor] = []
         plain = hooked.decode(model, [prompt], max_new_tokens=1, observe=rows.append)
         own = rows[-1][-1].tolist()
@@ -196,10 +182,11 @@ def test_neurons_held_at_their_own_activation_change_nothing(config: ToyConfig) 
         held = Ablation("own", tuple(range(config.d_mlp)), tuple(own))
         again = hooked.decode(model, [prompt], held, max_new_tokens=1)
         assert again.tokens == plain.tokens
-        ENTROPY.assert_close(again.first.entropy, plain.first.entropy, what=config.id)
+        margins(model).entropy.assert_close(again.first.entropy, plain.first.entropy, what=config.id)
         off = replace(held, values=tuple(2.0 * (-1) ** i - value for i, value in enumerate(own)))
         moved = hooked.decode(model, [prompt], off, max_new_tokens=1).first.entropy
-        assert abs(moved - plain.first.entropy)[0] > 1e-3, "the ablation has no effect to cancel"
+        least = 10 * margins(model).entropy.atol
+        assert abs(moved - plain.first.entropy)[0] > least, "the ablation has no effect to cancel"
 
 
 @given(st.data())
@@ -269,13 +256,15 @@ def test_a_result_does_not_depend_on_the_batch(config: ToyConfig, data: st.DataO
         targets=targets[list(order)],
         batch_size=batch_size,
     )
+    within = margins(model)
     for row, i in enumerate(order):
         alone = hooked.decode(model, [prompts[i]], ablation, targets=targets[i : i + 1])
-        assert shuffled.tokens[row] == alone.tokens[0], f"prompt {prompts[i]}"
-        assert shuffled.texts[row] == alone.texts[0]
-        ENTROPY.assert_close(shuffled.first.entropy[row], alone.first.entropy[0])
-        LOG_PROBABILITY.assert_close(shuffled.first.log_probs[row], alone.first.log_probs[0])
-        LOG_PROBABILITY.assert_close(shuffled.first.top_log_probs[row], alone.first.top_log_probs[0])
+        if clear(model, [prompts[i]], [ablation]):
+            assert shuffled.tokens[row] == alone.tokens[0], f"prompt {prompts[i]}"
+            assert shuffled.texts[row] == alone.texts[0]
+        within.entropy.assert_close(shuffled.first.entropy[row], alone.first.entropy[0])
+        within.log_prob.assert_close(shuffled.first.log_probs[row], alone.first.log_probs[0])
+        within.log_prob.assert_close(shuffled.first.top_log_probs[row], alone.first.top_log_probs[0])
 
 
 # --- where decoding stops ---------------------------------------------------------------------------
@@ -325,6 +314,8 @@ def fed_back(wanted: Naive) -> int:
 def test_observer_sees_prompt_and_fed_back_positions_of_live_rows(config: ToyConfig) -> None:
     model, ablation = loaded(config), an_ablation(config)
     prompts = [prompt for n in (3, 6) for prompt in token_prompts(5, config, n, n, n)]
+    prompts = clear(model, prompts, [ablation])
+    assert len(prompts) > 4
     expected = [naive(config, prompt, ablation) for prompt in prompts]
     for prompt, wanted in zip(prompts, expected, strict=True):
         rows: list[torch.Tensor] = []
@@ -333,7 +324,7 @@ def test_observer_sees_prompt_and_fed_back_positions_of_live_rows(config: ToyCon
         assert len(seen) == len(prompt) + fed_back(wanted), f"{config.id}, {prompt}"
         # Before ablation: the naive path read these at the hook's input. What is chosen depends on
         # the ablation, what is seen at a given token does not.
-        torch.testing.assert_close(seen, wanted.activations[: len(seen)], rtol=1e-4, atol=1e-4)
+        margins(model).a.assert_close(seen, wanted.activations[: len(seen)], what=config.id)
 
     together: list[torch.Tensor] = []
     hooked.decode(model, prompts, ablation, observe=together.append)
@@ -342,5 +333,4 @@ def test_observer_sees_prompt_and_fed_back_positions_of_live_rows(config: ToyCon
     assert len(seen) == positions, "rows that ended, or pads, were counted"
     total = torch.cat([w.activations for w in expected]).double()
     mean = seen.double().mean(0)
-    scale = total.abs().max() * 1e2  # float32 activations: 1e-4 of their size
-    STATISTIC.assert_close(mean, total.mean(0), scale=scale, what=f"{config.id}: mean activation")
+    margins(model).a.assert_close(mean, total.mean(0), what=f"{config.id}: mean activation")

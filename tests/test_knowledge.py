@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ccm.checkpoint import load
 from ccm.completions import N_TOP, FirstToken, read_first_token
 from ccm.knowledge import (
+    NESTED_PAIRS,
     RATIOS,
     SOURCES,
     AnswerTokens,
@@ -18,6 +19,7 @@ from ccm.knowledge import (
     knowledge_source,
     knowledge_sources,
     log_ratios,
+    nested_objects,
     object_tokens,
 )
 from ccm.models import spec_for
@@ -47,8 +49,23 @@ def names(text: str, name: str) -> bool:
     return cut(text).lower().strip().split(" ")[: len(wanted)] == wanted
 
 
-def defined_source(text: str, ck: str, pk: str) -> str:
+def published_source(text: str, ck: str, pk: str) -> str:
     return "CK" if names(text, ck) else "PK" if names(text, pk) else "ND"
+
+
+def longest_source(text: str, ck: str, pk: str) -> str:
+    """Of the objects that a text names, the one of most words; CK where they are as long."""
+    named = [(source, name) for source, name in (("CK", ck), ("PK", pk)) if names(text, name)]
+    most = max((len(name.strip().split(" ")) for _, name in named), default=0)
+    longest = [source for source, name in named if len(name.strip().split(" ")) == most]
+    return longest[0] if longest else "ND"
+
+
+def begins(a: str, b: str) -> bool:
+    """Whether one object is the first words of the other, and not all of them."""
+    return a.lower().strip() != b.lower().strip() and f"{b.lower().strip()} ".startswith(
+        f"{a.lower().strip()} "
+    )
 
 
 # --- the source -------------------------------------------------------------------------------------
@@ -74,7 +91,66 @@ def test_source_is_the_definition(ck: str, pk: str, data: st.DataObject) -> None
     named = data.draw(st.sampled_from([ck, pk, f"{ck} {pk}", f"the {ck}", "Nowhere"]), label="named")
     named = data.draw(st.sampled_from([named, named.upper(), named.lower(), named.title()]))
     text = data.draw(SPACES) + named + data.draw(st.sampled_from(["", " and", "s"])) + data.draw(TAILS)
-    assert knowledge_source(text, ck, pk) == defined_source(text, ck, pk)
+    assert knowledge_source(text, ck, pk, counter_first=True) == published_source(text, ck, pk)
+    assert knowledge_source(text, ck, pk) == longest_source(text, ck, pk)
+
+
+@given(ck=object_names(2), pk=object_names(2), tail=TAILS, data=st.data())
+@some
+def test_both_rules_agree_where_no_object_begins_the_other(
+    ck: str, pk: str, tail: str, data: st.DataObject
+) -> None:
+    assume(not begins(ck, pk))
+    text = " " + data.draw(st.sampled_from([ck, pk, f"{ck} {pk}", f"{pk} {ck}", "Nowhere"])) + tail
+    assert knowledge_source(text, ck, pk) == knowledge_source(text, ck, pk, counter_first=True)
+
+
+@given(short=object_names(2), more=object_names(2), tail=TAILS)
+@some
+def test_the_longer_object_wins_where_an_answer_names_both(short: str, more: str, tail: str) -> None:
+    long, end = f"{short} {more}", f". {tail}"
+    for text in (f" {long}{end}", f" {long} indeed{end}", f"{long.upper().lower()}{end}"):
+        if not names(text, long):  # upper() may spell it otherwise
+            continue
+        assert knowledge_source(text, short, long) == "PK"
+        assert knowledge_source(text, long, short) == "CK"
+        for ck, pk in ((short, long), (long, short)):
+            assert knowledge_source(text, ck, pk, counter_first=True) == "CK"
+    for counter_first in (False, True):  # the longer one is not named
+        text = f" {short}{end}"
+        assert knowledge_source(text, short, long, counter_first=counter_first) == "CK"
+        assert knowledge_source(text, long, short, counter_first=counter_first) == "PK"
+
+
+@given(object_=object_names(), tail=TAILS)
+@some
+def test_equal_objects_are_ck(object_: str, tail: str) -> None:
+    for counter_first in (False, True):
+        text = f" {object_}.{tail}"
+        assert knowledge_source(text, object_, f" {object_} ", counter_first=counter_first) == "CK"
+
+
+@given(objects=st.lists(st.tuples(object_names(2), object_names(2)), max_size=6), more=st.data())
+@some
+def test_nested_objects_are_counted(objects: list[tuple[str, str]], more: st.DataObject) -> None:
+    """Also with pairs that are made to begin one another, in either order."""
+    for i, (a, b) in enumerate(objects):
+        objects[i] = more.draw(st.sampled_from([(a, b), (a, f"{a} {b}"), (f"{a} {b}", a), (a, a)]))
+    found = nested_objects([probing(ck, pk) for ck, pk in objects])
+    nested = [(ck, pk) for ck, pk in objects if begins(ck, pk) or begins(pk, ck)]
+    assert found.prompts == len(nested)
+    assert found.counter_begins == sum(begins(ck, pk) for ck, pk in nested)
+    keys = [(ck.lower().strip(), pk.lower().strip()) for ck, pk in nested]
+    assert list(found.pairs) == [nested[keys.index(k)] for k in dict.fromkeys(keys)]
+
+
+def test_a_few_pairs_are_named() -> None:
+    prompts = [probing("New York", f"New York {i}") for i in range(30)] * 2
+    prompts.append(probing("NEW YORK ", "new york 0"))  # another spelling of the first
+    found = nested_objects(prompts)
+    assert (found.prompts, found.counter_begins) == (61, 61)
+    assert found.pairs == tuple(("New York", f"New York {i}") for i in range(NESTED_PAIRS))
+    assert nested_objects([probing("New", "Newark"), probing("York", "New York")]).prompts == 0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +160,10 @@ def test_source_is_the_definition(ck: str, pk: str, data: st.DataObject) -> None
         (" France, where", "Italy", "France", "PK"),
         (" Spain", "Italy", "France", "ND"),
         (" FRANCE", "italy", " france ", "PK"),
-        (" New York City", "New York", "New York City", "CK"),  # CK first, where both match
+        (" New York City", "New York", "New York City", "PK"),  # the longer, where both match
+        (" New York City", "New York City", "New York", "CK"),
+        (" New York", "New York", "New York City", "CK"),
+        (" New York, City", "New York", "New York City", "CK"),
         (" New York City", "New Delhi", "New York City", "PK"),
         (" New", "New York", "Old", "ND"),  # a part of the name is not the name
         (" Newark", "New", "Old", "ND"),  # nor is a longer word
@@ -107,6 +186,9 @@ def probing(ck: str, pk: str, first: tuple[int, int] = (0, 0)) -> ProbingPrompt:
 def test_sources_go_with_their_prompts() -> None:
     prompts = [probing("Italy", "France"), probing("France", "Italy"), probing("a", "b")]
     assert knowledge_sources([" Italy"] * 3, prompts) == ["CK", "PK", "ND"]
+    nested = [probing("New York", "New York City")]
+    assert knowledge_sources([" New York City."], nested) == ["PK"]
+    assert knowledge_sources([" New York City."], nested, counter_first=True) == ["CK"]
     with pytest.raises(ValueError, match="zip"):
         knowledge_sources([" Italy"], prompts)
     assert SOURCES == ("CK", "ND", "PK")

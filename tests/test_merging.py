@@ -24,6 +24,7 @@ from ccm.run_folder import (
     SCORES,
     SET_EFFECTS,
 )
+from tests.needs import XDIST
 
 ROOT = Path(__file__).parent.parent
 N = 3
@@ -244,7 +245,7 @@ def test_shares_of_real_workers_merge_to_the_run_in_one_piece(
     whole: Path, facts: Path, tmp_path: Path
 ) -> None:
     """Three processes at a time, as pytest-xdist starts them."""
-    pytest.importorskip("xdist")
+    XDIST.check()
     source = WORKER.format(n=N, out=str(tmp_path), run=RUN, facts=str(facts))
     (tmp_path / "test_shares.py").write_text(source, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(N), "-p", "no:cacheprovider"]

@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.checkpoint import check_precision, load
+from ccm.checkpoint import check_precision, download, load
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.loaded import LoadedModel
 from ccm.models import (
     DTYPES,
     MAX_NEW_TOKENS,
     MODELS,
+    PUBLISHED,
     device_for,
     dtype_for,
     spec_for,
 )
 from ccm.neurons import measure, processed_W_out, processed_W_U
 from ccm.premise import check_premise
-from tests.tolerance import LOG_PROBABILITY, MEASURE
+from tests.exact import margins
+from tests.tolerance import MEASURE
 from tests.toys import (
     FAMILIES,
     GROUPED,
@@ -76,7 +78,7 @@ def test_the_matrices_reproduce_the_logits(config: ToyConfig) -> None:
     with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[hook]):
         logits = model.bridge(prompt, attention_mask=torch.ones_like(prompt), return_type="logits")
     ours = model.final_norm(seen[0].float()) @ model.W_U + model.b_U
-    LOG_PROBABILITY.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
+    margins(model).log_prob.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
     assert bool(model.b_U.any()) == (config.family == "phi")
     check_premise(model)
 
@@ -305,6 +307,39 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     folder = with_tokenizer(transformers.T5ForConditionalGeneration(config), tmp_path / "tiny-t5")
     with pytest.raises((PremiseBroken, BadInput), match=r"tiny-t5/config\.json: not a decoder"):
         load(spec_for(str(folder)))
+
+
+# --- the hub ------------------------------------------------------------------------------------------
+
+
+def test_published_models_are_looked_for_where_they_are() -> None:
+    assert {name: (MODELS[name].hub_id, MODELS[name].gated) for name in PUBLISHED} == {
+        "gpt2-small": ("openai-community/gpt2", False),
+        "EleutherAI_pythia-1.4b": ("EleutherAI/pythia-1.4b", False),
+        "Phi-1_5": ("microsoft/phi-1_5", False),
+        "Mistral-7B-v0.1": ("mistralai/Mistral-7B-v0.1", False),
+        "Meta-Llama-3-8B": ("meta-llama/Meta-Llama-3-8B", True),
+    }
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_gate_that_the_hub_puts_before_any_model_is_named(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from httpx import Request, Response
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*given: Any, **options: Any) -> None:
+        request = Request("GET", "https://huggingface.co")
+        raise GatedRepoError("403 Client Error.", response=Response(403, request=request))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *given, **options: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", lambda *given, **options: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(NotAvailable, match=r"The model is gated: ask for access .* set HF_TOKEN") as e:
+        download(MODELS[model])
+    assert str(e.value).startswith(f"{model}: ")
+    assert "\n" not in str(e.value)
 
 
 # --- names, folders, devices --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ccm import neurons as neurons_module
@@ -21,6 +21,7 @@ from ccm.neurons import (
     measure,
     processed_W_out,
     processed_W_U,
+    rho,
     select,
     spectrum,
 )
@@ -43,9 +44,9 @@ def weights(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, FinalNorm]:
     return W_U, W_out, FinalNorm(centred, 1e-5, gain, torch.zeros(d_model))
 
 
-def table(rho: Any, logit_var: Any) -> NeuronMeasures:
-    rho = np.asarray(rho, dtype=np.float64)
-    return NeuronMeasures(np.asarray(logit_var, np.float64), np.ones(len(rho)), rho, np.ones(2))
+def table(shares: Any, var: Any) -> NeuronMeasures:
+    shares = np.asarray(shares, dtype=np.float64)
+    return NeuronMeasures(np.asarray(var, np.float64), np.ones(len(shares)), shares, np.ones(2))
 
 
 # --- measures ---------------------------------------------------------------------------------------
@@ -98,8 +99,55 @@ def test_rho_is_one_inside_the_null_space_and_zero_outside(shape: Shape, data: s
     outside = mix - inside
     for name, vectors, wanted in (("inside", inside, 1.0), ("outside", outside, 0.0)):
         if vectors.norm(dim=1).min() > 1e-3:  # LayerNorm and one dimension: nothing is inside
-            rho = measure(W_U, vectors.float(), norm, dims).rho
-            MEASURE.of("rho").assert_close(rho, np.full(3, wanted), scale=1.0, what=name)
+            shares = measure(W_U, vectors.float(), norm, dims).rho
+            MEASURE.of("rho").assert_close(shares, np.full(3, wanted), scale=1.0, what=name)
+
+
+@given(shape=shapes, data=st.data())
+@some
+def test_measures_are_the_definition(shape: Shape, data: st.DataObject) -> None:
+    """Method 2 and 5 written a second time, in float64 and with the whole cosine matrix at hand."""
+    W_U, W_out, norm = weights(shape)
+    dims = data.draw(st.integers(1, len(W_U)), label="null-space dimensions")
+    U = W_U.double().numpy() * norm.gain.double().numpy()[:, None]
+    w = W_out.double().numpy()
+    if norm.centred:
+        U, w = U - U.mean(axis=0), w - w.mean(axis=1, keepdims=True)
+    U = U - U.mean(axis=1, keepdims=True)
+    sizes = np.linalg.norm(w, axis=1)
+    cosines = (w / sizes[:, None]) @ (U / np.linalg.norm(U, axis=0))
+    vectors, values, _ = np.linalg.svd(U, full_matrices=True)
+    values = np.append(values, np.zeros(len(U) - len(values)))
+    # Where two singular values are alike, either direction may be the last one of V0.
+    assume(dims == len(U) or values[-dims - 1] - values[-dims] > 1e-2 * values[0])
+    V0 = vectors[:, -dims:]
+
+    found = measure(W_U, W_out, norm, dims)
+    MEASURE.of("norm").assert_close(found.norm, sizes)
+    MEASURE.of("LogitVar").assert_close(found.logit_var, cosines.var(axis=1, ddof=1))
+    wanted_rho = np.linalg.norm(w @ V0, axis=1) / sizes
+    MEASURE.of("rho").assert_close(found.rho, wanted_rho, scale=1.0)
+    MEASURE.of("singular value").assert_close(found.singular_values, values, scale=values[0])
+    assert found.null_space is not None
+    assert found.null_space.shape == V0.shape
+    MEASURE.of("V0").assert_close(found.null_space @ found.null_space.T, V0 @ V0.T, scale=1.0)
+    MEASURE.of("rho").assert_close(rho(W_out, norm, found.null_space), wanted_rho, scale=1.0)
+    for column, wanted in (("logitvar", found.logit_var), ("norm", found.norm), ("rho", found.rho)):
+        np.testing.assert_array_equal(found.table()[column], wanted)
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer_norm"])
+def test_each_step_of_the_processing(centred: bool) -> None:
+    W_U, W_out, norm = weights((6, 4, 30, centred, 7))
+    folded = W_U * norm.gain[:, None]
+    found = processed_W_U(W_U, norm)
+    assert abs(found.mean(1)).max() < 1e-6, "a constant on all logits says nothing"
+    assert (abs(found.mean(0)).max() < 1e-6) == centred, "RMSNorm takes no mean away"
+    off = folded - folded.mean(1, keepdim=True)
+    off = off - off.mean(0, keepdim=True) if centred else off
+    torch.testing.assert_close(found, off)
+    outputs = processed_W_out(W_out, norm)
+    torch.testing.assert_close(outputs, W_out - W_out.mean(1, keepdim=True) if centred else W_out)
 
 
 def test_left_singular_vectors_are_those_of_svd() -> None:
@@ -141,14 +189,14 @@ def test_null_space_dimensions_out_of_range(dims: int) -> None:
     threshold=st.integers(0, 4),
 )
 def test_selection_is_the_definition(rows: list[tuple[int, int]], k: int, threshold: int) -> None:
-    rho, var = np.array(rows).T / 4  # few values, so that both criteria tie
-    eligible = [i for i in range(len(rows)) if rho[i] >= threshold / 4]
+    shares, var = np.array(rows).T / 4  # few values, so that both criteria tie
+    eligible = [i for i in range(len(rows)) if shares[i] >= threshold / 4]
     wanted = sorted(eligible, key=lambda i: (var[i], i))[:k]
     if k <= len(eligible):
-        assert select(table(rho, var), k, threshold / 4) == tuple(wanted)
+        assert select(table(shares, var), k, threshold / 4) == tuple(wanted)
     else:
         with pytest.raises(BadInput, match=f"^k={k} entropy neurons: "):
-            select(table(rho, var), k, threshold / 4)
+            select(table(shares, var), k, threshold / 4)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from conftest import _kept_together, _options
 from reproduction import goldens
 from reproduction.goldens import GoldenExtension, differences, measured
 from reproduction.pairs import Pair, device_of, missing, pairs
+from tests.needs import FACTS, NO_GPU, STATISTICS
 from tests.toys import ToyConfig, toy_folder
 
 ROOT = Path(__file__).parent.parent
 ONE_FILE = "reproduction/test_entropy_neurons.py"
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+no_cuda = NO_GPU.mark()
 
 
 def run_pytest(
@@ -77,6 +78,8 @@ DEFAULTS: dict[str, Any] = {
     "--max-prompts": None,
     "--require-gpu": False,
     "--require-weights": False,
+    "--threads": 1,
+    "--force-enable-socket": False,
 }
 
 
@@ -86,6 +89,11 @@ def test_all_is_the_default(checked: Callable[..., Any]) -> None:
     assert options.ablation_values == tuple(ABLATION_VALUES)
     assert (options.artifacts, options.require_gpu, options.require_weights) == (None, False, False)
     assert (options.facts, options.max_prompts) == (None, None)
+    assert (options.threads, options.network) == (1, False)
+
+
+def test_as_many_threads_as_asked_for(pytestconfig: pytest.Config) -> None:
+    assert torch.get_num_threads() == pytestconfig.getoption("--threads")
 
 
 def test_what_is_chosen_is_kept(
@@ -104,6 +112,8 @@ def test_what_is_chosen_is_kept(
         max_prompts=60,
         require_gpu=True,
         require_weights=True,
+        threads=2,
+        force_enable_socket=True,
     )
     assert options.models == ("gpt2-small", "organism")
     assert options.ablation_values == ("mode_ablation", "mean_ablation")
@@ -111,6 +121,7 @@ def test_what_is_chosen_is_kept(
     assert (options.device, options.dtype, options.artifacts) == ("cpu", "bfloat16", tmp_path)
     assert (options.facts, options.max_prompts) == (str(tmp_path), 60)
     assert (options.require_gpu, options.require_weights) == (True, True)
+    assert (options.threads, options.network) == (2, True)
     assert checked(facts="pararel").facts == "pararel"
 
 
@@ -127,6 +138,7 @@ def test_what_is_chosen_is_kept(
         ({"model_path": [f"gpt2-small={CHECKPOINT}"]}, "wrong architecture for gpt2-small"),
         ({"facts": "/nowhere"}, "--facts '/nowhere': no such folder"),
         ({"max_prompts": 0}, "--max-prompts 0: out of range"),
+        ({"threads": 0}, "--threads 0: out of range. Allowed: 1 and more."),
         ({"device": "gpu"}, "device 'gpu': unknown"),
         ({"dtype": "fp16"}, "dtype 'fp16': unknown"),
         pytest.param({"device": "cuda"}, "device 'cuda': 0 CUDA devices found", marks=no_cuda),
@@ -139,6 +151,14 @@ def test_a_wrong_option_is_a_usage_error(
     with pytest.raises(pytest.UsageError) as caught:
         checked(**given)
     assert message in str(caught.value)
+
+
+def test_a_data_folder_without_the_data_is_a_usage_error(
+    checked: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CCM_DATA_DIR", str(tmp_path))
+    with pytest.raises(pytest.UsageError, match=r"^CCM_DATA_DIR=.*: no pararel_statements.csv \(or"):
+        checked()
 
 
 def test_a_usage_error_ends_pytest_before_any_test() -> None:
@@ -160,15 +180,27 @@ def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_pat
     assert f"{n} skipped" in done.stdout.splitlines()[-1]
     reasons = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     assert reasons
-    assert all(line.endswith(": needs CUDA: none found") for line in reasons)
+    assert all(": needs CUDA: none found. On a machine with a GPU: tox -e gpu" in r for r in reasons)
+    for model in PUBLISHED:
+        folder = toy if model == "gpt2-small" else "DIR"
+        assert any(r.endswith(f"--model-path {model}={folder} --device cpu") for r in reasons), model
 
     header = [line for line in done.stdout.splitlines() if line.startswith("ccm: ")]
-    assert header[0] == "ccm: device auto (cpu), dtype bfloat16, seed 123"
+    kernels = torch.backends.cpu.get_cpu_capability()
+    assert header[0] == (
+        f"ccm: device auto (cpu), dtype bfloat16, seed 123, 1 threads, kernels {kernels}"
+    )
     for package in ("ccm", "torch", "transformers", "transformer_lens", "numpy"):
         assert f"{package} {version(package)}" in header[1]
     assert header[2] == (
         "ccm: weights found: organism, gpt2-small; data folder: none (CCM_DATA_DIR not set)"
     )
+    skipped = [line.removeprefix("ccm: skipped here: ") for line in header[3:]]
+    assert [line.partition(",")[0] for line in skipped[: len(PUBLISHED)]] == [*PUBLISHED]
+    for what in (f"what {FACTS.reason}", f"what {STATISTICS.reason}", "benchmarks: tox -e bench"):
+        assert what in skipped
+    assert f"what {NO_GPU.reason}" not in skipped
+    assert "set CCM_DATA_DIR to the folder that holds pararel_statements.csv (or raw_" in FACTS.reason
 
 
 @no_cuda
@@ -191,23 +223,10 @@ def test_pairs_are_the_grid_in_order(checked: Callable[..., Any]) -> None:
     assert [[m.name for m in p.marks] for p in found] == [[], [], ["gpu"], ["gpu"]]
 
 
-@pytest.mark.parametrize("required", [False, True])
-def test_missing_weights(
-    required: bool, checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("reproduction.pairs.weight_files", lambda spec: [])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    options = checked(require_weights=required)
-    reason, fail = missing(Pair("gpt2-small", "mean_ablation"), options) or ("", None)
-    assert reason.startswith("needs weights of gpt2-small: not in the cache")
-    assert "--model-path gpt2-small=DIR" in reason
-    assert fail is required
-
-
 def test_nothing_is_missing_for_the_organism(checked: Callable[..., Any]) -> None:
     pair = Pair("organism", "mean_ablation")
     options = checked(require_gpu=True, require_weights=True, device="cpu")
-    assert missing(pair, options) is None
+    assert missing(pair.model, options) is None
     assert device_of(pair, options) == "cpu"
 
 
@@ -297,6 +316,7 @@ PROJECT = {
         from pathlib import Path
 
         import pytest
+import torch
 
         from conftest_of_ccm import *  # options, header, and the guard of the goldens
         from reproduction import goldens
@@ -388,6 +408,7 @@ PUBLISHED_PROJECT = {
         from types import SimpleNamespace
 
         import pytest
+import torch
 
         from ccm.models import MODELS
         from conftest_of_ccm import *

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ccm.cli import main
 from ccm.completions import Completions, FirstToken
 from ccm.decoding import decode
 from ccm.errors import BadInput
-from ccm.facts import FactSet, pararel_folder, read_fact_folder
+from ccm.facts import FactSet, read_fact_folder
 from ccm.meter import Meter
 from ccm.models import MODELS, PUBLISHED, spec_for
 from ccm.organism import CHECKPOINT
@@ -49,6 +48,7 @@ from ccm.stand_in import (
     random_model,
     read_tokenizer,
 )
+from tests.needs import FACTS, NO_GPU
 from tests.toys import ToyConfig, toy_folder
 
 PARAMETERS = {  # the well-known totals
@@ -179,16 +179,6 @@ def test_a_model_in_memory_is_the_model_read_from_its_folder() -> None:
 # --- every stage -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*where: Any) -> None:
-        raise AssertionError(f"a connection to {where[1:]}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_stage_of_every_family_runs(name: str, facts: FactSet) -> None:
     told: list[str] = []
@@ -308,7 +298,7 @@ def test_prompts_of_a_fact_share_their_beginning_and_keep_their_length(facts: Fa
     assert tokenizer.encode("is") != tokenizer.encode(" is")
 
 
-@pytest.mark.skipif(pararel_folder() is None, reason="needs the ParaRel facts: CCM_DATA_DIR is not set")
+@FACTS.mark()
 def test_pararel_prompts_come_to_four_characters_a_token() -> None:
     facts = rehearsal.rehearsal_facts()
     answers, candidates = choose_facts(facts, 600)
@@ -317,7 +307,6 @@ def test_pararel_prompts_come_to_four_characters_a_token() -> None:
     assert 3.9 < sum(map(len, texts)) / sum(len(tokenizer.encode(t)) for t in texts) < 4.3
 
 
-@pytest.mark.usefixtures("no_network")
 def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
     facts: FactSet, tmp_path: Path
 ) -> None:
@@ -492,7 +481,7 @@ def given_as(*arguments: str) -> Callable[[Path], list[str]]:
     return lambda tmp_path: list(arguments)
 
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+no_cuda = NO_GPU.mark()
 
 
 @pytest.mark.usefixtures("nothing_built")

@@ -39,6 +39,7 @@ from ccm.scores import (
     q_value,
     transition_counts,
 )
+from tests.exact import margins
 from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC, Tolerance
 
@@ -73,12 +74,6 @@ ZERO_SINGULAR_VALUE = Tolerance(
     atol=0.0,
     reason="centring W_U over d_model makes its smallest singular value 0; what float32 leaves of it "
     "is rounding of the largest one, which is the scale",
-)
-RELEASED_STATISTIC = replace(
-    STATISTIC,
-    rtol=3e-6,
-    reason="the released statistics are stored in float32, and activations of float32 models differ in "
-    "their last bits; relative to the neuron's range",
 )
 MEDIAN = replace(
     STATISTIC.of("median"),
@@ -137,7 +132,7 @@ def parity(request: pytest.FixtureRequest, data: Released) -> Parity:
 
 def read_run(data: Released, objects: np.ndarray, done: Completions) -> Run:
     """Sources, and log-probabilities of the tokens that the released rule names (defect 7)."""
-    sources = knowledge_sources(done.texts, data.prompts)
+    sources = knowledge_sources(done.texts, data.prompts, counter_first=True)
     at = answer_tokens(sources, objects, done.first)
     return Run(done.texts, sources, done.first.entropy, answer_log_probs(at, done.first))
 
@@ -299,8 +294,10 @@ def test_streamed_statistics(data: Released) -> None:
     assert moments.count == n_positions
     spread = data.statistics.max - data.statistics.min
     assert spread.min() > 0
+    # Released are another machine's float32 activations, and how they end up in bins.
+    rounding = margins(data.model).a
     for name in STATISTICS:
-        tolerance = MEDIAN if name == "median" else RELEASED_STATISTIC.of(name)
+        tolerance = replace(MEDIAN, atol=rounding.atol) if name == "median" else rounding.of(name)
         expected = getattr(data.statistics, name)
         tolerance.assert_close(getattr(found, name), expected, scale=spread, what=data.name)
 

@@ -9,13 +9,14 @@ import pytest
 from ccm.ablation import ABLATION_VALUES, STATISTICS, plan
 from ccm.cli import main
 from ccm.errors import BadInput, NotAvailable
-from ccm.facts import CHECKSUMS, DATA_VARIABLE, pararel_folder
+from ccm.facts import DATA_VARIABLE, RELEASED
 from ccm.models import MODELS, PUBLISHED
 from ccm.released_stats import FILE, FOLDER, read_released_statistics
 from ccm.run_folder import ACTIVATION_STATS, read_statistics
+from tests.needs import STATISTICS as STATISTICS_HERE
 
 GPT2, ORGANISM = MODELS["gpt2-small"], MODELS["organism"]
-released = pytest.mark.skipif(pararel_folder() is None, reason=f"needs {DATA_VARIABLE}: not set")
+released = STATISTICS_HERE.mark()
 
 
 @released
@@ -48,8 +49,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with finite statistics of the organism."""
     folder = tmp_path / "data"
     (folder / FOLDER / "organism").mkdir(parents=True)
-    for name in CHECKSUMS:
-        (folder / name).touch()
+    for file in RELEASED:
+        (folder / file.name).touch()
     values = np.linspace(-1, 1, ORGANISM.d_mlp, dtype=np.float16)
     lift = {"min": -2, "max": 2}
     for name in STATISTICS:

@@ -22,6 +22,7 @@ from ccm.cli import main
 from ccm.command import command_of
 from ccm.completions import Work
 from ccm.errors import BadInput
+from ccm.facts import read_fact_folder
 from ccm.held import JSON, ROW_HEADER
 from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
@@ -381,7 +382,9 @@ def test_defaults_need_not_be_said() -> None:
     )
 
 
-def test_an_older_manifest_says_less() -> None:
+def test_an_older_manifest_says_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No released data needed: of facts only the name is told.
+    monkeypatch.setattr("ccm.plan.load_pararel", lambda: read_fact_folder(CHECKPOINT, "pararel"))
     was = identity(make_plan(replace(RunConfig(), facts="pararel")), [])
     assert command_of({"identity": was}).endswith("--facts pararel")
 

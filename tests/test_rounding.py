@@ -12,6 +12,7 @@ from ccm.errors import PremiseBroken
 from ccm.forward import run_body
 from ccm.models import MODELS, spec_for
 from ccm.rounding import LEAST, ROOM, batch_noise, slack
+from tests.exact import margins
 from tests.pretended_gpu import pretended_gpus
 from tests.test_decoding import random_sets, run
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
@@ -24,7 +25,8 @@ FLOAT32 = LEAST[torch.float32]
 def test_float32_rounds_by_some_millionths(config: ToyConfig) -> None:
     model = load(spec_for(str(toy_folder(config))))
     assert model.noise is None, "what does not decode need not know"
-    assert 1e-8 < batch_noise(model) < 5e-6
+    assert 0 <= batch_noise(model) < margins(model).relative
+    assert margins(model).relative < 1e-4, "this is no float32"
     assert batch_noise(model) == batch_noise(model)
     assert slack(model) == max(FLOAT32, ROOM * model.noise)  # type: ignore[operator]
 
@@ -35,6 +37,7 @@ def test_noise_is_found_and_leads_are_held_to_it(
     of: str, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(MODELS["organism"])
+    own = batch_noise(model) + 1e-7  # of this machine's kernels, and of one product more
 
     def noisy(model: Any, tokens: Any, cache: Any = None, **options: Any) -> Any:
         before = 0 if cache is None else cache.get_seq_length()
@@ -43,13 +46,15 @@ def test_noise_is_found_and_leads_are_held_to_it(
         return (x * (1 + size) if hit else x), a
 
     monkeypatch.setattr(rounding, "run_body", noisy)
-    assert batch_noise(model) == pytest.approx(size, abs=2e-6)
-    assert slack(model) == pytest.approx(max(FLOAT32, ROOM * size), abs=ROOM * 2e-6)
+    assert batch_noise(model) == pytest.approx(size, abs=own)
+    assert slack(model) == pytest.approx(max(FLOAT32, ROOM * size), abs=ROOM * own)
     (ablation,) = random_sets(384, [6], 1.0)
     with_noise = screening.build_screen(model, [ablation])
     model.noise = 0.0
     without = screening.build_screen(model, [ablation])
-    assert with_noise.noise / without.noise == pytest.approx(max(1, ROOM * size / FLOAT32), rel=0.6)
+    assert with_noise.noise / without.noise == pytest.approx(
+        max(1, ROOM * size / FLOAT32), abs=ROOM * own / FLOAT32
+    )
 
 
 def test_what_is_no_number_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,4 +109,4 @@ def test_noise_is_measured_where_the_model_is() -> None:
 def test_short_contexts_are_kept_to() -> None:
     model = load(spec_for(str(toy_folder(FAMILIES[0]))))
     model.n_ctx = 4
-    assert 0 <= batch_noise(model) < 5e-6
+    assert 0 <= batch_noise(model) < margins(model).relative

@@ -24,6 +24,7 @@ from reproduction.pairs import Pair, is_stand_in, missing, pairs, rehearsal
 from reproduction.printed import NEURON_MEASURES, printed
 from reproduction.provenance import command_line, write_provenance
 from reproduction.runs import Run, Runs, comparison_of, config_of, found_in
+from tests.needs import NO_GPU
 from tests.test_agreement import found
 from tests.toys import ToyConfig, toy_folder
 
@@ -61,20 +62,60 @@ def test_tests_against_the_print_have_twenty_five_pairs() -> None:
     assert [p.id for p in found_] == [f"{m}-{v}" for m in PUBLISHED for v in ABLATION_VALUES]
     assert len(found_) == 25
     assert {tuple(m.name for m in p.marks) for p in found_} == {("gpu",)}
-    assert pairs(options(models=("organism",)), published=True) == []
+    (none,) = pairs(options(models=("organism",)), published=True)
+    assert none.values == (None,)
+    assert [m.name for m in none.marks] == ["skip"]
+    assert none.marks[0].kwargs["reason"] == (
+        "says something about a published model under any ablation value only, and none is selected: "
+        "see --models and --ablation-values"
+    )
+
+
+def test_a_test_of_some_pairs_has_no_others() -> None:
+    mean = {"ablation_value": "mean_ablation"}
+    planted = pairs(options(), model="organism", **mean)
+    assert [p.id for p in planted] == ["organism-mean_ablation"]
+    printed_ = pairs(options(), published=True, **mean)
+    assert [p.id for p in printed_] == [f"{m}-mean_ablation" for m in PUBLISHED]
+    (none,) = pairs(options(ablation_values=("mode_ablation",)), model="organism", **mean)
+    assert (
+        none.marks[0]
+        .kwargs["reason"]
+        .startswith("says something about organism under mean_ablation only, and none is selected")
+    )
 
 
 def test_the_cpu_has_to_be_asked_for_and_given_weights(
     toy: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert missing(GPT2, options(device="cpu", model_paths=toy)) is None
-    lacking = ("needs CUDA: none found", False)
-    assert missing(GPT2, options(device="auto", model_paths=toy)) == lacking
-    assert missing(GPT2, options(device="cpu")) == lacking
-    other = Pair("Phi-1_5", "mean_ablation")
-    assert missing(other, options(device="cpu", model_paths=toy)) == lacking
-    assert missing(other, options(device="cpu", require_gpu=True)) == ("needs CUDA: none found", True)
+    assert missing("gpt2-small", options(device="cpu", model_paths=toy)) is None
+    for model, given, there in (
+        ("gpt2-small", options(device="auto", model_paths=toy), toy["gpt2-small"]),
+        ("gpt2-small", options(device="cpu"), "DIR"),
+        ("Phi-1_5", options(device="cpu", model_paths=toy), "DIR"),
+    ):
+        assert missing(model, given) == (
+            "needs CUDA: none found. On a machine with a GPU: tox -e gpu. On this CPU, if you say so: "
+            f"pytest -m gpu --models {model} --model-path {model}={there} --device cpu",
+            False,
+        )
+    reason, fail = missing("Phi-1_5", options(device="cpu", require_gpu=True)) or ("", None)
+    assert reason.startswith("needs CUDA: none found. On ")
+    assert fail is True
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_missing_weights_say_what_fetches_them(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reproduction.pairs.weight_files", lambda spec: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for required in (False, True):
+        reason, fail = missing(model, options(require_weights=required)) or ("", None)
+        assert reason.startswith(f"needs weights of {model}: not in the cache. Download them with ccm ")
+        assert reason.endswith(f", or give --model-path {model}=DIR")
+        assert f"ccm measure --model {model}" in reason
+        assert ("HF_TOKEN" in reason) == MODELS[model].gated
+        assert fail is required
 
 
 def test_what_makes_a_rehearsal(toy: dict[str, Path]) -> None:
@@ -161,14 +202,16 @@ def test_what_cannot_be_had_is_no_failure_unless_required(
 ) -> None:
     runs, _ = counted(NotAvailable("facts cannot be downloaded"), require_weights=required)
     outcome = pytest.fail.Exception if required else pytest.skip.Exception
-    with pytest.raises(outcome, match=r"^no run of gpt2-small: facts cannot be downloaded"):
+    with pytest.raises(outcome, match=r"^no run of gpt2-small: facts cannot be .* --force-enable-s"):
+        runs(GPT2)
+    runs, _ = counted(NotAvailable("no facts."), require_weights=required, network=True)
+    with pytest.raises(outcome, match=r"^no run of gpt2-small: no facts\.$"):
         runs(GPT2)
 
 
 def test_a_machine_without_the_means_skips(counted: Callable[..., tuple[Runs, list]]) -> None:
     runs, starts = counted()
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without CUDA")
+    NO_GPU.check()
     with pytest.raises(pytest.skip.Exception, match=r"^needs CUDA: none found"):
         runs(Pair("Phi-1_5", "mean_ablation"))
     assert starts == []

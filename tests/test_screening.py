@@ -1,5 +1,6 @@
 """The certificate, the shortlist and the low-rank rows, held to the ablated model itself in float64."""
 
+import itertools
 from dataclasses import MISSING, dataclass, fields, replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from ccm.screening import (
 from tests.tolerance import LOG_PROBABILITY, Tolerance
 
 many = settings(max_examples=150, deadline=None)
+some = settings(max_examples=50, deadline=None)
 SCALE = Tolerance(
     "norm scale",
     rtol=1e-6,
@@ -348,19 +350,19 @@ def test_proofs_hold_where_a_neuron_cancels_most_of_the_residual(
 
 
 def with_rival(layer: Layer, by: float) -> Layer:
-    """The layer with a token that trails the best one of the first node by `by` slacks.
+    """The layer with a token that trails the best one of the first node by so many nats.
 
     Its unembedding is another one: it differs by as much as any two do, off the residual.
     """
     screen = build_screen(layer.model, layer.sets)
     nodes = read_nodes(screen, layer.x, layer.a)
-    best, slack, s = int(nodes.likely[0, 0]), float(nodes.slack[0]), float(nodes.scale[0])
+    best, s = int(nodes.likely[0, 0]), float(nodes.scale[0])
     norm, W_U = layer.model.final_norm, layer.model.W_U.clone()
     x = nodes.x[0].double() * norm.gain.double()  # z = x W_U / s
     x = x / x.norm()
     rival = (best + 1) % W_U.shape[1]
     off = W_U[:, rival].double() - x * (x @ W_U[:, rival].double())
-    trail = by * slack * s / float((nodes.x[0].double() * norm.gain.double()).norm())
+    trail = by * s / float((nodes.x[0].double() * norm.gain.double()).norm())
     own = x * (x @ W_U[:, best].double() - trail)
     W_U[:, rival] = (own + off).float()
     return replace(layer, model=a_model(W_U, layer.model.W_out, norm, layer.model.b_U))
@@ -378,7 +380,7 @@ def test_rounding_that_a_cancelled_residual_magnifies_proves_nothing(
         layer = make(shape)
         value = float(layer.a[0, 0]) if remainder == 1 else 3.7 * (1 - remainder)
         layer = replace(layer, sets=(Ablation("one", (0,), (value,)),))
-        layer = with_rival(layer, by=1.5)
+        layer = with_rival(layer, by=1.5 * float(tau_0(layer)[0]))
         screen, nodes, node, sets, c, scale = layer.screened()
         sure, token = proved(screen, nodes, node, sets, c, scale)
         exact = exact_logits(layer.model, moved(layer)).argmax(-1)
@@ -391,6 +393,149 @@ def test_rounding_that_a_cancelled_residual_magnifies_proves_nothing(
         f"{len(wrong)} of {n_proved} proofs name another token than float64: seeds {wrong}"
     )
     assert remainder < 1 or n_proved > 60, "a rival further off than the slack is no near tie"
+
+
+# --- the slack, on both sides of it -------------------------------------------------------------------
+
+U = 4e-6  # of paragraph 6, where no batch moves anything
+
+
+def lengths_multiplied(layer: Layer) -> tuple[float, float]:
+    """M and B of paragraph 4, from the weights."""
+    norm, W_U = layer.model.final_norm, layer.model.W_U.double()
+    beta = norm.bias.double() @ W_U + layer.model.b_U.double()
+    return float((W_U * norm.gain.double()[:, None]).norm(dim=0).max()), float(beta.abs().max())
+
+
+def tau_0(layer: Layer, u: float = U) -> Tensor:
+    """The least lead that is no near tie where nothing changes, per node: u (M |x^| / s + B)."""
+    (M, B), x = lengths_multiplied(layer), layer.x.double()
+    s = exact_scale(layer.model.final_norm, x)
+    x = x - x.mean(-1, keepdim=True) if layer.model.final_norm.centred else x
+    return u * (M * x.norm(dim=-1) / s + B)
+
+
+def changing_nothing(layer: Layer) -> Layer:
+    """One node under the empty set, and under sets that hold neurons where they are."""
+    sets = [replace(s, values=tuple(layer.a[0, list(s.neurons)].tolist())) for s in layer.sets]
+    return replace(layer, sets=(PLAIN, *sets))
+
+
+@given(shape=shapes)
+@some
+def test_a_gap_is_certified_above_the_slack_and_not_below(shape: Shape) -> None:
+    layer = changing_nothing(make(replace(shape, n_nodes=1)))
+    screen = build_screen(layer.model, layer.sets)
+    nodes = read_nodes(screen, layer.x, layer.a)
+    edge = tau_0(layer)
+    for times, sure in ((0.99, False), (1.01, True)):
+        found = certified(screen, replace(nodes, gap=(times * edge).float()))
+        assert (found == sure).all(), f"at {times} of tau_0"
+
+
+@given(shape=shapes)
+@some
+def test_a_gap_is_certified_above_what_the_neurons_can_do_and_not_below(shape: Shape) -> None:
+    """Paragraph 4's own line, with every number in float64."""
+    layer = make(replace(shape, n_nodes=1, n_sets=1))
+    screen, nodes, _, _, c, _ = layer.screened()
+    (M, B), norm = lengths_multiplied(layer), layer.model.final_norm
+    W = layer.model.W_out[list(layer.sets[0].neurons)].double()
+    W = W - W.mean(-1, keepdim=True) if norm.centred else W
+    P = (W * norm.gain.double()) @ layer.model.W_U.double()
+    beta = norm.bias.double() @ layer.model.W_U.double() + layer.model.b_U.double()
+    h, mid, size = (P.amax(-1) - P.amin(-1)) / 2, (P.amax(-1) + P.amin(-1)) / 2, W.norm(dim=-1)
+    q = h + (beta.max() - beta.min() + U * B) * size / shape.d_model**0.5 + U * M * size
+    change, s = c[0].double(), exact_scale(norm, layer.x.double())[0]
+    tilt = change * (mid - P[:, nodes.likely[0, 0]])
+    edge = tau_0(layer)[0] + (tilt + change.abs() * q).sum() / s
+    # What float32 rounds: two sums over the neurons, of terms that may cancel.
+    margin = 0.01 * tau_0(layer)[0] + 1e-5 * ((tilt.abs() + change.abs() * q).sum() / s + edge)
+    for gap, sure in ((edge - margin, False), (edge + margin, True)):
+        assert bool(certified(screen, replace(nodes, gap=gap[None].float()))[0, 0]) == sure
+
+
+@given(shape=shapes)
+@some
+def test_the_slack_of_a_pair_is_the_line_that_defines_it(shape: Shape) -> None:
+    layer = make(shape)
+    screen, nodes, node, sets, c, scale = layer.screened()
+    M, B = lengths_multiplied(layer)
+    neurons = screen.slots[sets]
+    lengths = nodes.x.double().norm(dim=-1)[node] + (
+        c.double().abs() * screen.W.norm(dim=-1)[neurons]
+    ).sum(-1)
+    wanted = U * (M * lengths / scale.double() + B)
+    found = pair_slack(screen, nodes, node, sets, c, scale)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(nodes.slack.double(), tau_0(layer), rtol=1e-4, atol=0.0)
+    unchanged = pair_slack(screen, nodes, node, sets, torch.zeros_like(c), nodes.scale[node])
+    torch.testing.assert_close(unchanged, nodes.slack[node])
+
+
+@pytest.mark.parametrize("offset", [0.0, 64.0])
+def test_a_neuron_that_moves_all_tokens_alike_is_reckoned_with_its_rounding(offset: float) -> None:
+    """There h = R = 0, so that q is the slack's own part: u B |w| / sqrt(d) + u M |w|."""
+    layer = make(Shape(d_vocab=12, centred=False))
+    W_U, m = layer.model.W_U[:, :1].repeat(1, 12), layer.model
+    layer = replace(layer, model=a_model(W_U, m.W_out, m.final_norm, torch.full((12,), offset)))
+    screen = build_screen(layer.model, layer.sets)
+    (M, B), size = lengths_multiplied(layer), layer.model.W_out[screen.selected].double().norm(dim=-1)
+    wanted = U * B * size / 16**0.5 + U * M * size
+    torch.testing.assert_close((screen.q - screen.half).double(), wanted, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 2e-6, 3e-5])
+def test_the_slack_is_three_times_what_batches_do_and_at_least_four_millionths(noise: float) -> None:
+    layer = changing_nothing(make(Shape(n_nodes=1)))
+    layer.model.noise = noise
+    screen = build_screen(layer.model, layer.sets)
+    nodes = read_nodes(screen, layer.x, layer.a)
+    edge = tau_0(layer, u=max(4e-6, 3 * noise))
+    torch.testing.assert_close(nodes.slack.double(), edge, rtol=1e-4, atol=0.0)
+    for times, sure in ((0.99, False), (1.01, True)):
+        assert (certified(screen, replace(nodes, gap=(times * edge).float())) == sure).all()
+
+
+@given(shape=shapes)
+@some
+def test_the_shortlist_proves_a_lead_above_the_slack_and_none_below(shape: Shape) -> None:
+    """Paragraph 5's bound in float64, and a slack on either side of the lead over it."""
+    layer = make(shape)
+    screen, nodes, node, sets, c, scale = layer.screened()
+    neurons, likely, wide = screen.slots[sets], nodes.likely[node], c.double()
+    after, s, beta = scale.double(), nodes.scale[node].double(), screen.beta.double()
+    P = screen.P.double()[neurons]  # (pair, k, d_vocab)
+    logits = (nodes.sz[node].double() + (wide[:, :, None] * P).sum(1)) / after[:, None] + beta
+    own = logits.gather(-1, likely).sort(-1, descending=True).values
+    reach = (wide * screen.mid.double()[neurons] + wide.abs() * screen.half.double()[neurons]).sum(-1)
+    tilt = ((after - s)[:, None] * beta).amax(-1)
+    bound = (s * nodes.beyond[node].double() + reach + tilt) / after
+    lead = own[:, 0] - torch.maximum(own[:, 1], bound)
+    sizes = nodes.sz[node].abs().amax(-1) + (c[:, :, None] * screen.P[neurons]).abs().sum(1).amax(-1)
+    margin = 1e-5 * ((sizes.double() + s * beta.abs().max()) / after + beta.abs().max() + 1e-3)
+    for by, sure in ((-margin, True), (margin, False)):
+        found, _ = shortlisted(screen, nodes, node, sets, c, scale, (lead + by).float())
+        assert (found == sure).all()
+
+
+def test_a_rival_is_settled_above_the_slack_and_left_below() -> None:
+    """At c = 0, with a runner-up that really trails by so much; certificate and shortlist alike."""
+    seen = []
+    for seed, times in itertools.product(range(30), (0.6, 0.9, 1.1, 1.9)):
+        layer = make(Shape(seed, 32, 40, 4, n_nodes=1, n_sets=2, x=30.0))
+        layer = changing_nothing(with_rival(layer, times * float(tau_0(layer)[0])))
+        gap = exact_logits(layer.model, layer.x.double()).sort(-1, descending=True).values
+        lead = float((gap[0, 0] - gap[0, 1]) / tau_0(layer)[0])  # the rival may lengthen M
+        if abs(lead - 1) < 0.03:  # float32 rounds a logit by some hundredths of the slack
+            continue
+        screen, nodes, node, sets, c, scale = layer.screened()
+        assert (c == 0).all()
+        assert (certified(screen, nodes) == (lead > 1)).all(), f"seed {seed}: {lead:.3f} of tau_0"
+        assert (proved(screen, nodes, node, sets, c, scale)[0] == (lead > 1)).all()
+        seen.append(lead)
+    assert sum(0.8 < lead < 1 for lead in seen) > 10
+    assert sum(1 < lead < 1.2 for lead in seen) > 10
 
 
 def test_certificate_and_shortlist_settle_most_pairs_and_leave_some() -> None:

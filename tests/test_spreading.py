@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ccm.ablation import PLAIN
 from ccm.checkpoint import load
 from ccm.cli import main
 from ccm.completions import merge
@@ -12,6 +13,7 @@ from ccm.decoding import decode_sets
 from ccm.errors import NotAvailable
 from ccm.models import spec_for
 from ccm.spreading import spread_over_devices
+from tests.exact import clear
 from tests.pretended_gpu import pretended_gpus
 from tests.test_decoding import assert_same, random_sets
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
@@ -32,7 +34,7 @@ def test_a_model_in_two_places_decodes_as_in_one(config: ToyConfig, tmp_path: Pa
     assert model.device == torch.device("cpu")
     parts = merge(list(decode_sets(model, prompts, ablations)))
     for i in range(7):
-        assert_same(parts, i, whole, i, config.id)
+        assert_same(model, parts, i, whole, i, config.id)
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
@@ -43,6 +45,8 @@ def test_a_model_on_several_gpus_decodes_as_on_the_cpu(config: ToyConfig, share:
     first, *others = token_prompts(6, config, seed=3)
     prompts = [first, *others, [*first[:-1], first[-2]]]  # the first and the last begin alike
     ablations = random_sets(config.d_mlp, [5, 9], 1.0)
+    sure = clear(load(spec), prompts, [PLAIN, *ablations])
+    assert len(sure) > 4
     whole = merge(list(decode_sets(load(spec), prompts, ablations)))
     size = sum(p.numel() * p.element_size() for p in load(spec).body.parameters())
     with pretended_gpus(3, int(share * size)):
@@ -52,8 +56,8 @@ def test_a_model_on_several_gpus_decodes_as_on_the_cpu(config: ToyConfig, share:
         places = {str(p.device) for p in model.body.parameters()}
         assert len([place for place in places if place.startswith("cuda")]) > 1, places
         parts = merge(list(decode_sets(model, prompts, ablations)))
-    for i in range(7):
-        assert_same(parts, i, whole, i, config.id)
+    for i in (i for i in range(7) if prompts[i] in sure):
+        assert_same(model, parts, i, whole, i, config.id)
 
 
 def test_a_model_that_fits_nowhere_is_refused() -> None:

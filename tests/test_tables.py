@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from ccm.tables import (
     write_tables,
 )
 from tests.made_runs import make_run
+from tests.needs import PDFLATEX
 
 HARD = ' 50 % of $x_1 & {y} #3 ~^ \\end{tabular} | <b> "é" Ωμ 中 Łódź [--] `q\\n--'
 
@@ -195,7 +195,7 @@ def test_a_table_in_latex_has_as_many_cells_as_columns(run: RunResults) -> None:
             assert len(cells) == len(table.shown.columns), line
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex: not found on PATH")
+@PDFLATEX.mark()
 def test_latex_compiles(run: RunResults, tmp_path: Path) -> None:
     for path in write_tables([run], tmp_path):
         if path.suffix == ".tex":

@@ -111,6 +111,53 @@ def _digits(value: float, margin: float) -> str:
     return f"{value:.{min(max(digits, 3), 17)}g}"
 
 
+TIMES = 8.0
+FLOOR = 16.0  # units of float32's eps
+NO_ROUNDING = 1e4  # units of the computation's own eps
+
+
+def of_rounding(
+    name: str,
+    seen: Any,
+    exact: Any,
+    *,
+    times: float = TIMES,
+    dtype: torch.dtype = torch.float32,
+) -> Tolerance:
+    """The margin for computations of some numbers, from what one of them did on this machine.
+
+    Kernels, threads and batches sum in other orders, so two right computations differ by about as much
+    as each does from the exact numbers, and how much that is depends on the machine. Nothing is assumed
+    of it: the margin is some times the largest error of one computation, plus `FLOOR` roundings of the
+    largest number, for it may have been lucky.
+
+    Args:
+        name: What the numbers are called.
+        seen: What one computation gave, one that is not under test.
+        exact: The same numbers, computed in float64.
+        times: How many times its largest error is allowed.
+        dtype: What it was computed in.
+
+    Raises:
+        AssertionError: it is off by more than any rounding, so it says nothing about other ones.
+    """
+    found, wanted = _array(seen).astype(np.float64), _array(exact)
+    if wanted.dtype != np.float64:
+        raise AssertionError(f"{name}: the exact numbers have type {wanted.dtype}, expected float64")
+    if found.shape != wanted.shape or not wanted.size:
+        raise AssertionError(f"{name} has shape {found.shape}, expected {wanted.shape}")
+    size, error = float(np.abs(wanted).max()), float(np.abs(found - wanted).max())
+    if not error <= NO_ROUNDING * torch.finfo(dtype).eps * size:
+        raise AssertionError(f"{name}: off by {error:.3g} of {size:.3g}, which is no rounding")
+    return Tolerance(
+        name,
+        rtol=0.0,
+        atol=times * error + FLOOR * torch.finfo(torch.float32).eps * size,
+        reason=f"{times:g} times the {error:.1e} by which a computation of such numbers is off here, "
+        f"and {FLOOR:g} roundings of {size:.3g}",
+    )
+
+
 MEASURE = Tolerance(
     "measure",
     rtol=1e-4,

@@ -46,6 +46,7 @@ PRINTED_MARKS: dict[bool, dict[str, Any]] = {
     True: {"color": "#222222", "marker": "x", "markersize": 5},
 }
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
+TITLE_CHARACTERS = 12  # to an inch
 FINE_BINS = 4096
 GRID_POINTS = 301
 PNG_COLOURS = 256  # a third of the bytes of a PNG of all colours, and nobody sees it
@@ -73,9 +74,28 @@ def styled(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawin
     @wraps(draw)
     def inside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Drawing:
         with style():
-            return draw(*args, **kwargs)
+            drawing = draw(*args, **kwargs)
+            title = drawing.figure.get_suptitle()
+            if title != (fitting := _folded(title, drawing.figure)):
+                drawing.figure.suptitle(fitting)
+            return drawing
 
     return inside
+
+
+def _folded(title: str, figure: Figure) -> str:
+    """Fold a title that is wider than its figure, as one with the folder of a model may be."""
+    return folded(title, int(TITLE_CHARACTERS * figure.get_size_inches()[0]))
+
+
+def folded(text: str, width: int) -> str:
+    r"""Fold lines that are longer than a width, of a text as `shown` gives it.
+
+    >>> folded("one two", 4), folded("a\\$b", 2)
+    ('one\ntwo', 'a\n\\$b')
+    """
+    lines = (textwrap.fill(x, width) if len(x) > width else x for x in text.split("\n"))
+    return "\n".join(lines).replace("\\\n$", "\n\\$")  # a dollar stays escaped
 
 
 def save(drawing: Drawing, stem: Path) -> list[Path]:
@@ -128,7 +148,8 @@ def key(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D
 
 def titled_legend(figure: Figure, handles: Sequence[Artist | Container], title: str) -> None:
     """Write a figure's title and, below it, its legend: apart from each other they would overlap."""
-    look: dict[str, Any] = {"ncols": 4, "title": title, "title_fontsize": "large"}
+    fitting = _folded(title, figure)
+    look: dict[str, Any] = {"ncols": 4, "title": fitting, "title_fontsize": "large"}
     figure.legend(handles=handles, loc="outside upper center", **look)
 
 

@@ -85,10 +85,10 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     if any(share.matched is not None for share in shares):
         small.append("Behind the bar |: against the matched controls.")
     small.append(artefacts_in_words(share.printed for share in shares))
-    names = [(name, value) for name, _, ablations in runs for value in ablations]
+    names = [(name, model, value) for name, model, ablations in runs for value in ablations]
     data = [
-        {"model": name, "ablation_value": value, **_data(row)}
-        for (name, value), row in zip(names, rows, strict=True)
+        {"model": name, "display_name": model, "ablation_value": value, **_data(row)}
+        for (name, model, value), row in zip(names, rows, strict=True)
     ]
     title = one or "Entropy set and controls, model by model"
     return _forest(rows, title, "ablation value", small, data)

@@ -1,8 +1,7 @@
 """All figures of one or more runs, under the names of Method 10."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from tqdm import tqdm
 
 from ccm.by_relation import group_effects
 from ccm.by_transition import entropy_changes
-from ccm.errors import BadInput
 from ccm.figures import (
     activations,
     changes,
@@ -26,6 +24,8 @@ from ccm.figures import (
 from ccm.figures.canvas import Drawing, save
 from ccm.knowledge import RATIOS
 from ccm.results import RunResults
+from ccm.stopping import in_processes
+from ccm.telling_apart import told_apart
 
 FOLDER = "entropy_neurons_figures"
 WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
@@ -52,7 +52,7 @@ def figures_of_run(run: RunResults) -> Iterator[Entry]:
     Yields:
         An entry a figure: those of the whole run first, then those of each ablation value.
     """
-    name, model = run.model, run.display_name
+    name, model = run.name, run.display_name
     k, dims = len(run.entropy_neurons), int(run.identity["null_space_dims"])
     few = f"nb_neurons_with_low_logitvar={k}"
     # Neurons that were named by hand were chosen by no threshold.
@@ -101,7 +101,7 @@ def figures_of_run(run: RunResults) -> Iterator[Entry]:
 
 def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
     """Name the figures of one ablation value."""
-    name, model = run.model, run.display_name
+    name, model = run.name, run.display_name
     scores, ablated = run.scores["ablations"][value], run.ablated[value]
     stem = f"{name}/{name}_{value}"
     yield Entry(
@@ -109,7 +109,7 @@ def _figures_of_value(run: RunResults, value: str) -> Iterator[Entry]:
         "Conversion ratios",
         "Of the prompts that were not answered from a source, the share that is after the ablation. "
         "Coloured: the entropy set; grey: the control sets.",
-        partial(shares.conversion_ratios, scores, model, value, name),
+        partial(shares.conversion_ratios, scores, model, value, run.model),
         value,
     )
     yield Entry(
@@ -222,21 +222,6 @@ def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
     )
 
 
-def check_distinct(runs: Sequence[RunResults]) -> None:
-    """Refuse two runs of one model: their files would have the same names.
-
-    Raises:
-        BadInput: otherwise.
-    """
-    seen: dict[str, Path] = {}
-    for run in runs:
-        if run.model in seen:
-            raise BadInput(
-                f"{run.path}: a run of {run.model}, as {seen[run.model]} is. Give one run a model."
-            )
-        seen[run.model] = run.path
-
-
 @dataclass(frozen=True)
 class Drawn:
     """One figure of the gallery, drawn and written."""
@@ -258,6 +243,9 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
 
     Yields:
         What became of each, in their order; one is open at a time, a hundred would be gigabytes.
+
+    Raises:
+        NotAvailable: a process that drew was killed.
     """
     processes = min(processes, len(entries) // WORTH_A_PROCESS)
     one = partial(_draw_one, out)
@@ -265,9 +253,8 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
     if processes < 2:
         yield from bar(map(one, entries))
         return
-    # Spawned: a fork of a process with threads, as torch has, may hang.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from bar(pool.map(one, entries))
+    with closing(in_processes(one, entries, processes)) as drawn:
+        yield from bar(drawn)
 
 
 def _draw_one(out: Path, entry: Entry) -> Drawn:
@@ -282,7 +269,7 @@ def write_figures(runs: Sequence[RunResults], out: Path, processes: int = 1) -> 
     """Draw and write every figure of some runs.
 
     Args:
-        runs: Finished runs, one a model.
+        runs: Finished runs; those of one model are told apart.
         out: The folder, as for `draw`.
         processes: How many may draw at once, as for `draw`.
 
@@ -290,9 +277,9 @@ def write_figures(runs: Sequence[RunResults], out: Path, processes: int = 1) -> 
         Every path written.
 
     Raises:
-        BadInput: two runs of one model.
+        BadInput: two are the same run.
     """
-    check_distinct(runs)
+    runs = told_apart(runs)
     everything = [entry for run in runs for entry in figures_of_run(run)]
     drawn = draw([*everything, *figures_across(runs)], out, processes)
     return [path for figure in drawn for path in figure.paths]

@@ -112,6 +112,6 @@ def rho_by_layer(
     if missing:
         small.append(f"Layers without one output matrix: {', '.join(map(str, missing))}.")
     foot(figure, small, 68 if wide == SINGLE else 140)
-    medians = ", ".join(f"{m:.2f}" for m in of[50])
+    medians = ", ".join(f"{m:.2f}" if np.isfinite(m) else "none" for m in of[50])
     says = f"Median of layers {at[0]} to {at[-1]}: {medians}; a random direction: {chance:.2f}. "
     return Drawing(figure, data, says + f"The entropy neurons: {extent(own['rho'].to_numpy(float))}.")

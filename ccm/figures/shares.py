@@ -24,6 +24,7 @@ from ccm.figures.canvas import (
     Drawing,
     artefacts_in_words,
     draw_printed,
+    folded,
     foot,
     say,
     scattered,
@@ -338,7 +339,8 @@ def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> 
             percent = "no prompts" if r["percent"] is None else f"{r['percent']:.1f} %"
             text = f"{r['count']:,}\n{percent}"
             axes.text(x, r["count"] + 0.01 * most, text, ha="center", va="bottom", fontsize=6)
-    axes.set_xticks(range(len(runs)), [shown(model) for model, _ in runs])
+    names = [folded(shown(model), 18) for model, _ in runs]  # as wide as its three bars
+    axes.set_xticks(range(len(runs)), names)
     axes.set_xlim(-0.6, len(runs) - 0.4)
     axes.set_ylim(0, 1.22 * max(1, most))
     axes.set_xlabel("model")

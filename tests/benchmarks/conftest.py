@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--benchmark-only"):
         for item in items:
             if HERE in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="benchmarks: run with --benchmark-only"))
+                item.add_marker(pytest.mark.skip(reason="a benchmark: run with tox -e bench"))
 
 
 def cores() -> int:

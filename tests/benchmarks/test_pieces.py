@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ccm.activations import Histograms, Moments
-from ccm.facts import DATA_VARIABLE, load_pararel, pararel_folder
+from ccm.facts import load_pararel
 from ccm.loaded import FinalNorm
 from ccm.neurons import measure
 from ccm.prompts import ParametricAnswer, filter_relation_groups
 from ccm.scores import global_transition_score, summarise, transition_counts
+from tests.needs import FACTS
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,7 @@ def test_scores_of_100_controls(benchmark: Any) -> None:
 
 
 def test_relation_group_filter_on_the_real_facts(benchmark: Any) -> None:
-    if pararel_folder() is None:
-        pytest.skip(f"needs {DATA_VARIABLE}: not set")
+    FACTS.check()
     facts = load_pararel()
     answers = [ParametricAnswer(i, f, f.query, "", f.object, 0) for i, f in enumerate(facts.facts)]
     kept = benchmark.pedantic(filter_relation_groups, (answers, facts.relations), rounds=5)

@@ -1,0 +1,187 @@
+"""Signals that ask the command to stop: Ctrl-C, a batch system's SIGTERM, a terminal that goes away.
+
+All three end it alike: they are raised as `Stopped` where the program is, so that files that are half
+written are removed and one line is said. Processes that draw figures end with it, without a word.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from ccm.errors import NotAvailable
+
+# SIGHUP is not there on Windows.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# What ends a worker; nobody else sends it, so that none ends before the parent knows why.
+END_OF_WORKER = getattr(signal, "SIGUSR1", signal.SIGTERM)
+PATIENCE_SECONDS = 5.0  # for a worker to clean up
+BY_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
+SAME_SECONDS = 2.0  # a signal so soon after the first is the same, passed on by a parent, too
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop."""
+
+    def __init__(self, number: int) -> None:
+        """Note which one."""
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number  # as a shell gives it for a program that the signal ended
+
+
+class Stopping:
+    """Handlers of `SIGNALS`: the first is raised, and one that comes much later ends the program.
+
+    A signal that something else handles is left to it, and one that is ignored stays so, as `nohup`
+    wants it. In another thread than the main one there is nothing to install.
+    """
+
+    def __init__(self, last_words: Callable[[], None]) -> None:
+        """Say nothing and install nothing yet.
+
+        Args:
+            last_words: Called before the program is ended where cleaning up takes too long.
+        """
+        self.stopped: Stopped | None = None
+        self._last_words = last_words
+        self._finished = False
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stopping":
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {n: handler for n, handler in found.items() if handler in BY_DEFAULT}
+            for number in self._before:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put back the handlers that were there."""
+        if not self._finished:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def finish(self) -> None:
+        """Keep the handlers to the end of the process, which a signal then ends without a word."""
+        self._finished = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._finished:
+            os._exit((self.stopped or Stopped(number)).code)
+        if self.stopped is None:
+            self.stopped, self._at = Stopped(number), time.monotonic()
+            raise self.stopped
+        if time.monotonic() - self._at > SAME_SECONDS:
+            # Raised, it would be a traceback out of whatever cleans up.
+            self._last_words()
+            os._exit(self.stopped.code)
+
+
+def in_processes(
+    function: Callable[[_In], _Out], items: Sequence[_In], processes: int
+) -> Generator[_Out, None, None]:
+    """Map over items in several processes, which end with this one, however it ends.
+
+    Args:
+        function: What to do; it and the items are pickled.
+        items: For what.
+        processes: How many. Each is a Python of its own, started anew: a fork of a process with
+            threads, as torch has, may hang.
+
+    Yields:
+        The results, in the order of the items.
+
+    Raises:
+        NotAvailable: one of the processes was killed.
+    """
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin_worker)
+    try:
+        with _signals_held():
+            # Not `map`: what it does where one fails gets in the way of what the pool does itself.
+            futures = [pool.submit(_work, function, item) for item in items]
+        for future in futures:
+            yield future.result()
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
+        _end(set(multiprocessing.active_children()) - others)
+        if isinstance(error, BrokenProcessPool):
+            raise NotAvailable(
+                f"one of {processes} processes was killed, most often for want of memory. Free some "
+                "and give the same command again."
+            ) from error
+        raise
+    finally:
+        pool.shutdown()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold signals back while workers start: they inherit that, and would die with a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # started by the first worker, it would let some through
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(workers: Iterable[BaseProcess]) -> None:
+    """End workers: asked first, so that they leave nothing half-written."""
+    for worker in workers:
+        with suppress(OSError):  # gone already
+            os.kill(worker.pid or 0, END_OF_WORKER)
+    until = time.monotonic() + PATIENCE_SECONDS
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+        worker.kill()
+
+
+def _begin_worker() -> None:
+    """Leave signals to the parent, and end when it says so or is gone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(END_OF_WORKER, _end_worker)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_worker(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        if hasattr(signal, "pthread_kill"):  # wakes the main thread, in which it is handled
+            signal.pthread_kill(threading.main_thread().ident or 0, END_OF_WORKER)
+        else:
+            os._exit(1)
+
+
+def _work(function: Callable[[_In], _Out], item: _In) -> _Out:
+    """Do one item; what `_end_worker` raises ends the process, which the pool would keep."""
+    try:
+        return function(item)
+    except SystemExit:
+        os._exit(1)

@@ -1,0 +1,128 @@
+"""Files written whole or not at all, on whatever file system; where that fails, one clear line."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from ccm.errors import CannotWrite
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+NAME_KEPT = 40  # characters of a file's name in its partial one: the longest name has no room for more
+# What `fsync` says where bytes were lost. Anything else says that the file system knows no `fsync`.
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust name the system's error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and rename over it, so that no reader ever finds half of one.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        write: Writes to the path it is given, which is not `path`.
+
+    Raises:
+        CannotWrite: a full disk, a quota, rights: whatever the system refuses, however the library that
+            writes tells it. What was there before is still there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name[:NAME_KEPT]}.", suffix=PARTIAL, dir=path.parent
+        )
+        try:
+            os.close(handle)
+            write(Path(name))
+            _settle(name)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):  # the error that matters is the one that led here
+                os.unlink(name)
+            raise
+    except Exception as error:
+        reason = _reason(error, path)
+        if reason is None:
+            raise
+        raise CannotWrite(path, reason) from error
+
+
+def _settle(name: str) -> None:
+    """Open a new file to the group and have its bytes on the disk before its name is.
+
+    A machine that crashes after a rename could else leave a file that is there and empty. Some file
+    systems (of buckets, of Windows shares) refuse one or the other, and hold results all the same.
+    """
+    with suppress(OSError):
+        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from the group
+    try:
+        handle = os.open(name, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException | None, path: Path) -> str | None:
+    """What the system refused, in its words; None where the error is no refusal of the system's."""
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        other = error.filename is not None and Path(os.fsdecode(error.filename)).parent != path.parent
+        return f"{reason}: {os.fsdecode(error.filename)}" if other else reason
+    found = _OS_ERROR.search(str(error))
+    return os.strerror(int(found[1])) if found else _reason(error.__cause__, path)
+
+
+def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
+    """Write one thing in several formats.
+
+    Args:
+        stem: The path without its suffix; it may hold dots.
+        writers: By suffix, what writes to the path it is given.
+
+    Returns:
+        The paths, in the order of `writers`.
+    """
+    paths = {stem.parent / f"{stem.name}.{suffix}": write for suffix, write in writers.items()}
+    for path, write in paths.items():
+        write_atomically(path, write)
+    return list(paths)
+
+
+def try_writing(folder: Path) -> None:
+    """Do in a folder all that writing results will do there: they come minutes or days later.
+
+    A file is written, written over and removed, as `write_atomically` does it. The folder is made where
+    it is missing; nothing else is left.
+
+    Raises:
+        CannotWrite: one of these is refused.
+    """
+    trial = folder / f".trial-{os.getpid()}{PARTIAL}"
+    for text in ("first", "over it"):
+        write_atomically(trial, partial(Path.write_text, data=text))
+    try:
+        trial.unlink()
+    except OSError as error:
+        raise CannotWrite(folder, error.strerror or str(error)) from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what was being written here, or below, when the process that wrote it was killed."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # what is left is in nobody's way
+                path.unlink()
