@@ -73,8 +73,8 @@ def load(
     if model.spec.d_mlp != spec.d_mlp:
         # Sets and numbers were checked against it.
         raise PremiseBroken(
-            f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its config.json "
-            f"{spec.d_mlp}. Give the config.json that belongs to the weights."
+            f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its "
+            f"config.json {spec.d_mlp}. Give the config.json that belongs to the weights."
         )
     for note in model.special_tokens["notes"]:
         _log.warning(note)
@@ -333,8 +333,9 @@ def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | N
     reason = reason_of(error)
     if spec.folder is not None:
         return BadInput(
-            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). Allowed: decoder-only checkpoints "
-            "of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families and others that it knows."
+            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). "
+            "Allowed: decoder-only checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families "
+            "and others that it knows."
         )
     from huggingface_hub.errors import GatedRepoError
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from ccm.errors import BadInput
 from ccm.models import MAX_NEW_TOKENS, ModelSpec
-
-if TYPE_CHECKING:
-    from ccm.trial import Trial
 
 VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
 
@@ -62,7 +59,7 @@ class LoadedModel:
     special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where those were found
     splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `ccm.decoding` when needed
     noise: float | None = None  # filled by `ccm.rounding` when needed
-    trial: "Trial | None" = None  # what a way to run it is held to (`ccm.trial`)
+    trial: Any = None  # what a way to run it is held to; a `Trial` of `ccm.trial`
 
     @property
     def hook_post(self) -> str:

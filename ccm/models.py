@@ -172,7 +172,7 @@ def dimensions(config: Any) -> dict[str, Any]:
 
 
 def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
-    """Inputs of the last layer's last linear map to the residual stream, an MLP's if one is named so."""
+    """Inputs of the last layer's last map to the residual stream; of an MLP, where one is named so."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -35,8 +35,8 @@ def slack(model: LoadedModel) -> float:
         model.noise = batch_noise(model)
     if not math.isfinite(model.noise):
         raise PremiseBroken(
-            f"{model.spec.name}: refused, the shared engine gives residuals that are no numbers for some "
-            f"random prompts on {model.device}. Check its weights, or use --engine hooked."
+            f"{model.spec.name}: refused, of some random prompts the shared engine's final residuals "
+            f"are no numbers on {model.device}. Check its weights, or use --engine hooked."
         )
     if not model.noise <= MOST:
         raise PremiseBroken(

@@ -64,7 +64,7 @@ def test_what_is_no_number_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rounding, "run_body", broken)
     assert batch_noise(load(MODELS["organism"])) != 0
-    with pytest.raises(PremiseBroken, match="by nan of its length"):
+    with pytest.raises(PremiseBroken, match=r"final residuals are no numbers .* use --engine hooked"):
         slack(load(MODELS["organism"]))
 
 
@@ -83,11 +83,10 @@ def test_a_larger_slack_costs_work_and_changes_no_result() -> None:
         assert wary.tokens(i) == exact.tokens(i)
 
 
-@pytest.mark.parametrize("noise", [5e-4, float("nan")])
-def test_too_much_noise_is_refused(noise: float) -> None:
+def test_too_much_noise_is_refused() -> None:
     model = load(spec_for(str(toy_folder(FAMILIES[0]))))
-    model.noise = noise
-    with pytest.raises(PremiseBroken, match=rf"the batch changes .* by {noise:.1e} .*Allowed: 1e-04"):
+    model.noise = 5e-4
+    with pytest.raises(PremiseBroken, match=r"the batch changes .* by 5\.0e-04 .*Allowed: 1e-04"):
         list(decode_sets(model, [[0, 1]], []))
 
 
