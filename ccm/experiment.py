@@ -112,11 +112,17 @@ def run_share(config: RunConfig, out: Path) -> RunFolder:
     Every share prepares prompts, measures and statistics for itself, and to the same bytes.
     """
     with open_folder(config, out) as (folder, plan_):
-        if not folder.manifest["complete"] or folder.missing():
+        mine = folder.manifest.get("share_prompts")
+        if not folder.manifest["complete"] or folder.missing() or mine != _n_decoded(folder):
             folder.note(complete=False)
             decode_everything(folder, plan_, Clock(folder))
-            folder.note(complete=True)
+            folder.note(complete=True, share_prompts=_n_decoded(folder))
         return folder
+
+
+def _n_decoded(folder: RunFolder) -> int:
+    """Prompts in the shards of a share, which are its results."""
+    return sum(len(shard.prompts) for shard in ShardStore(folder.path).read())
 
 
 @contextmanager

@@ -48,11 +48,6 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     @property
-    def is_near(self) -> bool:
-        """Whether its process can be looked for from here."""
-        return (self.host, self.pids) == (socket.gethostname(), _pid_namespace())
-
-    @property
     def is_there(self) -> bool | None:
         """Whether it is at work, as far as that can be seen from here; None: watch its lock."""
         if (self.host, self.pids) != (socket.gethostname(), _pid_namespace()):

@@ -56,8 +56,11 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     seen = sorted(int(i) for store in stores for shard in store.read() for i in shard.prompts)
     if seen != list(range(total)):
         missing = sorted(set(range(total)) - set(seen))
-        what = f"prompt {missing[0]} is missing" if missing else "a prompt is there twice"
-        raise BadInput(f"{len(folders)} shares: {what}. Run the share again in a new folder.")
+        what, way = "a prompt is there twice", "Run the share again in a new folder"
+        if missing:
+            what = f"prompt {missing[0]} is missing"
+            way = "Run the commands of all shares again: what is there is not computed twice"
+        raise BadInput(f"{len(folders)} shares: {what}. {way}.")
     check_folder(out)
     with locked(out):
         merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
@@ -150,6 +153,9 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -
                     f"{_short(mine.get(key))}, {_short(its.get(key))} there)."
                 )
         for name in _files(first):
+            for path in (folder / name, folders[0] / name):
+                if not path.is_file():
+                    raise BadInput(f"{path}: missing from the share. Run its command again to make it.")
             if (folder / name).read_bytes() != (folders[0] / name).read_bytes():
                 raise BadInput(
                     f"{folder / name}: not the same bytes as in {folders[0]}. Shares must run on "

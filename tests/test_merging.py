@@ -179,7 +179,7 @@ def test_gaps_are_refused(shares: list[Path], tmp_path: Path) -> None:
         merge_shares([shares[0], shares[2]], tmp_path / "run")
     torn = Path(shutil.copytree(shares[1], tmp_path / "torn"))
     next((torn / "shards" / "ablations").iterdir()).unlink()
-    with pytest.raises(BadInput, match=r"^3 shares: prompt \d+ is missing\. Run the share again"):
+    with pytest.raises(BadInput, match=r"^3 shares: prompt \d+ is missing\. Run the commands of all"):
         merge_shares([shares[0], torn, shares[2]], tmp_path / "run")
     with pytest.raises(BadInput, match=r"nothing: no run folder \(no manifest.json\)"):
         merge_shares([*shares[:2], tmp_path / "nothing"], tmp_path / "run")

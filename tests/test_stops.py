@@ -248,6 +248,42 @@ def test_a_share_stopped_at_its_end_goes_on_to_the_same_bytes(
         assert manifest(state)["complete"] is True
 
 
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [lose, tear])
+@pytest.mark.parametrize("name", ["shards/ablations/shard_*", PROMPTS, "*/effects.parquet"])
+def test_what_a_finished_share_lost_is_made_again_by_its_command(
+    damage: Callable[[Path], None],
+    name: str,
+    config: RunConfig,
+    shares: list[Path],
+    whole: Path,
+    tmp_path: Path,
+) -> None:
+    torn = Path(shutil.copytree(shares[1], tmp_path / "torn"))
+    hurt = next(torn.glob(name))
+    damage(hurt)
+    with pytest.raises(BadInput) as caught:
+        merge_shares([shares[0], torn], tmp_path / "merged")
+    if damage is tear:
+        if name.startswith(SHARDS):
+            assert str(caught.value).endswith("Remove it to compute it again.")
+        hurt.unlink()
+    else:
+        assert re.search(r"Run (its command|the commands of all shares) again", str(caught.value))
+    assert not (tmp_path / "merged").exists()
+    run_share(replace(config, share=(2, 2)), torn)
+    assert contents(torn) == contents(shares[1])
+    merge_shares([shares[0], torn], tmp_path / "merged")
+    check_same(tmp_path / "merged", whole)
+
+
 # --- shards that do not fit ---------------------------------------------------------------------------
 
 
