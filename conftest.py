@@ -213,10 +213,11 @@ def _skipped(config: pytest.Config, options: Options) -> Iterator[str]:
     """What a session on this machine leaves out, and what would run it."""
     from reproduction.pairs import missing  # which imports from here
 
+    alike = dict[str, list[str]]()
     for model in options.models:
-        lacking = missing(model, options)
-        if lacking is not None:
-            yield f"{model}, {lacking[0]}"
+        if (lacking := missing(model, options)) is not None:
+            alike.setdefault(lacking[0].replace(model, "MODEL"), []).append(model)
+    yield from (f"{', '.join(models)}: {reason}" for reason, models in alike.items())
     yield from (f"what {need.reason}" for need in NEEDS if not need.there())
     if not config.getoption("--benchmark-only"):
         yield "benchmarks: tox -e bench"

@@ -17,16 +17,19 @@ class CannotWrite(CcmError):
     """A file that the system would not let be written: a full disk, a quota, missing rights."""
 
     def __init__(self, path: object, reason: str) -> None:
-        """Say which file, in the system's words why, and what to do.
+        """Keep what cannot be written and why; both go with it from one process to another.
 
         Args:
             path: The file or folder.
-            reason: Why.
+            reason: Why, in the system's words.
         """
+        super().__init__(str(path), reason)
         self.reason = reason
-        super().__init__(
-            f"{path}: cannot be written ({reason}). Nothing half-written is left; make room or mend "
-            "that, and give the same command again: a run goes on where it stopped."
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}: cannot be written ({self.reason}). Nothing half-written is left; make "
+            "room or mend that, and give the same command again: a run goes on where it stopped."
         )
 
 
@@ -35,7 +38,7 @@ class InUse(CcmError):
 
 
 class PremiseBroken(CcmError):
-    """A model that is not what the method assumes (see `ccm.premise`), or is run wrongly (`ccm.trial`)."""
+    """A model that is not what the method assumes (`ccm.premise`), or is run wrongly (`ccm.trial`)."""
 
 
 def one_of(what: str, name: str, known: object) -> str:

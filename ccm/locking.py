@@ -215,7 +215,7 @@ def _wait_for(lease: SoftFileLease, folder: Path) -> bool:
         if _try(lease):
             return True
         if not told:
-            who = holder or "a process that cannot be seen from here"
+            who = holder or "an unknown process"
             wait = f"waiting up to {LEASE:.0f} s to see whether it is still there"
             print(f"ccm: {folder}: locked by {who}; {wait}", file=sys.stderr)
             told = True

@@ -7,12 +7,14 @@ written are removed and one line is said. Processes that draw figures end with i
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -24,6 +26,7 @@ from ccm.errors import NotAvailable
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What ends a worker; nobody else sends it, so that none ends before the parent knows why.
 END_OF_WORKER = getattr(signal, "SIGUSR1", signal.SIGTERM)
+AGAIN_SECONDS = 0.05
 PATIENCE_SECONDS = 5.0  # for a worker to clean up
 BY_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 SAME_SECONDS = 2.0  # a signal so soon after the first is the same, passed on by a parent, too
@@ -37,7 +40,42 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         """Note which one."""
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.code = 128 + number  # as a shell gives it for a program that the signal ended
+
+
+class _Again:
+    """What becomes of exceptions that cannot be raised: those of a signal are raised again, later.
+
+    A handler may run within a finalizer or a weak reference's callback, whose exceptions Python only
+    prints, with a traceback; then nothing would stop.
+    """
+
+    def __init__(self, kind: type[BaseException], again: Callable[[], None]) -> None:
+        """Note what was there before.
+
+        Args:
+            kind: What a handler raises.
+            again: Sends the signal again.
+        """
+        self.kind, self.again, self.before = kind, again, sys.unraisablehook
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Take one that could not be raised."""
+        if isinstance(unraisable.exc_value, self.kind):
+            timer = threading.Timer(AGAIN_SECONDS, self.again)
+            timer.daemon = True
+            timer.start()
+        else:
+            self.before(unraisable)
+
+
+def _interrupt_main(number: int) -> None:
+    """Send a signal to the main thread, which it wakes where it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
 
 
 class Stopping:
@@ -55,7 +93,7 @@ class Stopping:
         """
         self.stopped: Stopped | None = None
         self._last_words = last_words
-        self._finished = False
+        self._finished = self._ended = self._lost = False
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
@@ -66,21 +104,33 @@ class Stopping:
             self._before = {n: handler for n, handler in found.items() if handler in BY_DEFAULT}
             for number in self._before:
                 signal.signal(number, self._handle)
+            sys.unraisablehook = _Again(Stopped, self._again)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Put back the handlers that were there."""
         if not self._finished:
+            self._ended = True
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            if isinstance(sys.unraisablehook, _Again):
+                sys.unraisablehook = sys.unraisablehook.before
 
     def finish(self) -> None:
         """Keep the handlers to the end of the process, which a signal then ends without a word."""
         self._finished = True
 
+    def _again(self) -> None:
+        if self.stopped is not None and not self._ended:
+            self._lost = True
+            _interrupt_main(self.stopped.number)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._finished:
             os._exit((self.stopped or Stopped(number)).code)
+        if self._lost:
+            self._lost = False
+            raise self.stopped or Stopped(number)
         if self.stopped is None:
             self.stopped, self._at = Stopped(number), time.monotonic()
             raise self.stopped
@@ -108,16 +158,17 @@ def in_processes(
         NotAvailable: one of the processes was killed.
     """
     others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin_worker)
+    context, pool = multiprocessing.get_context("spawn"), None
     try:
         with _signals_held():
+            pool = ProcessPoolExecutor(processes, context, initializer=_begin_worker)
             # Not `map`: what it does where one fails gets in the way of what the pool does itself.
             futures = [pool.submit(_work, function, item) for item in items]
         for future in futures:
             yield future.result()
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
         _end(set(multiprocessing.active_children()) - others)
         if isinstance(error, BrokenProcessPool):
             raise NotAvailable(
@@ -126,7 +177,8 @@ def in_processes(
             ) from error
         raise
     finally:
-        pool.shutdown()
+        if pool is not None:
+            pool.shutdown()
 
 
 @contextmanager
@@ -137,7 +189,7 @@ def _signals_held() -> Iterator[None]:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        resource_tracker.ensure_running()  # started by the first worker, it would let some through
+        resource_tracker.ensure_running()  # started by the pool, it would let some through
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
@@ -160,6 +212,7 @@ def _begin_worker() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END_OF_WORKER, _end_worker)
+    sys.unraisablehook = _Again(SystemExit, partial(_interrupt_main, END_OF_WORKER))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -173,10 +226,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        if hasattr(signal, "pthread_kill"):  # wakes the main thread, in which it is handled
-            signal.pthread_kill(threading.main_thread().ident or 0, END_OF_WORKER)
-        else:
-            os._exit(1)
+        _interrupt_main(END_OF_WORKER)
 
 
 def _work(function: Callable[[_In], _Out], item: _In) -> _Out:

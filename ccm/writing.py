@@ -77,7 +77,7 @@ def _reason(error: BaseException | None, path: Path) -> str | None:
     if error is None:
         return None
     if isinstance(error, OSError):
-        reason = error.strerror or str(error) or type(error).__name__
+        reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
         other = error.filename is not None and Path(os.fsdecode(error.filename)).parent != path.parent
         return f"{reason}: {os.fsdecode(error.filename)}" if other else reason
     found = _OS_ERROR.search(str(error))

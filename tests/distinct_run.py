@@ -82,6 +82,9 @@ def _make(path: Path, name: str, seed: int) -> None:
     )
     write_table(path / "plain.parquet", plain)
     sets = read_json(path / MANIFEST)["sets"]
+    rest = [i for i in range(40 + 3 * seed) if i not in sets["entropy"]]
+    size = len(sets["entropy"])
+    sets |= {s: random.permutation(rest)[:size].tolist() for s in sets if s != "entropy"}
     for v, value in enumerate(VALUES[name]):
         strengths = iter(
             random.permutation(np.linspace(0.2, 1.1 + 0.25 * (v + 2 * seed), CONTROLS + MATCHED))
@@ -118,7 +121,7 @@ def _make(path: Path, name: str, seed: int) -> None:
         "work": {"prompts": 411, "forward_tokens": 5123, "nodes": 1789, "peak_bytes": 0},
     }
     folder = RunFolder(path, _identity(path, seed))
-    folder.note(facts=facts, **more)
+    folder.note(sets=sets, facts=facts, **more)
     write_json(path / SCORES, scores_of_run(folder, released=False))
 
 

@@ -213,8 +213,8 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "config is no JSON": ({"config__json": "{"}, ("config.json: not JSON",)),
     "config is Latin-1": ({"config__json": b'"\xe9"'}, ("config.json: not JSON",)),
-    "config is a list": ({"config__json": "[]"}, ("config.json: not a decoder-only",)),
-    "config is null": ({"config__json": "null"}, ("config.json: not a decoder-only",)),
+    "config is a list": ({"config__json": "[]"}, ("config.json: not JSON (a list, not",)),
+    "config is null": ({"config__json": "null"}, ("config.json: not JSON (a NoneType",)),
     "relations without facts": ({"facts__csv": None}, ("facts.csv: no such file",)),
 }
 
@@ -324,7 +324,7 @@ def test_a_fact_longer_than_the_context(refused: Refused, tmp_path: Path) -> Non
     (tmp_path / "facts.csv").write_bytes(FACTS.replace(FIRST, long))
     line = refused("prompts", "--model", "organism", "--facts", tmp_path, "--out", "new.csv")
     assert "tokens ('many many " in line
-    assert "too long. Allowed: 119, the context of organism (128) less its answer. Shorten it." in line
+    assert "too long. Allowed: 1 to 119, the context of organism (128) less its answer." in line
 
 
 # --- ccm ablate ---------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def test_prompts_that_cannot_be_used(ablate: Callable[..., str]) -> None:
         f"{header}\n{row}\n{PROMPT},Elsewhere,x\n": "row 3 is a duplicate",
         f"{header}\n": "no rows",
         "": "cannot be read as a table",
-        f"{header}\n{row}\n{'very ' * 300}long,a,b\n": "too long. Allowed: 119",
+        f"{header}\n{row}\n{'very ' * 300}long,a,b\n": "too long. Allowed: 1 to 119",
         f"{header}\n{row},more,cells\n": "row",
     }
     for text, expected in files.items():
@@ -577,7 +577,7 @@ def test_folders_that_are_none_or_not_ours(refused: Refused) -> None:
     cases = {
         "other": "not empty and holds no run",
         "other/thesis.tex": "is a file",
-        "other/thesis.tex/run": "cannot be written to (Not a directory)",
+        "other/thesis.tex/run": "cannot be written to (Not a directory",
         "x" * 300: "cannot be written to (File name too long)",
         "/proc/run": "cannot be written to",
     }

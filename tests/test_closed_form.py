@@ -14,7 +14,10 @@ from ccm import hooked
 from ccm.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
 from ccm.activations import collect
 from ccm.checkpoint import load
-from ccm.completions import Completions
+from ccm.comparisons import set_effects
+from ccm.completions import Completions, Work, merge
+from ccm.decoding import decode, decode_sets
+from ccm.effects import measure_effects
 from ccm.facts import FactSet, read_fact_folder
 from ccm.knowledge import SOURCES, knowledge_source
 from ccm.loaded import LoadedModel
@@ -328,6 +331,58 @@ def test_log_probabilities(held: Held) -> None:
             held.known.log_probs(c, values(one))[t] for c, t in zip(cases, targets, strict=True)
         ]
         LOG_PROBABILITY.assert_close(done.first.log_probs, expected, what=one.name)
+
+
+# --- the shared decode, and effects on entropy --------------------------------------------------
+
+
+def test_the_shared_decode_gives_every_source_and_entropy_at_once(held: Held) -> None:
+    """The three prompts of a fact share their first words, and all sets one pass."""
+    sets = [
+        plan(name, held.known.planted, value, held.statistics)
+        for name, value in ABLATION_VALUES.items()
+    ]
+    for full in (True, False):
+        flags = [full] * (1 + len(sets))
+        work = Work()
+        decoded = merge(list(decode_sets(held.model, held.prompts, sets, full=flags, work=work)))
+        for i, ablation in enumerate([PLAIN, *sets]):
+            done = decoded.completions(i)
+            held.check(ablation, held.known.outcome(values(ablation)), done)
+            entropies = [held.known.entropy(case, values(ablation)) for case in held.known.cases]
+            ENTROPY.assert_close(done.first.entropy, entropies, what=ablation.name)
+        steps = work.nodes - work.prompts  # each ran one position
+        assert work.forward_tokens - steps < sum(map(len, held.prompts)), "no prefix was shared"
+
+
+def test_statistics_of_the_shared_decode_are_the_formulas(held: Held) -> None:
+    statistics, n_positions = collect(held.model, held.prompts, decode)
+    assert n_positions == POSITIONS * len(held.known.cases)
+    for name, i in {**PLANTED, **SABOTEURS}.items():
+        mean, std = held.known.moments(i)
+        STATISTIC.of("mean").assert_close(statistics.mean[i], mean, scale=1.0, what=name)
+        STATISTIC.of("std").assert_close(statistics.std[i], std, scale=1.0, what=name)
+
+
+def test_effects_on_entropy_are_the_formulas(held: Held) -> None:
+    """Total, direct and norm only at every prompt; their mean changes are before less after."""
+    known, name = held.known, "mean_ablation"
+    pure = Ablation("control_000", tuple(sorted(known.pure)), (0.0,) * 3)
+    sets = [plan("entropy", known.planted, ABLATION_VALUES[name], held.statistics), pure]
+    found = measure_effects(held.model, held.prompts, sets[:1], sets[1:])
+    before = np.asarray([known.entropy(case, {}) for case in known.cases])
+    ENTROPY.assert_close(found.plain, before, what="plain")
+    table = set_effects(found, {name: sets}).set_index("set")
+    for ablation, got in zip(sets, (found.own[:, 0], found.others[:, 0]), strict=True):
+        v = values(ablation)
+        for i, (effect, how) in enumerate(
+            {"total": (v, None), "direct": (v, {}), "norm_only": ({}, v)}.items()
+        ):
+            after = np.asarray([known.entropy(case, *how) for case in known.cases])
+            ENTROPY.assert_close(got[:, i], after, what=f"{effect} of {ablation.name}")
+            change = float((before - after).mean())
+            ENTROPY.assert_close(table.loc[ablation.name, effect], change, what=effect)
+            assert effect == "direct" or abs(change) > 0.01, "no sign to be seen"
 
 
 # --- what null-space neurons can and cannot do --------------------------------------------------

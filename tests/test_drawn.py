@@ -564,6 +564,12 @@ def test_entropy_by_transition(value: str, run: Counted, drawn: dict[str, Drawin
         assert (near(x + 0.34), near(controls.mean), GREY) in marks(axes, "D")
         assert (near((x + 0.34, controls.low, x + 0.34, controls.high)), GREY) in segments(axes)
         points = [d for d in dots(axes) if abs(d[:, 0] - (x - 0.08)).max() < 0.2]
+        of_points = [
+            colour_of(c)
+            for c in axes.collections
+            if isinstance(c, PathCollection) and len(c.get_offsets())
+        ][sum(bool(len(d)) and d[0, 0] < x - 0.5 for d in dots(axes))]
+        assert of_points == COLOURS[k]
         if len(change) < 20:
             assert found["box"] is None
             assert sorted(points[0][:, 1]) == near(sorted(change))
@@ -577,6 +583,10 @@ def test_entropy_by_transition(value: str, run: Counted, drawn: dict[str, Drawin
             assert box["whishi"] == change[change <= high].max()
             outside = change[(change < low) | (change > high)]
             assert sorted(points[0][:, 1]) == near(sorted(outside))
+            (patch,) = [
+                p for p in axes.patches if np.mean(p.get_path().vertices[:4, 0]) == near(x - 0.08)
+            ]
+            assert to_hex(patch.get_facecolor()) == COLOURS[k]
             medians = [
                 float(line.get_ydata()[0])
                 for line in axes.lines

@@ -13,7 +13,7 @@ from ccm import limits, memory, report
 from ccm.cli import main
 from ccm.errors import NotAvailable
 from ccm.figures import gallery
-from ccm.figures.gallery import Drawn
+from ccm.figures.gallery import Drawn, Entry
 from ccm.limits import cores, cpu_quota, memory_left
 from ccm.memory import GIB, check_memory, free_bytes
 from tests.made_runs import make_run
@@ -291,6 +291,24 @@ def test_figures_are_drawn_by_as_many_processes(
     make_run(tmp_path / "run")
     assert main([command, str(tmp_path / "run")]) == 0
     assert asked == [1]
+
+
+@pytest.mark.parametrize(("free", "processes"), [(100, 5), (3.5, 3), (1.5, 0), (0, 0)])
+def test_figures_are_drawn_by_as_many_processes_as_memory_holds(
+    free: float, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below two, this process draws."""
+    asked = [0]
+
+    def draw(one: object, entries: object, n: int) -> Iterator[Drawn]:
+        asked[0] = n
+        yield from ()
+
+    monkeypatch.setattr(gallery, "in_processes", draw)
+    monkeypatch.setattr(gallery, "free_bytes", lambda device: int(free * gallery.WORKER_BYTES))
+    monkeypatch.setattr(gallery, "_draw_one", lambda out, entry: entry)
+    list(gallery.draw([Entry("a", "b", "c", lambda: None)] * 100, tmp_path, 8))
+    assert asked == [processes]
 
 
 @pytest.fixture

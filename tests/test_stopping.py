@@ -141,6 +141,28 @@ def test_what_an_interrupted_step_makes_of_it_is_no_fault(
     assert capsys.readouterr().err == "\nccm: interrupted; no result.\n"
 
 
+class Finalized:
+    """What is stopped while it goes away: Python cannot raise what is raised there."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def test_a_signal_within_a_finalizer_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(options: Any) -> None:
+        Finalized()
+        time.sleep(SECONDS)
+
+    hook = sys.unraisablehook
+    monkeypatch.setattr(subcommands, "measure", step)
+    assert main(["measure", "--model", "organism"]) == 143
+    assert capsys.readouterr().err == "\nccm: interrupted; no result.\n"
+    assert sys.unraisablehook is hook
+
+
 # --- handlers -----------------------------------------------------------------------------------------
 
 

@@ -16,15 +16,20 @@ import safetensors.numpy
 import ccm.effects
 import ccm.experiment
 import ccm.plan
+import ccm.report
 from ccm import decoding
+from ccm.cli import main
 from ccm.errors import BadInput, CcmError
 from ccm.experiment import run, run_share
 from ccm.merging import merge_shares
 from ccm.organism import CHECKPOINT
 from ccm.plan import RunConfig
+from ccm.report import write_report
+from ccm.results import read_results
 from ccm.run_folder import FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, SHARDS, RunFolder
 from tests.stops import forsake, full_disk, recorded, what_lies_in
 from tests.test_experiment import loaded
+from tests.test_writing import no_file_above
 
 VALUES = ("mode_ablation",)
 # What the manifest says is done, and the files that are there then.
@@ -395,3 +400,58 @@ def test_a_disk_that_is_full_at_any_new_file_stops_with_a_line_and_the_run_goes_
         assert held == [], f"{kind}: left over"
         run(config, out)
         check_same(out, whole)
+
+
+def test_the_command_line_says_it_in_one_line(
+    facts: Path, config: RunConfig, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The system itself refuses: no file may be longer than some are."""
+    out = tmp_path / "run"
+    given = [
+        "run",
+        "--model",
+        "organism",
+        "--facts",
+        str(facts),
+        "--device",
+        "cpu",
+        "--max-prompts",
+        "12",
+    ]
+    given += ["--controls", "1", "--ablation-value", VALUES[0], "--out", str(out)]
+    with no_file_above(3500):
+        assert main(given) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(rf"ccm: {out}/\S+: cannot be written \(File too large\)\. Nothing half-", last)
+    assert last.endswith("give the same command again: a run goes on where it stopped.")
+    assert (out / MANIFEST).is_file()
+    assert main(given) == 0
+    check_same(out, whole)
+
+
+# --- what is made of a run ----------------------------------------------------------------------------
+
+
+def test_a_report_stopped_at_any_file_operation_leaves_whole_files(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ccm.report.figures_of_run
+    monkeypatch.setattr(ccm.report, "figures_of_run", lambda run: list(few(run))[:1])
+    monkeypatch.setattr(ccm.report, "figures_across", lambda _: [])
+    out, states = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "states"
+
+    def report(folder: Path) -> None:
+        write_report([read_results(folder)], folder)
+
+    with recorded(out, states) as operations:
+        report(out)
+    made = contents(out)
+    assert {"report.html", "report.md"} <= made.keys()
+    for i, operation in enumerate(operations):
+        for name, content in contents(states / str(i)).items():
+            if not name.endswith(".partial") and not name.startswith(".lock"):
+                assert content == made[name], f"half of {name} at {operation}"
+    for i in (0, len(operations) // 2):
+        forsake(states / str(i))
+        report(states / str(i))
+        assert contents(states / str(i)) == made

@@ -126,6 +126,16 @@ def test_a_table_too_long_for_a_page_has_several() -> None:
     assert "newpage" not in latex(Table("t", "fits", few, few))
 
 
+def test_a_page_has_room_for_texts_that_wrap() -> None:
+    def height(text: str) -> float:
+        rows = pd.DataFrame({"model": ["m"], "n": [1], "text": [text]})
+        (found,) = re.findall(r"paperheight=([0-9.]+)cm", latex(Table("t", "c", rows, rows, ("text",))))
+        return float(found)
+
+    # Thirty letters fill a line of 6 cm, and a line is 0.41 cm high.
+    assert height("a" * 300) == pytest.approx(height("a") + 10 * 0.41, abs=0.11)
+
+
 def test_dimensions_are_the_runs(run: RunResults) -> None:
     (row,) = model_dimensions([run]).shown.to_dict("records")
     assert row["d_model"] == len(run.singular_values)

@@ -128,7 +128,9 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
 
 def _write_pdf(figure: Figure, path: Path) -> None:
     metadata: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
-    figure.savefig(path, format="pdf", metadata=metadata)
+    whole = io.BytesIO()  # matplotlib leaves a file open that it could not write to its end
+    figure.savefig(whole, format="pdf", metadata=metadata)
+    path.write_bytes(whole.getvalue())
 
 
 def _write_png(figure: Figure, path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ccm.by_relation import group_effects
@@ -23,12 +24,14 @@ from ccm.figures import (
 )
 from ccm.figures.canvas import Drawing, save
 from ccm.knowledge import RATIOS
+from ccm.memory import free_bytes
 from ccm.results import RunResults
 from ccm.stopping import in_processes
 from ccm.telling_apart import told_apart
 
 FOLDER = "entropy_neurons_figures"
 WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
+WORKER_BYTES = 512 << 20  # memory of one such process: 314 MiB for 8,192 neurons and 3,000 prompts
 Draw = Callable[[], Drawing]
 
 
@@ -238,8 +241,8 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
         entries: What to draw.
         out: The folder; `entropy_neurons_figures/` is made in it.
         processes: How many may draw at once; the bytes are the same. Each costs the start of a Python,
-            so that there is at most one for every 20 figures. More than one starts the main module
-            anew: a script needs its `if __name__ == "__main__":`.
+            so that there is at most one for every 20 figures, and for every 512 MiB that are free. More
+            than one starts the main module anew: a script needs its `if __name__ == "__main__":`.
 
     Yields:
         What became of each, in their order; one is open at a time, a hundred would be gigabytes.
@@ -247,7 +250,8 @@ def draw(entries: Sequence[Entry], out: Path, processes: int = 1) -> Iterator[Dr
     Raises:
         NotAvailable: a process that drew was killed.
     """
-    processes = min(processes, len(entries) // WORTH_A_PROCESS)
+    fitting = free_bytes(torch.device("cpu")) // WORKER_BYTES
+    processes = min(processes, fitting, len(entries) // WORTH_A_PROCESS)
     one = partial(_draw_one, out)
     bar = partial(tqdm, total=len(entries), desc="figures", unit="figure")
     if processes < 2:
