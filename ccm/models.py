@@ -125,6 +125,8 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
 
     kind = text.get("model_type")
     try:
+        if kind not in CONFIG_MAPPING:
+            raise ValueError("transformers knows no such model")  # without code from the folder
         # Not AutoConfig: it would look for code in the folder.
         sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
     except Exception as error:  # transformers checks a config by errors of its own
