@@ -1,7 +1,6 @@
 """What all benchmarks share: ratios in `extra_info`, a table of them, no names of this machine."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
@@ -9,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from ccm.limits import cores
 
 HERE = Path(__file__).parent
 
@@ -19,11 +20,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="a benchmark: run with tox -e bench"))
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
