@@ -110,7 +110,8 @@ def a_model(
     cpu = torch.device("cpu")
     given = {"spec": spec, "device": cpu, "dtype": dtype, "source": "", "n_ctx": 1, "bos": 0}
     given |= {"eos": frozenset(), "noise": 0.0}
-    modules = [f.name for f in fields(LoadedModel) if f.default is MISSING and f.name not in given]
+    lacking = [f for f in fields(LoadedModel) if f.default is f.default_factory is MISSING]
+    modules = [f.name for f in lacking if f.name not in given]
     model = LoadedModel(**given, **dict.fromkeys(modules))
     # In place of what the cached properties of the same names read off a bridge.
     vars(model).update(final_norm=norm, W_U=W_U.to(dtype), b_U=b_U, W_out=W_out.to(dtype))
