@@ -892,6 +892,20 @@ def test_the_observer_sees_the_rows_of_the_hooked_path(config: ToyConfig) -> Non
         margins(model).a.assert_close(a, b, what=config.id)
 
 
+def test_words_that_prompts_share_are_observed_for_each_of_them() -> None:
+    model = loaded(SMALL)
+    begin, *others = token_prompts(4, SMALL, seed=9, min_len=5, max_len=7)
+    prompts = [begin, [*begin[:4], 9, 11], [*begin, 12], *others]
+    assert max(length for _, length in shared_prefixes(prompts)) >= 4, "nothing is shared"
+    mine: list[torch.Tensor] = []
+    its: list[torch.Tensor] = []
+    decode(model, prompts, observe=mine.append)
+    hooked.decode(model, prompts, observe=its.append)
+    assert sum(map(len, mine)) == sum(map(len, its))
+    a, b = in_order(mine), in_order(its)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
 def test_statistics_of_both_paths_agree() -> None:
     model = loaded(SMALL)
     prompts = clear(model, token_prompts(20, SMALL, seed=9))

@@ -302,6 +302,24 @@ def test_ten_new_tokens_are_the_papers() -> None:
     assert MAX_NEW_TOKENS == 10
 
 
+@each_toy
+def test_every_position_is_held_and_nothing_else_is_touched(config: ToyConfig) -> None:
+    """What a later position holds is seen in no text, so the hook itself is asked."""
+    model, ablation = loaded(config), an_ablation(config)
+    seen: list[torch.Tensor] = []
+    live = torch.tensor([True, False])
+    hook = hooked._hook(model, ablation, seen.append, live)
+    given = torch.randn((2, 3, config.d_mlp), generator=torch.Generator().manual_seed(0))
+    before = given.clone()
+    held = hook(given, hook=None)
+    assert torch.equal(given, before), "changed in place"
+    assert torch.equal(seen[0], before[0]), "not what it was before ablation, of the live row alone"
+    others = [i for i in range(config.d_mlp) if i not in ablation.neurons]
+    assert torch.equal(held[..., others], before[..., others])
+    values = torch.tensor(ablation.values)
+    assert torch.equal(held[..., list(ablation.neurons)], values.expand(2, 3, -1))
+
+
 # --- the observer -----------------------------------------------------------------------------------
 
 
