@@ -12,6 +12,7 @@ from typing import Any
 from ccm.arguments import PROGRAM, parse_model_paths
 from ccm.errors import BadInput, CannotWrite, allowed, one_of
 from ccm.limits import cores
+from ccm.locking import refuse_if_locked
 from ccm.writing import try_writing
 
 THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
@@ -101,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
             f"--ablation-value {options.ablation_value!r}: all are more than these. Drop one."
         )
     ablation_values(values)
+    if options.out is not None:
+        refuse_if_locked(options.out)
     if options.report and options.shard is not None:
         raise BadInput("--report: a share of a run has no scores. Merge all shares, then `ccm report`.")
     neurons = None
@@ -162,6 +165,8 @@ def run(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Put the shares of a run together."""
+    refuse_if_locked(options.out)
+
     from ccm.merging import merge_shares
     from ccm.terminal import summary
 
@@ -212,7 +217,6 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
         BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
         InUse: another process is writing there.
     """
-    from ccm.locking import refuse_if_locked
     from ccm.results import read_results
     from ccm.run_folder import folder_to_lock
     from ccm.telling_apart import told_apart

@@ -180,7 +180,9 @@ def test_a_full_disk_is_no_traceback(
     monkeypatch.setattr(os, "replace", full)
     assert main(["measure", "--model", "organism", "--out", str(tmp_path / "m.csv")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"ccm: --out {tmp_path / 'm.csv'}: cannot write to {tmp_path} (No space left")
+    assert said.startswith(
+        f"ccm: --out {tmp_path / 'm.csv'}: cannot write to {tmp_path} (No space left"
+    )
     assert said.count("\n") == 1
     assert [*tmp_path.iterdir()] == []
 
