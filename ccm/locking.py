@@ -106,7 +106,7 @@ def refuse_if_locked(folder: Path) -> None:
     Raises:
         InUse: so it is.
     """
-    if (folder / LOCK).exists():
+    if os.path.exists(folder / LOCK):  # False, too, of a name that no file system takes
         with locked(folder):
             pass
 

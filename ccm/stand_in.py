@@ -18,7 +18,7 @@ from ccm.errors import BadInput, allowed
 from ccm.loaded import LoadedModel
 from ccm.models import MODELS
 from ccm.organism import CHECKPOINT
-from ccm.tokens import read_tokenizer
+from ccm.tokens import Bos, read_tokenizer
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
 # tokenizers make of such text; the organism's own 600 tokens come to 1.7.
@@ -140,10 +140,12 @@ def build(
     given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size), "--tokenizer")
     loaded = random_model(config, device, dtype, seed)
     spec = MODELS[name]
-    model = assemble(spec, loaded, given, device, dtype, source=str(spec.hub_id))
+    # A bare tokenizer.json names none; a published model has one.
+    bos: Bos = "own" if given.bos_token_id is not None else int(config.bos_token_id)
+    model = assemble(spec, loaded, given, device, dtype, source=str(spec.hub_id), bos=bos)
     model.source = f"random weights, seed {seed}"
     if tokenizer is None:
-        assert model.bos is not None, "all published models have one"
+        assert model.bos is not None
         model.tokenizer = StandInTokenizer(int(config.vocab_size), model.bos)
     return model
 

@@ -319,7 +319,6 @@ PROJECT = {
         from pathlib import Path
 
         import pytest
-import torch
 
         from conftest_of_ccm import *  # options, header, and the guard of the goldens
         from reproduction import goldens
@@ -411,7 +410,6 @@ PUBLISHED_PROJECT = {
         from types import SimpleNamespace
 
         import pytest
-import torch
 
         from ccm.models import MODELS
         from conftest_of_ccm import *

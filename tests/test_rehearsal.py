@@ -504,9 +504,9 @@ no_cuda = NO_GPU.mark()
         pytest.param(
             given_as("--device", "cuda"), "device 'cuda': 0 CUDA devices found", marks=no_cuda
         ),
-        (empty, "--tokenizer {tmp}: no tokenizer.json there. Give a folder"),
-        (not_a_tokenizer, "--tokenizer {tmp}: cannot be read ("),
-        (too_many_tokens, "--tokenizer {tmp}: 50258 tokens, but the model has 50257"),
+        (empty, "--tokenizer {tmp}: no tokenizer (none of tokenizer.json"),
+        (not_a_tokenizer, "--tokenizer {tmp}: its tokenizer cannot be read ("),
+        (too_many_tokens, "--tokenizer {tmp}: its tokenizer has tokens up to 50257, but the model has"),
         (not_empty, "--keep {tmp}: not an empty folder. Nothing was written"),
         (there_already, "--out {tmp}/file: exists already. Nothing was written"),
     ],
