@@ -359,7 +359,7 @@ def test_the_command_does_the_same_run_again(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(OTHER_DIMENSIONS_VARIABLE, "1")
-    was = json.loads(to_json(identity(make_plan(config), [])))
+    was = json.loads(to_json(identity(make_plan(config))))
     command = command_of({"identity": was, "asked": json.loads(to_json(asked(config)))})
     caught = []
 
@@ -371,12 +371,12 @@ def test_the_command_does_the_same_run_again(
     program, *words = shlex.split(command)
     assert program == "ccm"
     assert main([*words, "--out", str(tmp_path)]) == 2
-    assert json.loads(to_json(identity(make_plan(caught[0]), []))) == was
+    assert json.loads(to_json(identity(make_plan(caught[0])))) == was
     assert asked(caught[0]) == asked(config)
 
 
 def test_defaults_need_not_be_said() -> None:
-    manifest = {"identity": identity(make_plan(RunConfig(matched_controls=RunConfig().controls)), [])}
+    manifest = {"identity": identity(make_plan(RunConfig(matched_controls=RunConfig().controls)))}
     assert command_of(manifest) == (
         "ccm run --model organism --ablation-value mean_ablation --controls 100 --device cpu --seed 123"
     )
@@ -385,7 +385,7 @@ def test_defaults_need_not_be_said() -> None:
 def test_an_older_manifest_says_less(monkeypatch: pytest.MonkeyPatch) -> None:
     # No released data needed: of facts only the name is told.
     monkeypatch.setattr("ccm.plan.load_pararel", lambda: read_fact_folder(CHECKPOINT, "pararel"))
-    was = identity(make_plan(replace(RunConfig(), facts="pararel")), [])
+    was = identity(make_plan(replace(RunConfig(), facts="pararel")))
     assert command_of({"identity": was}).endswith("--facts pararel")
 
 
@@ -413,7 +413,7 @@ def broken(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["missing"], "missing: no such folder"),
         (["foreign"], "no run folder"),
         (["unfinished"], "the run is not finished"),
-        (["run", "again", "--out", "o"], "a run of one, as"),
+        (["run", "again", "--out", "o"], "the same run as run"),
         (["run", "again"], "no folder is theirs alone"),
         (["run", "--out", "file"], "is a file"),
         (["run", "--out", "file/o"], "cannot be written to"),
@@ -443,7 +443,7 @@ def test_a_folder_that_cannot_be_written_to(
     def denied(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ccm.subcommands.TemporaryFile", denied)  # for root, no folder is
+    monkeypatch.setattr("ccm.writing.tempfile.mkstemp", denied)  # for root, no folder is
     assert main(["report", "run"]) == 2
     assert "run: cannot be written to (Permission denied)" in capsys.readouterr().err
     assert not (Path("run") / "figures").exists()
