@@ -188,6 +188,7 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = hooked.decode(model, prompts).tokens
     for settings in (model.body.config, model.bridge.original_model.config):
         monkeypatch.setattr(settings, "sliding_window", 6)
+    model.trial = None  # of the model as it was loaded
     narrow = hooked.decode(model, prompts).tokens
     assert narrow != wide, "the window hides nothing: nothing was tested"
     assert decoding.decode(model, prompts).tokens == narrow

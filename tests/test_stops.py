@@ -97,9 +97,9 @@ def quick() -> Iterator[None]:
         patch.setattr(
             ccm.experiment,
             "identity",
-            lambda plan, files: (
+            lambda plan: (
                 identities.get(repr(plan.config))
-                or identities.setdefault(repr(plan.config), ccm.plan.identity(plan, files))
+                or identities.setdefault(repr(plan.config), ccm.plan.identity(plan))
             ),
         )
         for name in ("collect", "measure", "rho_by_layer"):
