@@ -30,7 +30,7 @@ NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
     *("nested_objects", "sets", "effects"),
 )
-KEPT = ("asked", *NOTES, "weights", "first_prompt_tokens")
+KEPT = ("asked", *NOTES, "weights", "special_tokens", "first_prompt_tokens")
 
 
 def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
