@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -148,9 +149,10 @@ def check_folder(path: Path) -> None:
     Raises:
         BadInput: a file, or a folder of other files.
     """
-    if path.exists() and not path.is_dir():
+    # `os.path` says that a name too long for the file system is not there, where `Path` raises.
+    if os.path.exists(path) and not path.is_dir():
         raise BadInput(f"{path}: is a file. Give a folder with --out.")
-    if path.is_dir() and not (path / MANIFEST).is_file() and _names(path):
+    if os.path.isdir(path) and not (path / MANIFEST).is_file() and _names(path):
         raise BadInput(f"{path}: not empty and holds no run. Nothing was written; give another --out.")
 
 
@@ -209,7 +211,7 @@ class RunFolder:
         path = self.path
         check_folder(path)
         fresh = {"identity": identity, "timings_s": {}, "done": [], "complete": False}
-        if (path / MANIFEST).is_file():
+        if os.path.isfile(path / MANIFEST):
             held = read_json(path / MANIFEST)
             parts = [held.get(p) for p in ("identity", "timings_s")] if isinstance(held, dict) else []
             if not (parts and all(isinstance(p, dict) for p in parts)):

@@ -273,7 +273,7 @@ def test_no_two_numbers_are_alike(wanted: dict[str, Rows], runs: list[Counted]) 
             cells = [row[name] for row in rows if len(row[name]) > 4]
             assert len(set(cells)) >= 0.8 * len(cells), f"{stem}, {name}: {sorted(cells)}"
     (q,), (p,) = ([[row[name] for row in wanted["ablation_value_wise_gts"]]] for name in ("Q", "p"))
-    assert len(set(q)) == len(set(p)) == 3
+    assert min(len(set(q)), len(set(p))) >= 3
     for a, b in combinations(runs, 2):
         assert a.n != b.n
     for run in runs:
