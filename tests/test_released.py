@@ -39,7 +39,7 @@ from ccm.scores import (
     q_value,
     transition_counts,
 )
-from tests.exact import margins
+from tests.exact import lead, margins
 from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC, Tolerance
 
@@ -80,6 +80,9 @@ MEDIAN = replace(
     rtol=1 / activations.MEDIAN_BINS,
     reason="a streamed median is known to one fine bin of the neuron's range",
 )
+
+
+NEAR_TIES = 1  # of a run's 200 prompts; seen: one in 26 runs, on the plainest kernels
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,28 @@ def parity(request: pytest.FixtureRequest, data: Released) -> Parity:
     )
     names = ["pre", *sets]
     assert set(names) == set(data.outputs["results"])
-    runs = {name: read_run(data, objects, d) for name, d in zip(names, done, strict=True)}
+    runs = {
+        name: settle_near_ties(data, ablation, d, read_run(data, objects, d), name)
+        for name, ablation, d in zip(names, [PLAIN, *ablations], done, strict=True)
+    }
     return Parity(data, runs)
+
+
+def settle_near_ties(data: Released, ablation: Ablation, done: Completions, run: Run, name: str) -> Run:
+    """Give a near tie to the released side: float32 decides it by how its machine rounds.
+
+    Near are two tokens whose logits, in float64, lie within what rounding moves a lead by here.
+    """
+    expected, texts, sources = data.run(name), list(run.texts), list(run.sources)
+    for i, text in enumerate(expected["output_texts"]):
+        if texts[i] != text:
+            tokens = [*data.tokens[i], *done.tokens[i]]
+            steps = range(len(data.tokens[i]), len(tokens) + 1)
+            if min(lead(data.model, tokens[:n], ablation) for n in steps) < margins(data.model).lead:
+                texts[i], sources[i] = text, expected["knowledge_sources"][i]
+    settled = sum(a != b for a, b in zip(texts, run.texts, strict=True))
+    assert settled <= NEAR_TIES, f"{name}: {settled} near ties"
+    return replace(run, texts=tuple(texts), sources=sources)
 
 
 def read_run(data: Released, objects: np.ndarray, done: Completions) -> Run:
