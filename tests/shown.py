@@ -1,9 +1,18 @@
-"""Tables read back into cells, from each form in which they are shown."""
+"""Tables read back into cells, from each form they are shown in, and shown numbers in words."""
 
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 
+from tests.counted import Others, Part
+
+LABELS = {
+    "mean_ablation": "mean (μ)",
+    "median_ablation": "median",
+    "mode_ablation": "mode",
+    "mean_minus_sigma_ablation": "μ − 3σ",
+    "mean_plus_sigma_ablation": "μ + 3σ",
+}
 Rows = list[dict[str, str]]  # column -> text
 
 # What LaTeX has for a letter, longest first where one begins with another.
@@ -111,3 +120,15 @@ def from_html(text: str) -> list[HtmlTable]:
         )
         for captions, (columns, *rows) in _Tables(text).tables
     ]
+
+
+def in_words(r: Part) -> str:
+    """A proportion with its count and interval."""
+    if r.percent is None:
+        return "- (0/0)"
+    return f"{r.percent:.1f} % ({r.count}/{r.total}; {r.low:.1f}-{r.high:.1f})"
+
+
+def mean_and_highest(c: Others) -> str:
+    """What controls come to."""
+    return "-" if c.mean is None else f"{c.mean:.2f} % ({c.high:.2f} %)"

@@ -27,17 +27,11 @@ from ccm.results import read_results
 from ccm.run_folder import to_json
 from tests.counted import SOURCES, Counted, Others, Part, changed, conversion, others, part, rank
 from tests.distinct_run import CONTROLS, MATCHED, RELATIONS, distinct_runs
+from tests.shown import LABELS
 
 # Typed in again, so that a colour cannot come to mean something else without a test that says so.
 COLOURS = {"CK": "#0072b2", "ND": "#009e73", "PK": "#e69f00"}
 RED, GREY, BLUE = "#c8102e", "#8a8a8a", "#56b4e9"
-LABELS = {
-    "mean_ablation": "mean (μ)",
-    "median_ablation": "median",
-    "mode_ablation": "mode",
-    "mean_minus_sigma_ablation": "μ − 3σ",
-    "mean_plus_sigma_ablation": "μ + 3σ",
-}
 # The paper's GPT2-small (Table 6 and Figure 4b), percent: value, and the defect that made it.
 PRINTED = {
     ("mean_ablation", "GTS"): (0.3, None),

@@ -22,15 +22,7 @@ from reproduction.tolerance_report import markdown as tolerance_markdown
 from tests.counted import Counted, Others, Part
 from tests.distinct_run import CONTROLS, MATCHED, distinct_runs
 from tests.made_runs import make_run
-from tests.shown import HtmlTable, Rows, from_html, from_markdown
-
-LABELS = {
-    "mean_ablation": "mean (μ)",
-    "median_ablation": "median",
-    "mode_ablation": "mode",
-    "mean_minus_sigma_ablation": "μ − 3σ",
-    "mean_plus_sigma_ablation": "μ + 3σ",
-}
+from tests.shown import LABELS, HtmlTable, Rows, from_html, from_markdown
 
 
 class Outline(HTMLParser):

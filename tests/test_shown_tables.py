@@ -18,7 +18,7 @@ from ccm.tables import FOLDER, model_dimensions, tables_of, write_tables
 from tests.counted import SOURCES, Counted, Others, Part, others
 from tests.distinct_run import distinct_runs
 from tests.made_runs import make_run
-from tests.shown import Rows, from_html, from_latex, from_markdown
+from tests.shown import Rows, from_html, from_latex, from_markdown, in_words, mean_and_highest
 
 SYMBOLS = {
     "mean_ablation": "μ",
@@ -72,16 +72,6 @@ def nats(value: float | None) -> str:
         return "–"
     text = f"{value:.3f}"
     return "0.000" if float(text) == 0 else text.replace("-", "−")
-
-
-def in_words(r: Part) -> str:
-    if r.percent is None:
-        return "- (0/0)"
-    return f"{r.percent:.1f} % ({r.count}/{r.total}; {r.low:.1f}-{r.high:.1f})"
-
-
-def mean_and_highest(c: Others) -> str:
-    return "-" if c.mean is None else f"{c.mean:.2f} % ({c.high:.2f} %)"
 
 
 # --- what each table should show --------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A run that is stopped at any file operation whatever goes on to the same bytes."""
 
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from ccm.results import read_results
 from ccm.run_folder import FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, SHARDS, RunFolder
 from tests.stops import forsake, full_disk, recorded, what_lies_in
 from tests.test_experiment import loaded
+from tests.test_merging import files, manifest
 from tests.test_writing import no_file_above
 
 VALUES = ("mode_ablation",)
@@ -130,16 +130,6 @@ def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which holds times."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
 def check_claims(folder: Path) -> None:
     """What the manifest says is done is there."""
     if not (folder / MANIFEST).exists():
@@ -153,7 +143,7 @@ def check_claims(folder: Path) -> None:
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    assert contents(folder) == contents(whole)
+    assert files(folder) == files(whole)
     assert not (folder / SHARDS).exists()
     held, expected = manifest(folder), manifest(whole)
     assert held["complete"] is True
@@ -244,7 +234,7 @@ def test_a_share_stopped_at_its_end_goes_on_to_the_same_bytes(
         check_claims(state)
         forsake(state)
         run_share(second, state)
-        assert contents(state) == contents(shares[1]), operations[i]
+        assert files(state) == files(shares[1]), operations[i]
         assert manifest(state)["complete"] is True
 
 
@@ -279,7 +269,7 @@ def test_what_a_finished_share_lost_is_made_again_by_its_command(
         assert re.search(r"Run (its command|the commands of all shares) again", str(caught.value))
     assert not (tmp_path / "merged").exists()
     run_share(replace(config, share=(2, 2)), torn)
-    assert contents(torn) == contents(shares[1])
+    assert files(torn) == files(shares[1])
     merge_shares([shares[0], torn], tmp_path / "merged")
     check_same(tmp_path / "merged", whole)
 
@@ -432,7 +422,7 @@ def test_a_disk_that_is_full_at_any_new_file_stops_with_a_line_and_the_run_goes_
         assert "No space left on device" in message, kind
         assert "\n" not in message
         assert refused, kind
-        held = [name for name in contents(out) if name.endswith(".partial") or name.startswith(".lock")]
+        held = [name for name in files(out) if name.endswith(".partial") or name.startswith(".lock")]
         assert held == [], f"{kind}: left over"
         run(config, out)
         check_same(out, whole)
@@ -481,13 +471,13 @@ def test_a_report_stopped_at_any_file_operation_leaves_whole_files(
 
     with recorded(out, states) as operations:
         report(out)
-    made = contents(out)
+    made = files(out)
     assert {"report.html", "report.md"} <= made.keys()
     for i, operation in enumerate(operations):
-        for name, content in contents(states / str(i)).items():
+        for name, content in files(states / str(i)).items():
             if not name.endswith(".partial") and not name.startswith(".lock"):
                 assert content == made[name], f"half of {name} at {operation}"
     for i in (0, len(operations) // 2):
         forsake(states / str(i))
         report(states / str(i))
-        assert contents(states / str(i)) == made
+        assert files(states / str(i)) == made

@@ -13,9 +13,10 @@ from ccm.projection import Projection, Rehearsal, Stage, rehearsal_table
 from ccm.run_folder import read_json
 from ccm.terminal import models_table, summary
 from ccm.wording import digits, extent, listed, mean_and_most, share
-from tests.counted import SOURCES, Counted, Others, Part, part
+from tests.counted import SOURCES, Counted, part
 from tests.distinct_run import distinct_runs
 from tests.made_runs import make_run
+from tests.shown import in_words, mean_and_highest
 from tests.toys import ToyConfig, toy_folder
 
 # --- the summary of a run -----------------------------------------------------------------------------
@@ -24,16 +25,6 @@ from tests.toys import ToyConfig, toy_folder
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Counted]:
     return [Counted(path) for path in distinct_runs(tmp_path_factory)]
-
-
-def in_words(r: Part) -> str:
-    if r.percent is None:
-        return "- (0/0)"
-    return f"{r.percent:.1f} % ({r.count}/{r.total}; {r.low:.1f}-{r.high:.1f})"
-
-
-def mean_and_highest(c: Others) -> str:
-    return "-" if c.mean is None else f"{c.mean:.2f} % ({c.high:.2f} %)"
 
 
 def number(value: float | None, places: int) -> str:
