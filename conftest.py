@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from ccm.ablation import ablation_values
-from ccm.arguments import parse_model_paths
+from ccm.cli.faults import fault
+from ccm.cli.options import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
-from ccm.facts import DATA_VARIABLE, pararel_folder
-from ccm.faults import fault
-from ccm.models import MODELS, device_for, dtype_for, spec_for
-from ccm.weights import check_weights, weight_files
+from ccm.method.ablation import ablation_values
+from ccm.method.facts import DATA_VARIABLE, pararel_folder
+from ccm.models.specs import MODELS, device_for, dtype_for, spec_for
+from ccm.models.weights import check_weights, weight_files
 from tests.needs import NEEDS
 
 SEED = 123

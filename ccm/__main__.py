@@ -2,7 +2,7 @@
 
 import sys
 
-from ccm.cli import main
+from ccm.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -38,7 +38,7 @@ class InUse(CcmError):
 
 
 class PremiseBroken(CcmError):
-    """A model that is not what the method assumes (`ccm.premise`), or is run wrongly (`ccm.trial`)."""
+    """A model that is not what the method assumes, or is run wrongly (`assumptions`, `trial`)."""
 
 
 def one_of(what: str, name: str, known: object) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import pandas as pd
 from scipy import stats
 
-from ccm.knowledge import SOURCES, Source
+from ccm.method.sources import SOURCES, Source
 from reproduction.printed import NEURON_MEASURES, CountRange, Printed, PrintedModel
 
 Verdict = Literal["agrees", "differs", "differs, as expected", "agrees, though an artefact", "not run"]

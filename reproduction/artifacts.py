@@ -9,12 +9,12 @@ from urllib.parse import quote
 
 from jinja2 import FileSystemLoader
 
-from ccm.figures.gallery import FOLDER, Entry, figures_across, figures_of_run
-from ccm.models import PUBLISHED
-from ccm.report import FIGURES, HTML, MARKDOWN, html_environment, write_report
-from ccm.results import RunResults, read_results
-from ccm.run_folder import read_json, write_atomically
-from ccm.tables import FOLDER as TABLES
+from ccm.experiment.folder import read_json, write_atomically
+from ccm.experiment.results import RunResults, read_results
+from ccm.models.specs import PUBLISHED
+from ccm.reporting.figures.gallery import FOLDER, Entry, figures_across, figures_of_run
+from ccm.reporting.report import FIGURES, HTML, MARKDOWN, html_environment, write_report
+from ccm.reporting.tables import FOLDER as TABLES
 from conftest import Options
 from reproduction.pairs import Pair
 from reproduction.runs import Run, comparison_of

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.knowledge import Source
+from ccm.method.sources import Source
 from reproduction.agreement import MEAN
 from reproduction.printed import PrintedModel
 

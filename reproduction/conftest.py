@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.models import PUBLISHED
+from ccm.models.specs import PUBLISHED
 from conftest import OPTIONS, Options, artifact_root
 from reproduction.artifacts import Artifacts, Left, artifacts_of, write_index
 from reproduction.goldens import GoldenExtension, NotHeld

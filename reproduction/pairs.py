@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ccm.models import MODELS, PUBLISHED, ModelSpec, spec_for
-from ccm.weights import check_weights, weight_files
+from ccm.models.specs import MODELS, PUBLISHED, ModelSpec, spec_for
+from ccm.models.weights import check_weights, weight_files
 from conftest import Options
 
 

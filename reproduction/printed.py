@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ccm.knowledge import SOURCES, Source
-from ccm.printed import Printed
+from ccm.method.sources import SOURCES, Source
+from ccm.paper.printed import Printed
 from reproduction.goldens import GOLDEN
 
 NEURON_MEASURES = ("logit_var", "norm", "rho")

@@ -5,8 +5,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ccm.models import ModelSpec
-from ccm.run_folder import write_json
+from ccm.experiment.folder import write_json
+from ccm.models.specs import ModelSpec
 from reproduction import goldens
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccm.ablation import ablation_values
 from ccm.errors import CcmError, NotAvailable
-from ccm.experiment import run
-from ccm.models import PUBLISHED, ModelSpec
-from ccm.neurons import NeuronMeasures, select
-from ccm.plan import RunConfig
-from ccm.run_folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
+from ccm.experiment.config import RunConfig
+from ccm.experiment.folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
+from ccm.experiment.run import run
+from ccm.method.ablation import ablation_values
+from ccm.method.neurons import NeuronMeasures, select
+from ccm.models.specs import PUBLISHED, ModelSpec
 from conftest import SEED, Options
 from reproduction.agreement import Found, compare
 from reproduction.claims import claims

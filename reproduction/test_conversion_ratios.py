@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.knowledge import SOURCES
+from ccm.method.sources import SOURCES
 from reproduction.goldens import measured
 from reproduction.pairs import Pair
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.models import PUBLISHED
+from ccm.models.specs import PUBLISHED
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 

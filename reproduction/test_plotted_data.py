@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.ablation import ABLATION_VALUES
-from ccm.knowledge import RATIOS, SOURCES
-from ccm.report import HTML
+from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.sources import RATIOS, SOURCES
+from ccm.reporting.report import HTML
 from reproduction.artifacts import Left
 from reproduction.goldens import measured
 from reproduction.pairs import Pair

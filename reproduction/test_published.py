@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from ccm.knowledge import SOURCES
+from ccm.method.sources import SOURCES
 from reproduction.agreement import MEAN, RULES, Row, complaints
 from reproduction.claims import claims
 from reproduction.pairs import Pair

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ccm.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, claim_cells, row_cells
-from ccm.run_folder import to_json, write_atomically, write_json
+from ccm.experiment.folder import to_json, write_atomically, write_json
+from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, claim_cells, row_cells
 from reproduction.agreement import RULES, Row, Verdict
 from reproduction.claims import Claim
 

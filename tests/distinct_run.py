@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccm.ablation import ActivationStatistics
-from ccm.run_folder import (
+from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MANIFEST,
     MEASURES,
@@ -19,7 +18,8 @@ from ccm.run_folder import (
     write_statistics,
     write_table,
 )
-from ccm.summary import scores_of_run
+from ccm.experiment.scoring import scores_of_run
+from ccm.method.ablation import ActivationStatistics
 from tests.made_runs import make_run
 
 NAMES = ("gpt2-small", "made")  # one whose printed values are drawn, one without any

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ccm.ablation import PLAIN, Ablation
-from ccm.loaded import LoadedModel
-from ccm.models import MAX_NEW_TOKENS
+from ccm.method.ablation import PLAIN, Ablation
+from ccm.models.model import LoadedModel
+from ccm.models.specs import MAX_NEW_TOKENS
 from tests.tolerance import FLOOR, TIMES, Tolerance, of_rounding
 
 # The last down-projection and the final norm, whose inputs are `hook_post` and the final residual.

@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ccm.ablation import MATCHED, ActivationStatistics, numbered
-from ccm.knowledge import SOURCES
-from ccm.run_folder import (
+from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MEASURES,
     PROMPT_EFFECTS,
@@ -22,7 +20,9 @@ from ccm.run_folder import (
     write_statistics,
     write_table,
 )
-from ccm.summary import scores_of_run
+from ccm.experiment.scoring import scores_of_run
+from ccm.method.ablation import MATCHED, ActivationStatistics, numbered
+from ccm.method.sources import SOURCES
 
 RELATIONS = (("capital-of", "places"), ("born-in", "places"), ("play-the", "music"))  # name, group
 

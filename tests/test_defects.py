@@ -13,20 +13,28 @@ import torch
 from scipy import stats
 
 import ccm
-from ccm import decoding, hooked
-from ccm.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, check_statistics, plan
-from ccm.activations import float16_sigma
-from ccm.checkpoint import load
-from ccm.completions import Completions, read_first_token
+from ccm.decoding import hooked
+from ccm.decoding import shared as decoding
+from ccm.decoding.activations import float16_sigma
+from ccm.decoding.results import Completions, read_first_token
 from ccm.errors import BadInput
-from ccm.external import read_statistics_npz
-from ccm.knowledge import SOURCES, answer_tokens, knowledge_sources, object_tokens
-from ccm.models import spec_for
-from ccm.neurons import controls
-from ccm.plan import PROTOCOLS
-from ccm.probing import PromptSet, build_prompts
-from ccm.prompts import ProbingPrompt
-from ccm.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
+from ccm.experiment.ablate_io import read_statistics_npz
+from ccm.experiment.config import PROTOCOLS
+from ccm.experiment.probing import PromptSet, build_prompts
+from ccm.method.ablation import (
+    ABLATION_VALUES,
+    PLAIN,
+    Ablation,
+    ActivationStatistics,
+    check_statistics,
+    plan,
+)
+from ccm.method.neurons import controls
+from ccm.method.prompts import ProbingPrompt
+from ccm.method.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
+from ccm.method.sources import SOURCES, answer_tokens, knowledge_sources, object_tokens
+from ccm.models.load import load
+from ccm.models.specs import spec_for
 from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, PERCENT
 from tests.toys import GROUPED, ToyConfig, toy_folder

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccm.ablation import PLAIN, Ablation
-from ccm.checkpoint import load
-from ccm.models import MODELS, spec_for
+from ccm.method.ablation import PLAIN, Ablation
+from ccm.models.load import load
+from ccm.models.specs import MODELS, spec_for
 from conftest import is_numeric
+from tests.decoding.test_shared import near_ties  # noqa: F401  (a fixture)
 from tests.exact import clear, forward, lead, margins, margins_from, margins_of
-from tests.test_decoding import near_ties  # noqa: F401  (a fixture)
 from tests.tolerance import ENTROPY, FLOOR, LOG_PROBABILITY, TIMES, of_rounding
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_options import run_pytest
+from tests.reproduction.test_options import run_pytest
 
 ROOT = Path(__file__).parent.parent
 ASK = "import urllib.request; urllib.request.urlopen('https://example.org', timeout=5)"

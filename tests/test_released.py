@@ -10,28 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from ccm import activations, cli, decoding, hooked
-from ccm.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
-from ccm.completions import Completions, equal_length_batches, merge
-from ccm.knowledge import (
-    SOURCES,
-    Source,
-    answer_log_probs,
-    answer_tokens,
-    knowledge_sources,
-    object_tokens,
-)
-from ccm.loaded import LoadedModel
-from ccm.neurons import NeuronMeasures, controls, measure, select
-from ccm.probing import build_prompts
-from ccm.prompts import (
+from ccm.cli import parser as cli
+from ccm.decoding import activations, hooked
+from ccm.decoding import shared as decoding
+from ccm.decoding.results import Completions, equal_length_batches, merge
+from ccm.experiment.probing import build_prompts
+from ccm.method.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
+from ccm.method.neurons import NeuronMeasures, controls, measure, select
+from ccm.method.prompts import (
     ParametricAnswer,
     answer_object,
     filter_answers,
     filter_relation_groups,
     filter_subject_object,
 )
-from ccm.scores import (
+from ccm.method.scores import (
     conversion_ratio,
     global_transition_score,
     invariant_share,
@@ -39,6 +32,15 @@ from ccm.scores import (
     q_value,
     transition_counts,
 )
+from ccm.method.sources import (
+    SOURCES,
+    Source,
+    answer_log_probs,
+    answer_tokens,
+    knowledge_sources,
+    object_tokens,
+)
+from ccm.models.model import LoadedModel
 from tests.exact import lead, margins
 from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC, Tolerance

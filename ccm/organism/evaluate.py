@@ -8,14 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ccm.checkpoint import load
-from ccm.experiment import run
-from ccm.knowledge import SOURCES
-from ccm.models import MODELS
-from ccm.neurons import NeuronMeasures, measure
-from ccm.organism.world import World
-from ccm.plan import RunConfig
-from ccm.run_folder import (
+from ccm.experiment.config import RunConfig
+from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MANIFEST,
     MEASURES,
@@ -24,6 +18,12 @@ from ccm.run_folder import (
     read_statistics,
     read_table,
 )
+from ccm.experiment.run import run
+from ccm.method.neurons import NeuronMeasures, measure
+from ccm.method.sources import SOURCES
+from ccm.models.load import load
+from ccm.models.specs import MODELS
+from ccm.organism.world import World
 
 __all__ = ["MIN_RHO", "Figures", "Outcome", "evaluate", "measures_of"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ccm.limits import cores
+from ccm.models.limits import cores
 
 HERE = Path(__file__).parent
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ccm.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
-from ccm.activations import collect
-from ccm.checkpoint import load
-from ccm.facts import read_fact_folder
-from ccm.loaded import LoadedModel
-from ccm.models import MODELS, spec_for
-from ccm.neurons import controls
+from ccm.decoding.activations import collect
+from ccm.experiment.probing import build_prompts
+from ccm.method.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
+from ccm.method.facts import read_fact_folder
+from ccm.method.neurons import controls
+from ccm.models.load import load
+from ccm.models.model import LoadedModel
+from ccm.models.specs import MODELS, spec_for
 from ccm.organism import CHECKPOINT
-from ccm.probing import build_prompts
 
 SEED = 123
 PLANTED = (29, 97, 168, 211, 307, 352)

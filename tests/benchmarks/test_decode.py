@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from ccm import hooked
-from ccm.ablation import Ablation
-from ccm.completions import Work
-from ccm.decoding import decode_sets
+from ccm.decoding import hooked
+from ccm.decoding.results import Work
+from ccm.decoding.shared import decode_sets
+from ccm.method.ablation import Ablation
 from conftest import Options
 from tests.benchmarks.subjects import Subject, gpt2_dimensions, organism
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import psutil
 
-from ccm import hooked
-from ccm.ablation import Ablation
-from ccm.checkpoint import load
-from ccm.decoding import decode_sets
-from ccm.meter import Meter
-from ccm.models import MODELS
+from ccm.decoding import hooked
+from ccm.decoding.shared import decode_sets
+from ccm.experiment.rehearsal.profiler import Meter
+from ccm.method.ablation import Ablation
+from ccm.models.load import load
+from ccm.models.specs import MODELS
 from tests.benchmarks.subjects import organism
 
 BATCH_SIZE = 256

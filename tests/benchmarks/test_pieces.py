@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.activations import Histograms, Moments
-from ccm.facts import load_pararel
-from ccm.loaded import FinalNorm
-from ccm.neurons import measure
-from ccm.prompts import ParametricAnswer, filter_relation_groups
-from ccm.scores import global_transition_score, summarise, transition_counts
+from ccm.decoding.activations import Histograms, Moments
+from ccm.method.facts import load_pararel
+from ccm.method.neurons import measure
+from ccm.method.prompts import ParametricAnswer, filter_relation_groups
+from ccm.method.scores import global_transition_score, summarise, transition_counts
+from ccm.models.model import FinalNorm
 from tests.needs import FACTS
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from ccm.ablation import ActivationStatistics
-from ccm.checkpoint import load
-from ccm.external import read_statistics_npz
-from ccm.facts import FactSet, Relation, fact_set, read_facts
-from ccm.loaded import LoadedModel
-from ccm.models import spec_for
-from ccm.probing import PROMPT_COLUMNS
-from ccm.prompts import ProbingPrompt
+from ccm.experiment.ablate_io import read_statistics_npz
+from ccm.experiment.probing import PROMPT_COLUMNS
+from ccm.method.ablation import ActivationStatistics
+from ccm.method.facts import FactSet, Relation, fact_set, read_facts
+from ccm.method.prompts import ProbingPrompt
+from ccm.models.load import load
+from ccm.models.model import LoadedModel
+from ccm.models.specs import spec_for
 
 HERE = Path(__file__).parent
 NAMES = ("gpt2-style", "planted-style")

@@ -1,0 +1,67 @@
+"""What the command line prints: plain text for people."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ccm.errors import BadInput
+from ccm.method.sources import SOURCES
+from ccm.models.specs import MODELS, spec_for
+from ccm.models.weights import check_weights, weight_files
+from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, share
+
+
+def summary(scores: Mapping[str, Any]) -> str:
+    """Summarise a run's scores: sources before, then one block per ablation value."""
+    lines = [
+        f"{scores['model']}, protocol {scores['protocol']}, {scores['n_prompts']} probing prompts",
+        f"parametric recall {share(scores['parametric_recall'])}",
+        "sources before ablation: " + ", ".join(f"{s} {share(scores['sources'][s])}" for s in SOURCES),
+        "",
+        f"{'ablation value':28s}{'GTS of the entropy set':34s}{'GTS of controls (max)':24s}"
+        f"{'Q':>7s}{'p':>9s}  CR(CK) (controls' max)",
+    ]
+    for name, value in scores["ablations"].items():
+        own, controls = value["entropy"], value["controls"]
+        ck = own["conversion_ratios"]["CK"]
+        lines.append(
+            f"{name:28s}{share(own['gts']):34s}"
+            f"{mean_and_most(controls['gts']):24s}{digits(own['q_value'], 1):>7s}"
+            f"{digits(own['permutation_p'], 4):>9s}  {share(ck)} "
+            f"({digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
+        )
+    matched = {
+        name: value["matched_controls"]
+        for name, value in scores["ablations"].items()
+        if "matched_controls" in value
+    }
+    if matched:
+        head = f"{'against matched controls':28s}{'their GTS (max)':24s}{'Q':>7s}{'p':>9s}"
+        lines += ["", f"{head}  their CR(CK) (max)"]
+    for name, controls in matched.items():
+        lines.append(
+            f"{name:28s}{mean_and_most(controls['gts']):24s}{digits(controls['q_value'], 1):>7s}"
+            f"{digits(controls['permutation_p'], 4):>9s}  "
+            f"{mean_and_most(controls['conversion_ratios']['CK'])}"
+        )
+    lines += ["", IN_BRACKETS]
+    return "\n".join(lines)
+
+
+def models_table(paths: Mapping[str, Path]) -> str:
+    """List each known model: its weights here or not, where, and how big."""
+    lines = [f"{'model':26s}{'weights':10s}{'size':>10s}  where"]
+    for name in [*MODELS, *(n for n in paths if n not in MODELS)]:
+        spec = spec_for(name, paths)
+        files, state = weight_files(spec), "found"
+        where = str(files[0].parent) if files else f"hub: {spec.hub_id}"
+        try:
+            check_weights(spec)
+        except BadInput as error:
+            state, where = "unusable", str(error)
+        if not files:
+            state = "missing"
+            where += " (gated: needs access and HF_TOKEN)" if spec.gated else ""
+        size = sum(f.stat().st_size for f in files if f.is_file())
+        lines.append(f"{name:26s}{state:10s}{f'{size / 1e6:.1f} MB' if files else '-':>10s}  {where}")
+    return "\n".join(lines)

@@ -1,0 +1,312 @@
+"""The command line: thin, every subcommand a few calls into the package.
+
+Exit codes: 0 done; 1 a fault of ccm itself (one line on stderr says where its traceback is); 2 what
+cannot be used, or done here (one line, no traceback); 129, 130 and 143 stopped by SIGHUP, SIGINT and
+SIGTERM; 141 nobody reads what is printed, as behind `| head`. `--debug` shows any traceback.
+"""
+
+import argparse
+import logging
+import os
+import select
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NoReturn
+
+from ccm.cli import commands as subcommands
+from ccm.cli.faults import fault
+from ccm.cli.options import (
+    PROGRAM,
+    bos_option,
+    engine_option,
+    engine_options,
+    facts_options,
+    measure_options,
+    model_options,
+    path_option,
+    rehearse_options,
+    share,
+)
+from ccm.errors import BadInput, CcmError
+from ccm.experiment.stopping import Stopping
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: What was given; None: what this process was started with, which is all it does.
+    """
+    alone = arguments is None
+    given = sys.argv[1:] if arguments is None else arguments
+    if alone and isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any name can be printed
+    options = argparse.Namespace()
+    with Stopping(lambda: _say(_interrupted(options), below_bar=True)) as stopping:
+        try:
+            _do(given, options)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if _debug(options):
+                _write("".join(traceback.format_exception(error)))
+            # A step that was interrupted may have made another error of it.
+            return _end(stopping.stopped or error, options, given)
+        finally:
+            if alone:
+                stopping.finish()
+                _let_go_of_output()
+    return 0
+
+
+def _do(given: Sequence[str], options: argparse.Namespace) -> None:
+    """Parse the arguments and do what they say."""
+    parser().parse_args(given, options)
+    _check_not_empty(given)
+    notes = _Notes()
+    logging.getLogger(PROGRAM).addHandler(notes)
+    try:
+        options.run(options)
+    finally:
+        logging.getLogger(PROGRAM).removeHandler(notes)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # a reader that went away is found here, and not when the process ends
+
+
+class _Notes(logging.Handler):
+    """Says what the package notes beside its results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+def _end(error: BaseException, options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Say in one line how a command ended, and return its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        _say(_interrupted(options), below_bar=True)
+        return getattr(error, "code", 130)
+    if isinstance(error, CcmError):
+        _say(str(error))
+        return 2
+    if isinstance(error, BrokenPipeError) and _is_output_gone():
+        return 141
+    if _is_out_of_memory(error):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        ways = _less_memory(options)
+        _say(f"out of memory ({reason}); {_resumes(options)}. {ways}.", below_bar=True)
+        return 2
+    if isinstance(error, OSError):  # a full disk, a folder that went away
+        _say(f"{error}. Nothing half-written is left.")
+        return 2
+    if isinstance(error, ImportError) and not str(error.name).startswith("ccm"):
+        _say(f"{error}. Install what is missing; --debug shows what needs it.")
+        return 2
+    _say(fault(error, [PROGRAM, *given], shown=_debug(options)))
+    return 1
+
+
+def _debug(options: argparse.Namespace) -> bool:
+    return getattr(options, "debug", False)
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    return f"interrupted; {_resumes(options)}."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """As `ccm.models.memory.out_of_memory`, without importing torch where it cannot have been torch."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from ccm.models.memory import out_of_memory
+
+    return out_of_memory(error)
+
+
+def _is_output_gone() -> bool:
+    """Whether who read what is printed, like `head`, has gone: it may be another pipe that broke."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    ends = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            ends.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
+
+
+def _let_go_of_output() -> None:
+    """Write nowhere what nobody can take: at its end, Python would complain about it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (ValueError, AttributeError):  # closed, or never there
+            continue
+
+
+def _say(line: str, *, below_bar: bool = False) -> None:
+    """Print one line on stderr."""
+    _write("\n" * below_bar + f"{PROGRAM}: {' '.join(line.splitlines())}\n")
+
+
+def _write(text: str) -> None:
+    """Write to stderr, and never fail at it: a terminal may be gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _resumes(options: argparse.Namespace) -> str:
+    """Say what is left of a command that did not end."""
+    if getattr(options, "run", None) is subcommands.run and options.out is not None:
+        return f"the same command with --out {options.out} goes on from here"
+    return "no result"
+
+
+def _less_memory(options: argparse.Namespace) -> str:
+    """Say what takes less memory, of what the command has."""
+    ways = ["a lower --memory-budget"] if hasattr(options, "memory_budget") else []
+    if getattr(options, "dtype", None) == "float32":
+        ways.append("--dtype bfloat16")
+    return "Free some first" + (f", or start anew with {' or '.join(ways)}" if ways else "")
+
+
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Refuse `--out ""`, most often a shell variable that is not set: no option means that."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "" or (argument.startswith("--") and argument.endswith("=")):
+            name = argument.rstrip("=") or before
+            raise BadInput(f"{name}: empty. Give a value, or leave the option out.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
+    top = _Parser(
+        prog=PROGRAM, description="Entropy neurons and context copying, from facts to scores."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="the whole experiment, into a run folder")
+    model_options(run)
+    bos_option(run)
+    facts_options(run)
+    run.add_argument(
+        "--ablation-value",
+        default="mean_ablation",
+        help="mean_ablation, median_ablation, mode_ablation, mean_minus_sigma_ablation, "
+        "mean_plus_sigma_ablation, several with commas, or all (default: %(default)s)",
+    )
+    run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
+    run.add_argument(
+        "--matched-controls",
+        type=int,
+        metavar="N",
+        help="sets of neurons near the entropy neurons in weight norm and spread (default: as many as "
+        "--controls)",
+    )
+    run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
+    measure_options(run)
+    run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
+    engine_options(run)
+    run.add_argument(
+        "--device-map", help="auto: lay the layers over all GPUs, for a model that fits no single one"
+    )
+    run.add_argument(
+        "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
+    )
+    run.add_argument(
+        "--stats",
+        default="own",
+        help="activation statistics: own (default), or released, those of the paper's authors",
+    )
+    run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
+    run.add_argument(
+        "--shard",
+        type=share,
+        metavar="I/N",
+        help="decode only the I-th of N shares of the prompts; `ccm merge` joins them",
+    )
+    run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
+    run.add_argument(
+        "--report", action="store_true", help="at the end, draw everything and write the report"
+    )
+    run.set_defaults(run=subcommands.run)
+
+    merge = commands.add_parser("merge", help="join the shares of a run into one run folder")
+    merge.add_argument("shares", type=Path, nargs="+", metavar="FOLDER", help="of run --shard I/N")
+    merge.add_argument("--out", type=Path, required=True, help="run folder to write")
+    merge.set_defaults(run=subcommands.merge)
+
+    figures = commands.add_parser("figures", help="figures and tables of finished runs")
+    figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
+    figures.set_defaults(run=subcommands.figures)
+
+    report = commands.add_parser("report", help="one page of finished runs: figures, tables, numbers")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
+    report.add_argument(
+        "--tolerance",
+        type=Path,
+        metavar="FILE",
+        help="tolerance_report.json of a reproduction (default: the run's own beside its folder)",
+    )
+    report.set_defaults(run=subcommands.report)
+
+    models = commands.add_parser("models", help="known models, and whether their weights are here")
+    path_option(models)
+    models.set_defaults(run=subcommands.models)
+
+    prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
+    model_options(prompts)
+    bos_option(prompts)
+    facts_options(prompts)
+    engine_option(prompts)
+    prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    prompts.set_defaults(run=subcommands.prompts)
+
+    measure = commands.add_parser("measure", help="LogitVar, norm and rho of last-layer neurons")
+    model_options(measure)
+    measure_options(measure)
+    measure.add_argument("--out", type=Path, help="CSV file to write")
+    measure.set_defaults(run=subcommands.measure)
+
+    ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
+    model_options(ablate)
+    bos_option(ablate)
+    ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
+    ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
+    sets = ablate.add_mutually_exclusive_group(required=True)
+    sets.add_argument("--neurons", help="one set: 1,2,3")
+    sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
+    ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
+    engine_options(ablate)
+    ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    ablate.set_defaults(run=subcommands.ablate)
+
+    rehearse = commands.add_parser(
+        "rehearse", help="time and memory of a published model's run, on random weights"
+    )
+    rehearse_options(rehearse)
+    rehearse.set_defaults(run=subcommands.rehearse)
+    for command in (top, *commands.choices.values()):
+        # Nothing by default: a command's own would undo what stands before it.
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="where something goes wrong, show the traceback",
+        )
+    return top

@@ -1,0 +1,5 @@
+"""How are all neuron sets decoded at once?
+
+In: a model, prompts as tokens, ablations. Out: answers and first-token readings of every set.
+May import `models`, `method` and `errors`.
+"""

@@ -1,0 +1,261 @@
+"""Greedy decoding of some prompts under all neuron sets at once: a prefix tree per prompt.
+
+At every step the next token of *all* sets follows from the final residual and the last activations of
+the node they are on (`ccm.decoding.certificate`). Sets that choose the same token go on together; the
+transformer runs once per distinct node.
+
+Prompts are prefilled without a pad, and their keys and values lie in one cache in which shorter prompts
+begin later: one forward a step, under an explicit mask and explicit positions, serves all lengths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ccm.decoding.bounded import Room, distinct
+from ccm.decoding.certificate import Screen, read_nodes
+from ccm.decoding.forward import RowCache, Rows, plan_rows, run_body
+from ccm.decoding.next_token import AtOnce, Referee, choose, read_first_tokens, slices
+from ccm.decoding.prefill import prefill
+from ccm.decoding.results import Shard, Tokens, Work
+from ccm.models.model import LoadedModel
+
+
+@dataclass
+class Engine:
+    """Everything that is the same for all prompts of a run."""
+
+    model: LoadedModel
+    screen: Screen
+    full: Bool[Tensor, "set"]  # whether a set is decoded to the end, not only to its answer
+    splits: Bool[Tensor, "d_vocab"]  # tokens that end an answer
+    at_once: AtOnce
+    max_new_tokens: int
+    own_top: bool
+    observing: bool
+    room: Room
+    # Observed rows of the part at work, shown once it is done: a part that fails is run again.
+    seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.eos = torch.zeros_like(self.splits)
+        self.eos[sorted(self.model.eos)] = True
+        self.free()
+
+    def free(self) -> None:
+        """Let go of the memory that parts share, and of what a failed part left."""
+        self.begun, self.cache = (RowCache(self.model.spec.n_layers) for _ in range(2))
+        self.seen.clear()
+
+    def prompt_bytes(self, length: int) -> int:
+        """Rough bytes a prompt takes: cache and rows of some nodes, what is observed, and its pairs."""
+        spec, cfg, n_sets = self.model.spec, self.model.bridge.cfg, len(self.full)
+        nodes = min(n_sets, 4)  # distinct continuations of a prompt alive at once
+        size = torch.empty((), dtype=self.model.dtype).element_size()
+        kv_heads: int = cfg.n_key_value_heads or cfg.n_heads
+        cache: int = spec.n_layers * 2 * kv_heads * cfg.d_head * (length + self.max_new_tokens) * size
+        observed = 4 * (length + self.max_new_tokens) * spec.d_mlp if self.observing else 0
+        # Some thirty numbers of 8 bytes in lists that are as long as there are pairs, and their tokens.
+        pairs = n_sets * (16 * self.screen.slots.shape[1] + 240 + 8 * self.max_new_tokens)
+        return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
+
+    def _forward(
+        self, work: Work, tokens: Tensor, cache: Any, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        work.forward_tokens += tokens.numel()
+        x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
+        if self.observing:
+            self.seen.append(a.reshape(-1, a.shape[-1]).float())
+        return x, a
+
+    @torch.inference_mode()
+    def read_last(
+        self, prompts: Sequence[Tokens], shared: Sequence[int], work: Work
+    ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]]:
+        """Final residual and last-layer activations at every prompt's last position.
+
+        Args:
+            prompts: As for `run`, and so the others.
+            shared: How many tokens of each prompt are its shared prefix.
+            work: Counts are added here.
+        """
+        self.cache.reserve(len(prompts), max(map(len, prompts)))
+        forward = partial(self._forward, work)
+        device, at_once = self.model.device, self.at_once.tokens
+        return prefill(prompts, shared, self.begun, self.cache, forward, device, at_once)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompts: Sequence[Tokens],
+        shared: Sequence[int],
+        indices: Sequence[int],
+        targets: Int[Tensor, "prompt target"],
+        work: Work,
+    ) -> Shard:
+        """Decode one part under every set.
+
+        Args:
+            prompts: Token ids, sorted by how many come after the shared prefix.
+            shared: How many tokens of each prompt are its shared prefix.
+            indices: What the shard calls the prompts.
+            targets: Tokens whose first-step log-probabilities are wanted.
+            work: Counts are added here.
+        """
+        device = self.model.device
+        targets = targets.to(device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        cache, end = self.cache, max(map(len, prompts))
+        # Most prompts keep one continuation under all sets.
+        cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
+        x, a = self.read_last(prompts, shared, work)
+        tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
+        first: dict[str, Tensor] = {}
+        for step in range(self.max_new_tokens):
+            nodes = read_nodes(self.screen, x, a)
+
+            def prefix(i: int) -> list[int]:
+                return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
+
+            referee = Referee(self.model, self.screen, prefix, self.room, work)
+            self.room.start()
+            while True:
+                if step == 0 and (not first or self.room.was_short("first")):
+                    first = read_first_tokens(
+                        self.screen, nodes, targets, self.at_once, referee, own_top=self.own_top
+                    )
+                chosen = choose(self.screen, nodes, tree.node, tree.sets, self.at_once, referee)
+                ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
+                if step == self.max_new_tokens - 1:
+                    ended = torch.ones_like(ended)
+                growth = tree.plan(chosen, ended, self.room)
+                if self.room.holds():
+                    break
+            self._count(work, len(x), len(tree.node), step == 0)
+            past = end + step  # slots of the cache in use
+            if not tree.grow(growth, self.room):
+                break
+            moved = slice(self.room.count("moved"))
+            cache.move(growth.rows.moved[moved], growth.rows.source[moved], past, len(tree.paths))
+            positions = lengths[tree.origin] + step
+            read = [
+                self._forward(work, tree.paths[rows, -1:], cache.window(rows, 0, past), positions[rows])
+                for rows in slices(len(tree.paths), self.at_once.tokens)
+            ]
+            x, a = torch.cat([x[:, -1] for x, _ in read]), torch.cat([a[:, -1] for _, a in read])
+        if device.type == "cuda":
+            work.peak_bytes = torch.cuda.max_memory_allocated(device)
+        leaf, leaves = tree.leaves(self.eos)
+        return Shard(
+            prompts=np.asarray(indices, dtype=np.int64),
+            leaves=leaves,
+            texts=tuple(self.model.decode(tokens) for tokens in leaves),
+            leaf=leaf,
+            **{name: values.cpu().numpy() for name, values in first.items()},
+        )
+
+    def _count(self, work: Work, nodes: int, pairs: int, first: bool) -> None:
+        """Add up what a step cost, once its lists are settled."""
+        room = self.room
+        work.nodes += nodes
+        work.first_rows += nodes * len(self.full) if first else 0
+        work.certified += pairs - room.count("unsure")
+        work.shortlisted += room.count("unsure") - room.count("whole")
+        work.low_rank += room.count("whole")
+        work.refereed += room.total("near")
+        work.full_rows += nodes + room.total("near")
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """What a step adds to a tree; lists of a `Room`, which may be filled up."""
+
+    ended: Bool[Tensor, "pair"]
+    branch: Int[Tensor, "pair"]  # each pair's (node, token), among all distinct ones
+    grown: Int[Tensor, "branch step"]  # tokens since the prompt
+    origin: Int[Tensor, "branch"]
+    on: Int[Tensor, "on"]  # pairs that go on
+    kept: Int[Tensor, "kept"]  # branches that go on
+    node: Int[Tensor, "on"]  # which of these each pair is on
+    rows: Rows
+
+
+class _Tree:
+    """Distinct continuations of every prompt; pairs (node, set) say which set is on which."""
+
+    def __init__(self, n_prompts: int, n_sets: int, d_vocab: int, device: torch.device) -> None:
+        self.n_sets, self.d_vocab = n_sets, d_vocab
+        prompts = torch.arange(n_prompts, device=device)
+        self.node = prompts.repeat_interleave(n_sets)  # (pair,)
+        self.sets = torch.arange(n_sets, device=device).repeat(n_prompts)  # (pair,)
+        self.pair = torch.arange(len(self.node), device=device)  # (pair,): prompt * n_sets + set
+        self.paths = prompts.new_zeros((n_prompts, 0))  # (node, step): tokens since the prompt
+        self.origin = prompts  # (node,): its prompt
+        self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
+        self.leaf = torch.full_like(self.pair, -1)  # place among all branches
+
+    def plan(self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"], room: Room) -> _Growth:
+        """Add a token to every pair, and find out what goes on.
+
+        Everything that happens next happens once per distinct (node, token). A branch may end for some
+        sets (a splitter) and go on for others. The room's lists are "branches", "on", "kept", "moved".
+        """
+        keys = self.node * self.d_vocab + chosen
+        key, branch = room.distinct("branches", keys, len(self.paths) * self.d_vocab)
+        parent = key // self.d_vocab
+        on = room.places("on", ~ended)
+        # What fills up the list of pairs is on no branch.
+        branches = torch.cat([branch, torch.full_like(branch[:1], len(key))])[on]
+        kept, node = room.distinct("kept", branches, len(key))
+        return _Growth(
+            ended=ended,
+            branch=branch,
+            grown=torch.cat([self.paths[parent], (key % self.d_vocab)[:, None]], dim=1),
+            origin=self.origin[parent],
+            on=on,
+            kept=kept,
+            node=node,
+            rows=plan_rows(parent[kept], room, room.so_far("kept")),
+        )
+
+    def grow(self, growth: _Growth, room: Room) -> int:
+        """Do what was planned; nodes are numbered by the cache rows that hold them.
+
+        Returns:
+            How many nodes there are now.
+        """
+        n_on, n = room.count("on"), room.count("kept")
+        place = sum(map(len, self.branches)) + growth.branch
+        self.leaf[self.pair] = torch.where(growth.ended, place, self.leaf[self.pair])
+        self.branches.append(growth.grown[: room.count("branches")])
+        on, held = growth.on[:n_on], growth.rows.branch[:n]
+        self.pair, self.sets = self.pair[on], self.sets[on]
+        row = torch.empty_like(held)
+        row[held] = torch.arange(n, device=held.device)
+        self.node = row[growth.node[:n_on]]
+        branch = growth.kept[:n][held]
+        self.paths, self.origin = growth.grown[branch], growth.origin[branch]
+        return n
+
+    def leaves(
+        self, eos: Bool[Tensor, "d_vocab"]
+    ) -> tuple[Int[np.ndarray, "prompt set"], tuple[tuple[int, ...], ...]]:
+        """Which continuation each set chose, and all of them, without the EOS that ended them."""
+        used, leaf = distinct(self.leaf, sum(map(len, self.branches)))
+        places, found, start = used.cpu(), list[tuple[int, ...]](), 0
+        for grown in self.branches:
+            mine = places[(places >= start) & (places < start + len(grown))] - start
+            paths = grown[mine.to(grown.device)]
+            stopped = eos[paths[:, -1]].tolist()
+            found += [
+                tuple(path[:-1] if stop else path)
+                for path, stop in zip(paths.tolist(), stopped, strict=True)
+            ]
+            start += len(grown)
+        return leaf.view(-1, self.n_sets).cpu().numpy().astype(np.int32), tuple(found)

@@ -1,0 +1,239 @@
+"""The one place that runs the transformer for the shared decode: tokens in, two tensors out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as once
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccm.decoding.bounded import Room
+from ccm.models.model import LoadedModel
+
+PREPARED = ("gpt2", "gpt_neox", "phi", "mistral", "llama")
+
+
+def run_body(
+    model: LoadedModel,
+    tokens: Int[Tensor, "node position"],
+    cache: Any = None,
+    positions: Int[Tensor, "node"] | None = None,
+    *,
+    last_only: bool = False,
+) -> tuple[Float[Tensor, "node read d_model"], Float[Tensor, "node read d_mlp"]]:
+    """Run the transformer without its head and read the two tensors that matter off it.
+
+    Args:
+        model: The model.
+        tokens: New tokens of every node; none is a pad.
+        cache: A transformers cache that grows by them, or None.
+        positions: Position of each node's first new token, where the cache is filled up on the left;
+            None where every cached position is a token.
+        last_only: Read the last position only, and spare the last MLP the others: nothing later
+            attends to what it writes. Its one output then broadcasts over the residual stream, of
+            which only the last position is returned.
+
+    Returns:
+        Final residual (the final norm's input) and `hook_post` (the down-projection's input).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0]
+
+        return hook
+
+    masked: dict[str, Tensor] = {}
+    if positions is not None:
+        past, n = cache.get_seq_length(), tokens.shape[1]
+        slots = torch.arange(past + n, device=tokens.device)
+        # Each row's first token lies `position` slots before its first new one.
+        there = slots >= past - positions[:, None]  # (node, slot)
+        if _takes_prepared_masks(model, past + n):
+            causal = slots <= past + slots[:n, None]  # (position, slot)
+            masked["attention_mask"] = there[:, None, None] & causal
+        else:
+            masked["attention_mask"] = there.long()
+        masked["position_ids"] = positions[:, None] + slots[:n]
+    hooks = [
+        model.norm.register_forward_pre_hook(keep("x")),
+        model.mlp_out.register_forward_pre_hook(keep("a")),
+    ]
+    if last_only:
+        hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
+    try:
+        model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    x = seen["x"][:, -1:] if last_only else seen["x"]
+    shape = (*x.shape[:2], model.spec.d_mlp)
+    assert seen["a"].shape == shape, f"activations of {tuple(seen['a'].shape)}, not {shape}"
+    # Of a model that is spread over devices, its layers may have read them elsewhere.
+    return x.to(model.device), seen["a"].to(model.device)
+
+
+def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:
+    """Whether each layer may be handed its mask as it is.
+
+    Otherwise transformers makes it, and a GPU's host waits while it looks whether any slot is masked.
+    Other architectures may read more than a mask from it, and beyond a window layers differ.
+    """
+    config = model.body.config
+    window = getattr(config, "sliding_window", None)
+    return (
+        config.model_type in PREPARED
+        and config._attn_implementation == "sdpa"
+        and (window is None or slots <= window)
+    )
+
+
+class RowCache:
+    """Keys and values of many prefixes: a row each, in buffers with room to grow.
+
+    A row ends where all others end, so shorter ones begin later; what lies before them is masked.
+    Rows stay where they are from step to step, and only what is new or displaced is copied.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        """Plan a cache; memory is taken when a layer is first written."""
+        self.n_layers = n_layers
+        self.rows = self.slots = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for so many rows and slots, in the buffers that are there if they suffice."""
+        if rows > self.rows or slots > self.slots:
+            self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
+            self.keys, self.values = [], []
+
+    def window(self, rows: slice, first: int, past: int) -> Any:
+        """Show some rows as a transformers cache that holds their slots [first, past) and grows."""
+        from transformers.cache_utils import Cache
+
+        layer = _window_class()
+        return Cache(layers=[layer(self, i, rows, first, past) for i in range(self.n_layers)])
+
+    def write(
+        self, layer: int, rows: slice, past: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (row, head, new, d_head) at slot `past`; return whole buffers."""
+        if layer == len(self.keys):
+            for buffers, new in ((self.keys, keys), (self.values, values)):
+                heads, width = new.shape[1], new.shape[3]
+                buffers.append(new.new_empty((self.rows, heads, self.slots, width)))
+        at = slice(past, past + keys.shape[2])
+        self.keys[layer][rows, :, at], self.values[layer][rows, :, at] = keys, values
+        return self.keys[layer], self.values[layer]
+
+    def copy(
+        self,
+        source: "RowCache",
+        of: Int[Tensor, "row"],
+        slots: slice,
+        rows: slice,
+        past: int,
+    ) -> None:
+        """Copy slots of the source's rows `of` into these rows, so that they end at slot `past`."""
+        at = slice(past - (slots.stop - slots.start), past)
+        for layer in range(self.n_layers):
+            keys, values = (b[layer][:, :, slots] for b in (source.keys, source.values))
+            of = of.to(keys.device)
+            self.write(layer, rows, at.start, keys.index_select(0, of), values.index_select(0, of))
+
+    def blank(self, rows: slice, stop: int) -> None:
+        """Clear the slots before these rows begin: even what is masked must not be NaN."""
+        for buffer in (*self.keys, *self.values):
+            buffer[rows, :, :stop] = 0
+
+    def move(self, rows: Int[Tensor, "moved"], source: Int[Tensor, "moved"], past: int, n: int) -> None:
+        """Copy the first `past` slots of source rows to others, none of which is a source.
+
+        Args:
+            rows: Where they go.
+            source: Where they are.
+            past: Slots in use.
+            n: Rows in use from now on.
+        """
+        if n > self.rows:
+            self._grow(n)
+        if len(rows):
+            for buffer in (*self.keys, *self.values):
+                used, here = buffer[:, :, :past], buffer.device
+                used.index_copy_(0, rows.to(here), used.index_select(0, source.to(here)))
+
+    def _grow(self, rows: int) -> None:
+        before, self.rows = self.rows, rows + rows // 4
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = buffer.new_empty((self.rows, *buffer.shape[1:]))
+                buffers[i][:before] = buffer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which row of a cache every branch takes."""
+
+    branch: Int[Tensor, "row"]  # that each row holds
+    moved: Int[Tensor, "moved"]  # rows that take their slots from another
+    source: Int[Tensor, "moved"]  # that other
+
+
+def plan_rows(parent: Int[Tensor, "branch"], room: Room, n: int | Tensor) -> Rows:
+    """Give every branch a row, so that as few as can be are copied.
+
+    A branch stays in its parent's row if it is the eldest there and the row is among the first n; the
+    others move to rows that are free then. A free row has no branch at all, or its eldest would hold
+    it, so it is nobody's source. Rows without branches are dropped.
+
+    Args:
+        parent: Row that each branch grows from, ascending.
+        room: For the list of rows that move, called "moved".
+        n: How many branches there are; what follows after them means nothing.
+    """
+    size = len(parent)
+    place = torch.arange(size, device=parent.device)
+    eldest = torch.ones_like(parent, dtype=torch.bool)
+    eldest[1:] = parent[1:] != parent[:-1]
+    there = place < n
+    stays = there & eldest & (parent < n)
+    branch = torch.full((size + 1,), -1, device=parent.device)
+    branch[torch.where(stays, parent, size)] = place
+    branch = branch[:size]
+    free = there & (branch < 0)
+    movers = torch.argsort(stays | ~there, stable=True)  # those that move, then all others
+    branch = torch.where(free, movers[(free.cumsum(0) - 1).clamp_min(0)], branch)
+    moved = room.places("moved", free)
+    return Rows(branch, moved, parent[torch.cat([branch, branch[:1]])[moved]])
+
+
+@once
+def _window_class() -> type:
+    """Define the layer when it is first needed: importing transformers takes its time."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Window(DynamicLayer):  # type: ignore[misc]
+        """One layer of a `RowCache`, as transformers sees it."""
+
+        def __init__(self, owner: RowCache, layer: int, rows: slice, first: int, past: int) -> None:
+            super().__init__()
+            self.owner, self.layer, self.rows = owner, layer, rows
+            self.first, self.past = first, past
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            keys, values = self.owner.write(self.layer, self.rows, self.past, key_states, value_states)
+            self.past += key_states.shape[2]
+            seen = slice(self.first, self.past)
+            return keys[self.rows, :, seen], values[self.rows, :, seen]
+
+        def get_seq_length(self) -> int:
+            return self.past - self.first
+
+    return Window

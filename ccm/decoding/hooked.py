@@ -1,0 +1,199 @@
+"""The reference path: TransformerLens hooks, one neuron set at a time. Slow, and plainly right.
+
+Every other way to decode is held to this one in the tests and measured against it in the benchmarks.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccm.decoding.results import (
+    Completions,
+    FirstToken,
+    Observer,
+    Tokens,
+    completions,
+    equal_length_batches,
+    greedy,
+    no_targets,
+    read_first_token,
+)
+from ccm.method.ablation import PLAIN, Ablation
+from ccm.models.model import LoadedModel
+from ccm.models.specs import MAX_NEW_TOKENS
+
+BATCH_SIZE = 256
+FINAL_RESIDUAL = "ln_final.hook_in"
+_Result = TypeVar("_Result")
+
+
+def decode(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    ablation: Ablation = PLAIN,
+    *,
+    targets: Int[Tensor, "prompt target"] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    observe: Observer | None = None,
+) -> Completions:
+    """Decode greedily with a neuron set held at its replacement values at every position and step.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged; each at least one token.
+        ablation: The neuron set; the empty one is the plain run.
+        targets: Tokens whose first-step log-probabilities are wanted, per prompt.
+        max_new_tokens: At least 1; a prompt stops early at EOS (Method 7).
+        batch_size: Prompts of equal length that run together; never changes a result.
+        observe: Sees `hook_post` of the last layer, before ablation, at every prompt position and
+            every fed-back token of prompts that have not ended.
+
+    Returns:
+        Tokens, texts and first-token readings in prompt order.
+    """
+    if not prompts:
+        raise ValueError("no prompts to decode")
+    targets = no_targets(len(prompts)) if targets is None else targets
+    generated: list[list[int]] = [[] for _ in prompts]
+    parts: list[tuple[list[int], FirstToken]] = []
+    with torch.inference_mode():
+        for indices in equal_length_batches(prompts, batch_size):
+            tokens = torch.tensor([list(prompts[i]) for i in indices], device=model.device)
+            first = _decode_batch(
+                model,
+                tokens,
+                indices,
+                ablation,
+                targets[indices],
+                max_new_tokens,
+                observe,
+                generated,
+            )
+            parts.append((indices, first))
+    return completions(model, generated, parts)
+
+
+@torch.inference_mode()
+def read_last_positions(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
+    *,
+    memory_budget: int | None = None,
+    done: Collection[int] = (),
+) -> Iterator[_Result]:
+    """Run prompts up to their last positions; same signature as `shared.read_last_positions`.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged.
+        read: Is given a batch's prompts, their final residuals and their last-layer activations.
+        memory_budget: Not heeded: a batch takes what it takes.
+        done: Prompts to leave out; batches are cut as with them.
+
+    Yields:
+        What `read` returns.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(x: Tensor, hook: Any) -> None:
+            seen[name] = x[:, -1].clone()
+
+        return hook
+
+    hooks = [(FINAL_RESIDUAL, keep("x")), (model.hook_post, keep("a"))]
+    for indices in equal_length_batches(prompts, BATCH_SIZE):
+        if set(indices) <= set(done):
+            continue
+        tokens = torch.tensor([list(prompts[i]) for i in indices], device=model.device)
+        with model.bridge.hooks(fwd_hooks=hooks):
+            next_logits(model, tokens, new_cache(model))
+        yield read(indices, seen["x"], seen["a"])
+
+
+def _decode_batch(
+    model: LoadedModel,
+    tokens: Int[Tensor, "prompt position"],
+    indices: list[int],
+    ablation: Ablation,
+    targets: Int[Tensor, "prompt target"],
+    max_new_tokens: int,
+    observe: Observer | None,
+    generated: list[list[int]],
+) -> FirstToken:
+    """Decode prompts of one length; append to `generated`, return the first-token readings."""
+    cache = new_cache(model)
+    live = torch.ones(len(indices), dtype=torch.bool, device=model.device)
+    first: FirstToken | None = None
+    hook = _hook(model, ablation, observe, live)
+    with ExitStack() as hooks:
+        if hook is not None:
+            hooks.enter_context(model.bridge.hooks(fwd_hooks=[(model.hook_post, hook)]))
+        for step in range(max_new_tokens):
+            logits = next_logits(model, tokens, cache)
+            if step == 0:
+                first = read_first_token(logits, targets.to(model.device))
+            next_tokens = greedy(logits)
+            for row, token in enumerate(next_tokens.tolist()):
+                if live[row]:
+                    if token in model.eos:
+                        live[row] = False
+                    else:
+                        generated[indices[row]].append(token)
+            if not live.any():
+                break
+            tokens = next_tokens[:, None]
+    assert first is not None
+    return first
+
+
+def new_cache(model: LoadedModel) -> Any:
+    """Make an empty cache; of a hybrid, its configuration says which layers keep something else."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=model.bridge.original_model.config)
+
+
+def next_logits(
+    model: LoadedModel, tokens: Int[Tensor, "prompt position"], cache: Any
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Run new tokens through the bridge, in float32 the logits after the last; the cache grows."""
+    seen = cache.get_seq_length() + tokens.shape[1]
+    logits: Tensor = model.bridge(
+        tokens,
+        return_type="logits",
+        # Explicit: without it the library derives a mask, wrongly where pad == BOS.
+        attention_mask=torch.ones((len(tokens), seen), dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return logits[:, -1].float()
+
+
+def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor) -> Any:
+    """Return the hook function for one batch, or None where there is nothing to do."""
+    if not ablation.neurons and observe is None:
+        return None
+    neurons = torch.tensor(ablation.neurons, dtype=torch.long, device=model.device)
+    values = torch.tensor(ablation.values, dtype=model.dtype, device=model.device)
+
+    def replace(activations: Tensor, hook: Any) -> Tensor:
+        # A wrong shape would be broadcast without a word.
+        assert activations.shape[0] == len(live), activations.shape
+        assert activations.shape[-1] == model.spec.d_mlp, activations.shape
+        if observe is not None:
+            observe(activations[live].reshape(-1, model.spec.d_mlp).float())
+        if not len(neurons):
+            return activations
+        activations = activations.clone()
+        activations[..., neurons] = values
+        return activations
+
+    return replace

@@ -1,0 +1,270 @@
+"""What every neuron set makes of a node: its next token, and its first-token readings.
+
+Choices whose lead is below the slack of `ccm.decoding.certificate` are left to a referee, which runs
+the prefix alone: so no choice depends on what else is in the batch. (float32; in lower precision
+rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ccm.decoding.bounded import Room
+from ccm.decoding.certificate import (
+    Nodes,
+    Screen,
+    ablated_scale,
+    certified,
+    changes,
+    dense_changes,
+    low_rank_rows,
+    pair_slack,
+    shortlisted,
+)
+from ccm.decoding.forward import run_body
+from ccm.decoding.results import N_TOP, Work, most_likely
+from ccm.models.model import LoadedModel
+
+# Room that a GPU's lists begin with: pairs that are not certified, and pairs that need a whole row.
+UNSURE, WHOLE = 1 << 12, 1 << 6
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """How much is worked on at once: what a CPU's caches hold, or what keeps a GPU busy."""
+
+    tokens: int  # of one forward
+    pairs: int  # (node, set) pairs
+    row_bytes: int  # of logit rows
+    d_vocab: int
+
+    def rows(self, per_row: int) -> int:
+        """How many logit rows to hold, with `per_row` vectors of the vocabulary for each."""
+        return max(1, self.row_bytes // (4 * self.d_vocab * per_row))
+
+
+def at_once(model: LoadedModel) -> AtOnce:
+    """Sizes for a model's device; they change no result."""
+    d_vocab = model.spec.d_vocab
+    if model.device.type == "cuda":
+        return AtOnce(1 << 12, pairs=1 << 20, row_bytes=1 << 28, d_vocab=d_vocab)
+    return AtOnce(1 << 11, pairs=1 << 13, row_bytes=2 << 20, d_vocab=d_vocab)
+
+
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    """Cut a range into slices of at most `size`."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+@dataclass(frozen=True)
+class Referee:
+    """Settles near ties of one step: runs a prefix by itself, once, without cache or batch mates."""
+
+    model: LoadedModel
+    screen: Screen
+    prefix: Callable[[int], list[int]]  # a node's tokens
+    room: Room
+    work: Work
+    alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rows(
+        self,
+        name: str,
+        node: Int[Tensor, "pair"],
+        sets: Int[Tensor, "pair"],
+        doubtful: Bool[Tensor, "pair"],
+    ) -> Iterator[tuple[int, Float[Tensor, "d_vocab"]]]:
+        """Yield the place of each doubtful pair, and its ablated logits.
+
+        Args:
+            name: What `room` calls the list of them.
+            node: Node of each pair.
+            sets: Set of each pair.
+            doubtful: Which ones; few, and at most steps none.
+        """
+        if self.model.dtype != torch.float32:
+            return
+        near = self.room.places(name, doubtful, least=0)
+        if not len(near):
+            return
+        model, screen = self.model, self.screen
+        near = near[near < len(node)]
+        at, of = node[near], sets[near]
+        for i in sorted(set(at.tolist())):
+            if i not in self.alone:
+                tokens = torch.tensor([self.prefix(i)], device=model.device)
+                self.alone[i] = run_body(model, tokens, last_only=True)
+                self.work.forward_tokens += tokens.numel()
+            x, a = self.alone[i]
+            for p in torch.nonzero(at == i)[:, 0].tolist():
+                neurons = screen.selected[screen.slots[of[p]]]  # (k,)
+                c = (screen.values[of[p]] - a[0, -1][neurons]) * screen.present[of[p]]
+                moved = x[0, -1] + c @ model.W_out[neurons]
+                yield int(near[p]), (model.final_norm(moved[None]) @ model.W_U + model.b_U)[0]
+
+
+def choose(
+    screen: Screen,
+    nodes: Nodes,
+    node: Int[Tensor, "pair"],
+    sets: Int[Tensor, "pair"],
+    sizes: AtOnce,
+    referee: Referee,
+) -> Int[Tensor, "pair"]:
+    """Next token of every (node, set) pair: certified, shortlisted, by its whole row, or refereed.
+
+    The room's lists "unsure", "whole" and "near" are of those that were not certified, those of them
+    that the shortlist did not settle, and the near ties among those.
+    """
+    room, sure = referee.room, certified(screen, nodes)
+    unsure = room.places("unsure", ~sure.reshape(-1)[node * sure.shape[1] + sets], least=UNSURE)
+    # A place more than there are pairs, for what fills up lists.
+    chosen = nodes.likely[:, 0][_with_spare(node)]
+    at, of = _with_spare(node)[unsure], _with_spare(sets)[unsure]
+    proved, taus = list[Tensor](), list[Tensor]()
+    for part in slices(len(unsure), sizes.pairs):
+        c = changes(screen, nodes, at[part], of[part])
+        scale = ablated_scale(screen, nodes, at[part], of[part], c)
+        tau = pair_slack(screen, nodes, at[part], of[part], c, scale)
+        settled, token = shortlisted(screen, nodes, at[part], of[part], c, scale, tau)
+        chosen[unsure[part]] = token
+        proved.append(settled)
+        taus.append(tau)
+    if not proved:
+        return chosen[:-1]
+    whole = room.places("whole", ~torch.cat(proved) & (unsure < len(node)), least=WHOLE)
+    pair = torch.cat([unsure, torch.full_like(unsure[:1], len(node))])[whole]
+    at, of, tau = (_with_spare(values)[whole] for values in (at, of, torch.cat(taus)))
+    close = list[Tensor]()
+    for part in slices(len(whole), sizes.rows(2 + screen.slots.shape[1])):
+        c = changes(screen, nodes, at[part], of[part])
+        rows = low_rank_rows(
+            screen.beta,
+            nodes.sz[at[part]][:, None],
+            c[:, None],
+            ablated_scale(screen, nodes, at[part], of[part], c)[:, None],
+            screen.P[screen.slots[of[part]]],
+        )[:, 0]
+        best = rows.topk(2)
+        chosen[pair[part]] = best.indices[:, 0]
+        close.append(best.values[:, 0] - best.values[:, 1] <= tau[part])
+    if close:
+        for i, logits in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
+            chosen[pair[i]] = logits.argmax()
+    return chosen[:-1]
+
+
+def _with_spare(values: Tensor) -> Tensor:
+    """Values with one more behind, for the places that fill up a list."""
+    return torch.cat([values, values[:1]])
+
+
+def read_first_tokens(
+    screen: Screen,
+    nodes: Nodes,
+    targets: Int[Tensor, "node target"],
+    sizes: AtOnce,
+    referee: Referee,
+    *,
+    own_top: bool,
+) -> dict[str, Tensor]:
+    """First-token entropies, log-probabilities and top tokens of every set, as in `Shard`.
+
+    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. The room's
+    lists have "first" in their names, those of near ties "near".
+    """
+    n, n_sets, device = len(targets), len(screen.slots), targets.device
+    everyone = torch.arange(n, device=device)
+    plain = nodes.sz / nodes.scale[:, None] + screen.beta
+    # Set 0 is the plain run.
+    zeros = torch.zeros_like(everyone)
+    plain_tops = _tops("near, first", plain, everyone, zeros, nodes.slack, referee)
+    asked = torch.cat([targets, plain_tops], dim=1)
+    n_top = plain_tops.shape[1]
+    entropy = torch.empty((n, n_sets), device=device)
+    log_probs = torch.empty((n, n_sets, asked.shape[1]), device=device)
+    tops = plain_tops[:, None].repeat(1, n_sets if own_top else 1, 1)
+    top_log_probs = torch.empty(tops.shape, device=device)
+    width = max(1, min(n, sizes.rows(2) // 8))
+    for exact_shift in (False, True):
+        for of, at, rows, scale in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
+            if exact_shift:
+                rows -= rows.amax(-1, keepdim=True)
+            weights = rows.exp()
+            z = weights.sum(-1)
+            log_z = z.log()  # (set, node)
+            entropy[at, of] = (log_z - torch.linalg.vecdot(weights, rows) / z).T
+            wanted = asked[at].expand(len(rows), -1, -1)
+            log_probs[at, of] = (rows.gather(-1, wanted) - log_z[..., None]).transpose(0, 1)
+            if own_top:
+                node = everyone[at].repeat(len(rows))
+                sets = torch.arange(of.start, of.stop, device=device).repeat_interleave(rows.shape[1])
+                c = changes(screen, nodes, node, sets)
+                tau = pair_slack(screen, nodes, node, sets, c, scale.reshape(-1))
+                name = f"near, first, {of.start}, {at.start}, {exact_shift}"
+                best = _tops(name, rows.flatten(0, 1), node, sets, tau, referee)
+                best = best.view(*rows.shape[:2], -1)
+                tops[at, of] = best.transpose(0, 1)
+                found = rows.gather(-1, best) - log_z[..., None]
+                top_log_probs[at, of] = found.transpose(0, 1)
+        if exact_shift or not len(
+            referee.room.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
+        ):
+            break
+    if not own_top:
+        top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
+    return {
+        "entropy": entropy,
+        "asked": asked,
+        "log_probs": log_probs,
+        "top_tokens": tops,
+        "top_log_probs": top_log_probs,
+    }
+
+
+def _all_rows(
+    screen: Screen, nodes: Nodes, width: int, height: int
+) -> Iterator[tuple[slice, slice, Float[Tensor, "set node d_vocab"], Float[Tensor, "set node"]]]:
+    """Yield sets, nodes, their logit rows up to a constant each, and s'.
+
+    The constant is the logit of the plain argmax: after it, no row's largest exp can vanish, and only
+    an ablation that lifts a token by 88 nats overflows.
+    """
+    top = nodes.likely[:, 0]
+    sz_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.beta[top]
+    for group in screen.groups:
+        for of in slices(group.sets.stop, height, group.sets.start):
+            c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
+            P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
+            lead = sz_top + (c * P[:, :, top]).sum(1) + beta_top * scale
+            # Taking a constant off a row is one more rank.
+            c = torch.cat([c, -lead[:, None]], dim=1).transpose(1, 2)
+            P = torch.cat([P, torch.ones_like(P[:, :1])], dim=1)
+            for at in slices(len(top), width):
+                yield (
+                    of,
+                    at,
+                    low_rank_rows(screen.beta, nodes.sz[at][None], c[:, at], scale[:, at], P),
+                    scale[:, at],
+                )
+
+
+def _tops(
+    name: str,
+    rows: Float[Tensor, "pair d_vocab"],
+    node: Int[Tensor, "pair"],
+    sets: Int[Tensor, "pair"],
+    tau: Float[Tensor, "pair"],
+    referee: Referee,
+) -> Int[Tensor, "pair top"]:
+    """The most likely tokens of each row, near ties settled by the referee."""
+    n = min(N_TOP + 1, rows.shape[1])
+    tops = most_likely(rows, n)
+    values = rows.gather(1, tops)
+    close = (values[:, :-1] - values[:, 1:] <= tau[:, None]).any(1)
+    for i, logits in referee.rows(name, node, sets, close):
+        tops[i] = most_likely(logits[None], n)[0]
+    return tops[:, :N_TOP]

@@ -1,0 +1,206 @@
+"""What any way of decoding gives back, and how prompts are put in batches without a single pad."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccm.models.model import LoadedModel
+
+N_TOP = 3  # enough to name the best token that is neither of two others
+
+Tokens = Sequence[int]
+# Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
+Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """What is read off the next-token distribution at each prompt's last position, nats, float64."""
+
+    entropy: Float[np.ndarray, "prompt"]
+    asked: Int[np.ndarray, "prompt target"]  # the tokens asked for
+    log_probs: Float[np.ndarray, "prompt target"]  # of those
+    top_tokens: Int[np.ndarray, "prompt top"]  # most likely first, ties to the lowest id
+    top_log_probs: Float[np.ndarray, "prompt top"]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Greedy continuations of all prompts under one ablation."""
+
+    tokens: tuple[tuple[int, ...], ...]  # generated, without the EOS that ended them
+    texts: tuple[str, ...]
+    first: FirstToken
+
+
+def read_first_token(
+    logits: Float[Tensor, "prompt d_vocab"], targets: Int[Tensor, "prompt target"]
+) -> FirstToken:
+    """Reduce first-position logits to entropy, asked-for log-probabilities and the top tokens."""
+    # float64: the sum over 128k tokens keeps 1e-4 nats however it is ordered.
+    log_probs = logits.double().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    top = most_likely(log_probs, min(N_TOP, log_probs.shape[1]))
+    return FirstToken(
+        entropy=entropy.cpu().numpy(),
+        asked=targets.cpu().numpy(),
+        log_probs=log_probs.gather(1, targets).cpu().numpy(),
+        top_tokens=top.cpu().numpy(),
+        top_log_probs=log_probs.gather(1, top).cpu().numpy(),
+    )
+
+
+def most_likely(logits: Float[Tensor, "row d_vocab"], n: int) -> Int[Tensor, "row n"]:
+    """The n most likely tokens of each row, ties to the lowest id."""
+    # argmax again and again, because topk does not say which of two equal logits comes first.
+    rest, found = logits.clone(), []
+    for _ in range(n):
+        found.append(rest.argmax(-1, keepdim=True))
+        rest.scatter_(-1, found[-1], -torch.inf)
+    return torch.cat(found, dim=-1)
+
+
+def greedy(logits: Float[Tensor, "prompt d_vocab"]) -> Int[Tensor, "prompt"]:
+    """Most likely token of each row, ties to the lowest id, as argmax gives it."""
+    return logits.argmax(-1)
+
+
+def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
+    """Yield prompt indices in batches whose prompts have one length, so that nothing is padded.
+
+    Pads are the commonest silent error of this field; without them no mask can be wrong.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, tokens in enumerate(prompts):
+        by_length[len(tokens)].append(i)
+    for length in sorted(by_length):
+        indices = by_length[length]
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
+
+
+def completions(
+    model: LoadedModel,
+    tokens: Sequence[Sequence[int]],
+    parts: Sequence[tuple[list[int], FirstToken]],
+) -> Completions:
+    """Put per-batch results back into prompt order."""
+    order = np.argsort(np.concatenate([np.asarray(indices, dtype=np.int64) for indices, _ in parts]))
+
+    def joined(name: str) -> np.ndarray:
+        return np.asarray(np.concatenate([getattr(first, name) for _, first in parts])[order])
+
+    return Completions(
+        tokens=tuple(tuple(t) for t in tokens),
+        texts=tuple(model.decode(t) for t in tokens),
+        first=FirstToken(
+            entropy=joined("entropy"),
+            asked=joined("asked"),
+            log_probs=joined("log_probs"),
+            top_tokens=joined("top_tokens"),
+            top_log_probs=joined("top_log_probs"),
+        ),
+    )
+
+
+def no_targets(n: int) -> Int[Tensor, "prompt target"]:
+    """Targets for a caller who asks for no log-probabilities."""
+    return torch.zeros((n, 0), dtype=torch.long)
+
+
+@dataclass
+class Work:
+    """What a decode cost, counted exactly."""
+
+    prompts: int = 0
+    forward_tokens: int = 0  # positions run through the transformer
+    nodes: int = 0  # distinct prefixes, prompts included
+    certified: int = 0  # (node, set) pairs whose argmax provably stayed
+    shortlisted: int = 0  # pairs settled among a few likely tokens
+    low_rank: int = 0  # pairs that needed their whole row, by its low-rank form
+    first_rows: int = 0  # rows for first-token entropies and log-probabilities, low-rank too
+    full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
+    refereed: int = 0  # near ties settled alone
+    halved: int = 0  # chunks that ran out of memory
+    peak_bytes: int = 0  # CUDA only: the allocator's peak
+
+    def add(self, other: "Work") -> None:
+        """Add another decode's counts."""
+        for f in fields(self):
+            mine, its = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, its) if f.name == "peak_bytes" else mine + its)
+
+    def as_dict(self) -> dict[str, int]:
+        """For manifests."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Results of some prompts under all sets; set 0 is the plain run."""
+
+    prompts: Int[np.ndarray, "prompt"]  # which prompts
+    leaves: tuple[tuple[int, ...], ...]  # distinct continuations, without the EOS that ended them
+    texts: tuple[str, ...]  # theirs
+    leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
+    entropy: Float[np.ndarray, "prompt set"]  # nats; of the next token at the last prompt position
+    asked: Int[np.ndarray, "prompt target"]  # tokens asked for, then the plain run's top ones
+    log_probs: Float[np.ndarray, "prompt set target"]
+    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
+    top_log_probs: Float[np.ndarray, "prompt topped top"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Results of all prompts under all sets; set 0 is the plain run."""
+
+    leaves: tuple[tuple[int, ...], ...]  # continuations, without the EOS that ended them
+    texts: tuple[str, ...]  # theirs
+    leaf: Int[np.ndarray, "prompt set"]
+    entropy: Float[np.ndarray, "prompt set"]
+    asked: Int[np.ndarray, "prompt target"]
+    log_probs: Float[np.ndarray, "prompt set target"]
+    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
+    top_log_probs: Float[np.ndarray, "prompt topped top"]
+
+    def completions(self, index: int) -> Completions:
+        """One set's continuations; without top tokens where they were not read."""
+        leaves = self.leaf[:, index]
+        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
+        return Completions(
+            tokens=tuple(self.leaves[i] for i in leaves),
+            texts=tuple(self.texts[i] for i in leaves),
+            first=FirstToken(
+                entropy=self.entropy[:, index].astype(np.float64),
+                asked=self.asked,
+                log_probs=self.log_probs[:, index].astype(np.float64),
+                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
+                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
+            ),
+        )
+
+
+def merge(shards: Sequence[Shard]) -> Decoded:
+    """Put shards together in prompt order."""
+    order = np.argsort(np.concatenate([s.prompts for s in shards]))
+    starts = np.cumsum([0, *(len(s.leaves) for s in shards[:-1])])
+
+    def joined(name: str) -> np.ndarray:
+        return np.asarray(np.concatenate([getattr(s, name) for s in shards])[order])
+
+    leaves = tuple(leaf for s in shards for leaf in s.leaves)
+    numbers = [s.leaf + start for s, start in zip(shards, starts, strict=True)]
+    return Decoded(
+        leaves=leaves,
+        texts=tuple(text for s in shards for text in s.texts),
+        leaf=np.concatenate(numbers)[order],
+        **{
+            name: joined(name)
+            for name in ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs")
+        },
+    )

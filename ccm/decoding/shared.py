@@ -1,0 +1,290 @@
+"""The hot path: one greedy decode serves many prompts x many neuron sets.
+
+Ablating last-layer neurons changes no key and no value at any layer (Method 12). So each prompt is
+prefilled once, and words that prompts begin with in common once for all of them (`prefill`); at every
+step the next token of *all* sets follows from the final residual and the last activations
+(`certificate`, `next_token`); sets that choose the same token share a node of a prefix tree; and the
+transformer runs once per distinct node, on cache rows that stay where they are or are copied from the
+parent's (`engine`, `forward`). This module cuts the prompts into parts that fit the memory.
+
+Results do not depend on batches. Rounding differs between batch shapes and could settle a near tie
+either way; so every choice whose lead is below the slack of `certificate` is made again by a referee,
+which runs that one prefix alone. A choice above the slack is the same under any rounding, so tokens are
+the same alone, in any batch, in any order and at any memory budget. (float32; in lower precision
+rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
+"""
+
+import gc
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ccm.decoding.bounded import Room
+from ccm.decoding.certificate import build_screen
+from ccm.decoding.engine import Engine
+from ccm.decoding.next_token import at_once
+from ccm.decoding.prefill import shared_prefixes
+from ccm.decoding.results import Completions, Observer, Shard, Tokens, Work, merge, no_targets
+from ccm.errors import CcmError
+from ccm.method.ablation import PLAIN, Ablation
+from ccm.method.prompts import SPLITTER
+from ccm.models.memory import default_budget, out_of_memory
+from ccm.models.model import LoadedModel
+from ccm.models.specs import MAX_NEW_TOKENS
+from ccm.models.trial import check_shared
+
+BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
+_Result = TypeVar("_Result")
+MAX_BATCH = 448  # prompts a part: coarser would only make progress, resuming and sharing coarser
+
+
+def decode(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    ablation: Ablation = PLAIN,
+    *,
+    targets: Int[Tensor, "prompt target"] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    memory_budget: int | None = None,
+    observe: Observer | None = None,
+) -> Completions:
+    """Decode under one neuron set, like `ccm.decoding.hooked.decode`; arguments and result are its."""
+    sets = [ablation] if ablation.neurons else []
+    shards = decode_sets(
+        model,
+        prompts,
+        sets,
+        targets=targets,
+        max_new_tokens=max_new_tokens,
+        memory_budget=memory_budget,
+        observe=observe,
+        own_top=True,
+    )
+    return merge(list(shards)).completions(len(sets))
+
+
+def decode_sets(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    ablations: Sequence[Ablation] = (),
+    *,
+    targets: Int[Tensor, "prompt target"] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    full: Sequence[bool] | None = None,
+    own_top: bool = False,
+    memory_budget: int | None = None,
+    observe: Observer | None = None,
+    work: Work | None = None,
+    done: Collection[int] = (),
+    share: tuple[int, int] = (1, 1),
+) -> Iterator[Shard]:
+    """Decode prompts under the plain run and every ablation, a shard at a time.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged.
+        ablations: Neuron sets with their replacement values.
+        targets: Tokens whose first-step log-probabilities are wanted, per prompt.
+        max_new_tokens: At least 1; a continuation ends early at EOS.
+        full: For the plain run and each ablation, whether to decode all tokens. Where False, it
+            ends with the first token that holds a splitter: the source needs no more (Method 8).
+        own_top: Also read the most likely first tokens of every set, not only of the plain run.
+        memory_budget: Bytes a shard may use; by default a share of what is free. Never changes a
+            result.
+        observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
+            `ablations` to be empty.
+        work: Counts are added here.
+        done: Prompts whose shards are there already. Parts are cut as without them, so that what is
+            left is computed to the last bit as it would have been.
+        share: (i, n): only every n-th part, the i-th first. Parts are cut as without it.
+
+    Yields:
+        Shards; together they cover every prompt once, shorter prompts first as far as those that share
+        a prefix stay together.
+
+    Raises:
+        CcmError: a single prompt does not fit the memory there is.
+    """
+    if observe is not None and ablations:
+        raise ValueError("activations are observed in the plain run only")
+    sets = [PLAIN, *ablations]
+    engine = _engine(
+        model,
+        sets,
+        full=full,
+        max_new_tokens=max_new_tokens,
+        own_top=own_top,
+        observing=observe is not None,
+    )
+    given = no_targets(len(prompts)) if targets is None else targets
+
+    def run(indices: list[int], shared: list[int]) -> tuple[Shard, Work]:
+        counted = Work(prompts=len(indices))
+        chosen = [prompts[i] for i in indices]
+        return engine.run(chosen, shared, indices, given[indices], counted), counted
+
+    for shard, counted in _in_parts(engine, prompts, run, memory_budget, done, share, work):
+        for rows in engine.seen:
+            assert observe is not None
+            observe(rows)
+        engine.seen.clear()
+        if work is not None:
+            work.add(counted)
+        yield shard
+
+
+def read_last_positions(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
+    *,
+    memory_budget: int | None = None,
+    done: Collection[int] = (),
+) -> Iterator[_Result]:
+    """Run prompts through the plain model up to their last positions, a part at a time.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included, ragged.
+        read: Is given a part's prompts, their final residuals and their last-layer activations; called
+            again with fewer where its memory does not suffice.
+        memory_budget: As for `decode_sets`, and so the others.
+        done: Prompts to leave out; parts are cut as with them.
+
+    Yields:
+        What `read` returns.
+
+    Raises:
+        CcmError: a single prompt does not fit the memory there is.
+    """
+    engine = _engine(model, [PLAIN], max_new_tokens=1)
+
+    def run(indices: list[int], shared: list[int]) -> _Result:
+        return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
+
+    yield from _in_parts(engine, prompts, run, memory_budget, done)
+
+
+def _engine(
+    model: LoadedModel,
+    sets: Sequence[Ablation],
+    *,
+    max_new_tokens: int,
+    full: Sequence[bool] | None = None,
+    own_top: bool = False,
+    observing: bool = False,
+) -> Engine:
+    check_shared(model)
+    return Engine(
+        model=model,
+        screen=build_screen(model, sets),
+        full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
+        splits=_splitting_tokens(model),
+        at_once=at_once(model),
+        max_new_tokens=max_new_tokens,
+        own_top=own_top,
+        observing=observing,
+        room=Room(exact=model.device.type != "cuda"),
+    )
+
+
+def _in_parts(
+    engine: Engine,
+    prompts: Sequence[Tokens],
+    run: Callable[[list[int], list[int]], _Result],
+    memory_budget: int | None,
+    done: Collection[int],
+    share: tuple[int, int] = (1, 1),
+    work: Work | None = None,
+) -> Iterator[_Result]:
+    """Run prompts a part at a time, in halves where memory does not suffice.
+
+    `run` takes prompts, sorted by how many tokens come after the prefix they share, and that prefix's
+    lengths.
+    """
+    if not prompts:
+        raise ValueError("no prompts to decode")
+    device = engine.model.device
+    budget = memory_budget or default_budget(device)
+    shared, order = [0] * len(prompts), list[int]()
+    # Prompts that share a prefix stay together. An observer sees every prompt whole.
+    alone = [([i], 0) for i in range(len(prompts))]
+    groups = alone if engine.observing else shared_prefixes(prompts)
+    for members, length in sorted(groups, key=lambda g: (max(len(prompts[i]) for i in g[0]), g[0])):
+        order += members
+        for i in members:
+            shared[i] = length
+    parts = list(_parts(order, [len(p) for p in prompts], engine.prompt_bytes, budget))
+    mine = parts[share[0] - 1 :: share[1]]
+    pending = [[i for i in part if i not in done] for part in mine][::-1]
+    while pending:
+        indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
+        if not indices:
+            continue
+        try:
+            result = run(indices, [shared[i] for i in indices])
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(indices) == 1:
+                raise CcmError(
+                    f"prompt {indices[0]} under {len(engine.full)} sets does not fit the memory of "
+                    f"{device}. Lower --controls or run one ablation value at a time."
+                ) from error
+            engine.free()
+            _free(device)
+            half = len(indices) // 2
+            pending += [indices[half:], indices[:half]]
+            if work is not None:
+                work.halved += 1
+            continue
+        yield result
+
+
+def _parts(
+    order: Sequence[int], lengths: Sequence[int], prompt_bytes: Callable[[int], int], budget: int
+) -> Iterator[list[int]]:
+    """Cut prompts, in order, into parts that the budget holds, one prompt at least."""
+    part: list[int] = []
+    used = 0
+    for i in order:
+        size = prompt_bytes(lengths[i])
+        if part and (used + size > budget or len(part) == MAX_BATCH):
+            yield part
+            part, used = [], 0
+        part.append(i)
+        used += size
+    if part:
+        yield part
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _splitting_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
+    """Mark tokens whose text holds a splitter match wherever they stand: the answer ends there.
+
+    Special tokens have no text, and a byte-fallback token has one only together with its neighbours. A
+    match that forms across tokens (`\\` and `n`) is not seen, which costs steps and changes no result.
+    """
+    if model.splitting_tokens is None:
+        ids = range(model.spec.d_vocab)
+        pieces = model.tokenizer.convert_ids_to_tokens(list(ids))
+        texts = model.tokenizer.batch_decode(
+            [[i] for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        model.splitting_tokens = torch.tensor(
+            [
+                bool(SPLITTER.search(text)) and not BYTE_FALLBACK.fullmatch(piece or "")
+                for piece, text in zip(pieces, texts, strict=True)
+            ],
+            device=model.device,
+        )
+    return model.splitting_tokens

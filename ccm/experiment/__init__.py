@@ -1,0 +1,5 @@
+"""How does a run go?
+
+In: a configuration. Out: a run folder of tables and scores, resumed where it stopped.
+May import `decoding`, `models`, `method` and `errors`.
+"""

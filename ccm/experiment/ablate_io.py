@@ -1,0 +1,181 @@
+"""Ablations on prompts and statistics that come from elsewhere (`ccm ablate`)."""
+
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ccm.errors import BadInput
+from ccm.method.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
+from ccm.method.facts import check_distinct, read_table
+from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
+
+PROMPT_COLUMNS = (
+    "knowledge_probing_prompt",
+    "counter_knowledge_object",
+    "parametric_knowledge_object",
+)
+TOKEN_COLUMNS = (
+    "counter_knowledge_object_first_token_id",
+    "parametric_knowledge_first_token_id",
+)
+OTHER_COLUMNS = ("statement_subject", "rel_lemma", "relation_group_id", "statement_query")
+
+
+def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPrompt]:
+    """Read probing prompts from a CSV with the released column names.
+
+    Args:
+        path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are kept where they are.
+        d_vocab: Also need `TOKEN_COLUMNS`, below this number; only the released token rule reads
+            them (defect 7).
+
+    Raises:
+        BadInput: a missing column, an empty cell, a duplicate prompt, a token id that there is not.
+    """
+    token_ids = d_vocab is not None
+    needed = PROMPT_COLUMNS + (TOKEN_COLUMNS if token_ids else ())
+    table = read_table(path, needed, OTHER_COLUMNS + (() if token_ids else TOKEN_COLUMNS))
+    check_distinct(path, table, ("knowledge_probing_prompt",))
+    if d_vocab is not None:
+        for column in TOKEN_COLUMNS:
+            for row, text in enumerate(table[column], start=2):
+                # Nine digits at most, so that no number is too long to be read.
+                if not (re.fullmatch("[0-9]{1,9}", text) and int(text) < d_vocab):
+                    raise BadInput(
+                        f"{path}: {column} is {text!r} in row {row}, not a token id. Allowed: 0 to "
+                        f"{d_vocab - 1}."
+                    )
+    return [
+        ProbingPrompt(
+            subject=row["statement_subject"],
+            relation=row["rel_lemma"],
+            group=row["relation_group_id"],
+            query=row["statement_query"],
+            counter_object=row["counter_knowledge_object"],
+            parametric_object=row["parametric_knowledge_object"],
+            counter_first_token=int(row[TOKEN_COLUMNS[0]]) if token_ids else -1,
+            parametric_first_token=int(row[TOKEN_COLUMNS[1]]) if token_ids else -1,
+            text=row["knowledge_probing_prompt"],
+        )
+        for row in table.to_dict("records")
+    ]
+
+
+def split_columns(prompts: Sequence[ProbingPrompt]) -> dict[str, SplitObjects]:
+    """Find, by column, the objects of a prompts CSV that no answer can name."""
+    objects = (
+        [prompt.counter_object for prompt in prompts],
+        [prompt.parametric_object for prompt in prompts],
+    )
+    return {
+        column: split_objects(names) for column, names in zip(PROMPT_COLUMNS[1:], objects, strict=True)
+    }
+
+
+def read_statistics_npz(path: Path) -> ActivationStatistics:
+    """Read activation statistics from an NPZ with the keys mean, std, median, mode, min and max.
+
+    Raises:
+        BadInput: not an NPZ, a key that is missing or not a vector of numbers, or vectors that do not
+            belong together: different lengths, min above max, a negative std.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file. Give an NPZ with the keys {', '.join(STATISTICS)}.")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip file")
+        # allow_pickle=False: an array of objects is refused, never unpickled.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in STATISTICS if name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(
+            f"{path}: cannot be read as an NPZ of numbers ({error}). Write it with numpy.savez."
+        ) from error
+    missing = [name for name in STATISTICS if name not in arrays]
+    if missing:
+        raise BadInput(f"{path}: missing key {missing[0]!r}. Needed: {', '.join(STATISTICS)}.")
+    for name, values in arrays.items():
+        if values.ndim != 1 or values.dtype.kind not in "fiu":
+            raise BadInput(
+                f"{path}: {name} is {values.dtype} of shape {values.shape}. Needed: one number per "
+                "neuron."
+            )
+        if len(values) != len(arrays["mean"]):
+            raise BadInput(
+                f"{path}: {name} has {len(values)} values, mean has {len(arrays['mean'])}. Needed: one "
+                "number per neuron."
+            )
+    statistics = ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
+    wrong = {
+        "a negative std": statistics.std < 0,
+        "min above max": statistics.min > statistics.max,
+    }
+    for what, where in wrong.items():
+        if where.any():
+            raise BadInput(
+                f"{path}: {what} for neuron {int(where.argmax())}. Recompute the statistics."
+            )
+    return statistics
+
+
+def parse_neurons(text: str, what: str = "--neurons") -> tuple[int, ...]:
+    """Parse `1,2,3`.
+
+    Raises:
+        BadInput: something between the commas is no whole number.
+    """
+    numbers = []
+    for part in text.split(","):
+        # Nine digits at most, so that no number is too long to be read; `int` would take 1_000, too.
+        if not re.fullmatch("-?[0-9]{1,9}", part.strip()):
+            raise BadInput(f"{what} {text!r}: {part.strip()!r} is not a neuron number. Give 1,2,3.")
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
+    """Read neuron sets from JSON: a list of lists, or an object of named lists.
+
+    Raises:
+        BadInput: another structure, the name of the plain run, or neurons that are out of range or
+            repeated.
+    """
+    from ccm.experiment.folder import read_json  # imports torch, which `parse_neurons` can do without
+
+    if not path.is_file():
+        raise BadInput(f"--sets {path}: no such file. Give a JSON file with lists of neurons.")
+    data: Any = read_json(path)
+    if isinstance(data, list):
+        data = {f"set_{i:03d}": neurons for i, neurons in enumerate(data)}
+    if not isinstance(data, dict) or not data:
+        raise BadInput(f"{path}: not a list of neuron lists, nor an object of named ones.")
+    if PLAIN.name in data:
+        raise BadInput(f"{path}: a set is named {PLAIN.name!r}, as the run without any. Rename it.")
+    for name, neurons in data.items():
+        if not isinstance(neurons, list) or not all(type(i) is int for i in neurons):
+            raise BadInput(f"{path}: set {name!r} is not a list of neuron numbers.")
+    return {str(n): check_neurons(s, d_mlp, f"{path}: set {n!r}") for n, s in data.items()}
+
+
+def sets_json(
+    tables: dict[str, pd.DataFrame], neurons: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Any]]:
+    """Arrange cell tables as the released outputs are: lists per quantity, by set."""
+    return {
+        name: {
+            "neurons": list(neurons.get(name, ())),
+            "output_texts": table["text"].tolist(),
+            "knowledge_sources": table["source"].tolist(),
+            "entropies": table["entropy"].tolist(),
+            "ck_log_prob": table["log_prob_ck"].tolist(),
+            "nd_log_prob": table["log_prob_nd"].tolist(),
+            "pk_log_prob": table["log_prob_pk"].tolist(),
+        }
+        for name, table in tables.items()
+    }

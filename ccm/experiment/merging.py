@@ -1,0 +1,168 @@
+"""Several shares of one run, decoded apart, become the run they are shares of."""
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ccm.decoding.results import Work
+from ccm.errors import BadInput
+from ccm.experiment.config import PROTOCOLS
+from ccm.experiment.folder import (
+    FILES,
+    MANIFEST,
+    PROMPT_EFFECTS,
+    PROMPTS,
+    RunFolder,
+    ShardStore,
+    check_folder,
+    read_json,
+    read_table,
+    write_atomically,
+)
+from ccm.experiment.locking import locked, refuse_if_locked
+from ccm.experiment.probing import table_prompts
+from ccm.experiment.run import Clock, finish, read_scores
+
+# What every share was told or made for itself, and must have made alike.
+NOTES = (
+    *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
+    *("nested_objects", "sets", "effects"),
+)
+KEPT = ("asked", *NOTES, "weights", "special_tokens", "first_prompt_tokens")
+
+
+def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Merge the shares of a run into a run folder like that of a run in one piece, bit for bit.
+
+    Args:
+        folders: Folders of `ccm run --shard i/n`, all n of them, in any order.
+        out: The run folder to write.
+
+    Returns:
+        The scores.
+
+    Raises:
+        BadInput: a share that is missing, there twice, not finished, or of another run; prompts that
+            no share decoded, or two did. Nothing is written then.
+    """
+    refuse_if_locked(out)
+    manifests = [_manifest(folder) for folder in folders]
+    _check_complete(folders, manifests)
+    _check_alike(folders, manifests)
+    total = int(manifests[0]["prompts"])
+    stores = [ShardStore(folder) for folder in folders]
+    seen = sorted(int(i) for store in stores for shard in store.read() for i in shard.prompts)
+    if seen != list(range(total)):
+        missing = sorted(set(range(total)) - set(seen))
+        what, way = "a prompt is there twice", "Run the share again in a new folder"
+        if missing:
+            what = f"prompt {missing[0]} is missing"
+            way = "Run the commands of all shares again: what is there is not computed twice"
+        raise BadInput(f"{len(folders)} shares: {what}. {way}.")
+    check_folder(out)
+    with locked(out):
+        merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
+        clock = Clock(merged)
+        if merged.missing():
+            merged.note(complete=False)
+            _join(folders, manifests, stores, merged)
+        if not merged.manifest["complete"]:
+            clock("scores")
+            merged.note(complete=True)
+        return read_scores(merged)
+
+
+def _join(
+    folders: Sequence[Path],
+    manifests: Sequence[dict[str, Any]],
+    stores: Sequence[ShardStore],
+    merged: RunFolder,
+) -> None:
+    """Copy what all shares have alike and gather what each decoded, then go on as a run does."""
+    for name in _files(manifests[0]):
+        write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
+    work, timings = Work(), dict[str, float]()
+    for manifest in manifests:
+        work.add(Work(**manifest["work"]))
+        for stage, seconds in manifest["timings_s"].items():
+            timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
+    merged.note(
+        **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
+        work=work,
+        timings_s=timings,
+        done=list(timings),
+        shares=len(folders),
+    )
+    noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
+    if noise:  # lower precisions measure none
+        merged.note(batch_noise=max(noise))
+    store = ShardStore(merged.path)
+    store.clear()  # of an earlier start, or of a run in one piece that was not finished
+    for source in stores:
+        for shard in source.read():
+            store.write(shard)
+    protocol = PROTOCOLS[merged.manifest["identity"]["protocol"]]
+    finish(merged, protocol, table_prompts(read_table(merged.path / PROMPTS)))
+
+
+def _files(manifest: dict[str, Any]) -> list[str]:
+    """Files of every share."""
+    return [*FILES, *(f"{value}/{PROMPT_EFFECTS}" for value in manifest["identity"]["ablation_values"])]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a finished share."""
+    if not (folder / MANIFEST).is_file():
+        raise BadInput(f"{folder}: no run folder (no {MANIFEST}). Give folders of `ccm run --shard`.")
+    manifest = read_json(folder / MANIFEST)
+    shard = manifest.get("identity", {}).get("shard") if isinstance(manifest, dict) else None
+    if shard is None:
+        raise BadInput(f"{folder}: no share of a run. Give folders of `ccm run --shard i/n`.")
+    if not manifest.get("complete"):
+        raise BadInput(f"{folder}: shard {shard} is not finished. Run its command again.")
+    return dict(manifest)
+
+
+def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    """Hold the shares to 1/n to n/n, each once."""
+    first, *_ = shards = [str(m["identity"]["shard"]) for m in manifests]
+    n = int(first.split("/")[1])
+    wanted = [f"{i}/{n}" for i in range(1, n + 1)]
+    for folder, shard in zip(folders, shards, strict=True):
+        if shard not in wanted:
+            raise BadInput(f"{folder}: shard {shard}, beside {first} of {folders[0]}. Give one n.")
+        if shards.count(shard) > 1:
+            raise BadInput(f"{folder}: shard {shard} is given twice. Give each once.")
+    for shard in wanted:
+        if shard not in shards:
+            raise BadInput(f"shard {shard} is missing. Run it, and give its folder too.")
+
+
+def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    """Refuse shares of different runs, and those whose preparation came out differently."""
+    first = manifests[0]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        pairs = [(key, manifest["identity"], first["identity"]) for key in first["identity"]]
+        pairs += [(key, manifest, first) for key in NOTES]
+        for key, mine, its in pairs:
+            if key != "shard" and mine.get(key) != its.get(key):
+                raise BadInput(
+                    f"{folder}: share of another run than {folders[0]} ({key} is "
+                    f"{_short(mine.get(key))}, {_short(its.get(key))} there)."
+                )
+        for name in _files(first):
+            for path in (folder / name, folders[0] / name):
+                if not path.is_file():
+                    raise BadInput(f"{path}: missing from the share. Run its command again to make it.")
+            if (folder / name).read_bytes() != (folders[0] / name).read_bytes():
+                raise BadInput(
+                    f"{folder / name}: not the same bytes as in {folders[0]}. Shares must run on "
+                    "machines of one kind."
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,124 @@
+"""Facts -> probing prompts (Method 4): the model's own objects, filtered and contradicted."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from ccm.decoding.results import Completions
+from ccm.errors import BadInput
+from ccm.experiment.cells import ENGINES
+from ccm.method.facts import FactSet
+from ccm.method.prompts import (
+    ParametricAnswer,
+    ProbingPrompt,
+    answer_object,
+    counter_candidates,
+    counter_objects,
+    filter_answers,
+    filter_examples,
+    filter_subject_object,
+    parametric_prompt,
+    probing_prompts,
+)
+from ccm.models.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Probing prompts with what the filters left of the facts."""
+
+    prompts: tuple[ProbingPrompt, ...]
+    counts: dict[str, int]  # facts left after each step, in order
+
+
+def build_prompts(
+    model: LoadedModel,
+    facts: FactSet,
+    template: str,
+    *,
+    lower_case: bool = False,
+    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"],
+) -> PromptSet:
+    """Ask for every parametric object, filter, and contradict what is left (Method 4).
+
+    Args:
+        model: The model.
+        facts: Facts and relations.
+        template: A key of `ccm.method.prompts.TEMPLATES`.
+        lower_case: Store objects in lower case (defect 11).
+        decoder: Gives an engine for each of two stages, `answers` and `first_tokens`.
+
+    Raises:
+        BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.
+    """
+    asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
+    tokens = [model.encode(text) for text in asked]
+    said = decoder("answers")(model, tokens)
+    answers = [
+        ParametricAnswer(row, fact, prompt, text, answer_object(text), int(first))
+        for row, (fact, prompt, text, first) in enumerate(
+            zip(facts.facts, asked, said.texts, said.first.top_tokens[:, 0], strict=True)
+        )
+    ]
+    kept = filter_answers(answers, facts.relations)
+    candidates = counter_candidates(kept)
+    width = 1 + max((len(c) for c in candidates.values()), default=0)
+    # Column 0 is the fact's own first token, then its relation's candidates, then filling.
+    targets = torch.zeros((len(kept), width), dtype=torch.long)
+    for i, answer in enumerate(kept):
+        ids = [answer.first_token, *(c.first_token for c in candidates[answer.fact.relation])]
+        targets[i, : len(ids)] = torch.tensor(ids)
+    prompts: list[ProbingPrompt] = []
+    if kept:
+        rows = [tokens[a.row] for a in kept]
+        decode = decoder("first_tokens")
+        log_probs = decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
+        for answer, own in zip(kept, log_probs, strict=True):
+            of_relation = candidates[answer.fact.relation]
+            chosen = counter_objects(answer, of_relation, own[1 : 1 + len(of_relation)].tolist())
+            relation = facts.relations[answer.fact.relation]
+            prompts += probing_prompts(answer, relation, chosen, float(own[0]), lower_case=lower_case)
+    counts = {
+        "facts": len(answers),
+        "recalled": sum(a.recalled for a in answers),
+        "after_subject_object_filter": len(filter_subject_object(answers)),
+        "after_example_filter": len(filter_examples(filter_subject_object(answers), facts.relations)),
+        "after_relation_group_filter": len(kept),
+        "probing_prompts": len(prompts),
+    }
+    if not prompts:
+        raise BadInput(
+            f"no probing prompt left of {len(answers)} facts (after each filter: {counts}). The "
+            "model does not know these facts, or names them as their subjects."
+        )
+    return PromptSet(prompts=tuple(prompts), counts=counts)
+
+
+# Column names of the released probing data, so that tables can be exchanged with it.
+PROMPT_COLUMNS = {
+    "statement_subject": "subject",
+    "rel_lemma": "relation",
+    "relation_group_id": "group",
+    "statement_query": "query",
+    "counter_knowledge_object": "counter_object",
+    "parametric_knowledge_object": "parametric_object",
+    "counter_knowledge_object_first_token_id": "counter_first_token",
+    "parametric_knowledge_first_token_id": "parametric_first_token",
+    "knowledge_probing_prompt": "text",
+    "log_prob_counter_object": "log_prob_counter",
+    "log_prob_parametric_object": "log_prob_parametric",
+}
+
+
+def prompt_table(prompts: Iterable[ProbingPrompt]) -> pd.DataFrame:
+    """Probing prompts as a table with the released column names."""
+    rows = list(prompts)
+    return pd.DataFrame({c: [getattr(p, a) for p in rows] for c, a in PROMPT_COLUMNS.items()})
+
+
+def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
+    """Read probing prompts back from a table that `prompt_table` made."""
+    fields = [{a: row[c] for c, a in PROMPT_COLUMNS.items()} for row in table.to_dict("records")]
+    return [ProbingPrompt(**f) for f in fields]

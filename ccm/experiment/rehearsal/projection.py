@@ -1,0 +1,188 @@
+"""What a rehearsal measured, and what the full grid would take: pure arithmetic, and its table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ccm.errors import BadInput
+
+PUBLISHED_FACTS = 4688  # rows of the released ParaRel statements (Method 3)
+# Probing prompts of each published run: the sum of its class sizes (Figure 5).
+PUBLISHED_PROMPTS: Mapping[str, int] = {
+    "gpt2-small": 10684,
+    "EleutherAI_pythia-1.4b": 6735,
+    "Phi-1_5": 6510,
+    "Mistral-7B-v0.1": 3135,
+    "Meta-Llama-3-8B": 9586,
+}
+
+Per = Literal["run", "fact", "prompt"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as it was measured, and how its time grows."""
+
+    name: str
+    seconds: float  # as measured
+    peak_bytes: int  # highest while it ran; of what, `Rehearsal.memory` says
+    per: Per  # what it is done once for
+    items: int  # facts or prompts it was measured on; 1 for a run
+    fixed_seconds: float = 0.0  # the part of `seconds` that more items leave as it is
+    in_run: bool = True  # False: for comparison only, no part of `ccm run`
+    most: int | None = None  # items that a run does it for at most; None: for all
+
+    def projected(self, items: int) -> float:
+        """Seconds for so many facts or prompts: the fixed part, and the rest scaled linearly.
+
+        >>> Stage("decode", 5.0, 0, "prompt", items=10, fixed_seconds=1.0).projected(100)
+        41.0
+        """
+        if self.per == "run":
+            return self.seconds
+        items = items if self.most is None else min(items, self.most)
+        fixed = min(self.fixed_seconds, self.seconds)
+        return fixed + (self.seconds - fixed) / self.items * items
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Seconds the whole grid would take on the machine that was measured."""
+
+    facts: int
+    prompts: int
+    stages: Mapping[str, float]  # of those that a run has
+    total: float
+
+
+def project(stages: tuple[Stage, ...], facts: int, prompts: int) -> Projection:
+    """Scale every stage of a run to so many facts and prompts."""
+    count = {"run": 1, "fact": facts, "prompt": prompts}
+    seconds = {s.name: s.projected(count[s.per]) for s in stages if s.in_run}
+    return Projection(facts, prompts, seconds, sum(seconds.values()))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Everything a rehearsal found out, with what it was measured on."""
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    device: str
+    device_name: str
+    threads: int  # of the CPU, per operation
+    dtype: str
+    seed: int
+    memory: str  # what `Stage.peak_bytes` counts
+    tokenizer: str
+    facts_name: str
+    facts: int  # asked for their objects
+    prompts: int
+    mean_prompt_tokens: float  # BOS included
+    mean_fact_prompt_tokens: float  # of the prompts that ask for an object
+    first_prompt_tokens: list[int]
+    ablation_values: list[str]
+    controls: int
+    entropy_neurons: list[int]
+    stages: tuple[Stage, ...]
+    work: Mapping[str, Mapping[str, int]]  # stage -> counts of `ccm.decoding.results.Work`
+    published: Projection
+    versions: Mapping[str, str]
+
+    @property
+    def n_sets(self) -> int:
+        """Neuron sets of the grid, the plain run not counted."""
+        return len(self.ablation_values) * (1 + self.controls)
+
+
+def rehearsal_of(found: Any, where: str = "report") -> Rehearsal:
+    """Make a `Rehearsal` of what its JSON says.
+
+    Raises:
+        BadInput: a report that something else wrote.
+    """
+    try:
+        stages = tuple(Stage(**s) for s in found["stages"])
+        given = {f.name: found[f.name] for f in fields(Rehearsal)}
+        return Rehearsal(**{**given, "stages": stages, "published": Projection(**found["published"])})
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{where}: not the report of a rehearsal ({error}).") from error
+
+
+def read_rehearsal(path: Path) -> Rehearsal:
+    """Read back what `ccm rehearse --out` wrote.
+
+    Raises:
+        BadInput: not JSON, or not such a report.
+    """
+    from ccm.experiment.folder import read_json
+
+    return rehearsal_of(read_json(path), str(path))
+
+
+def duration(seconds: float) -> str:
+    """Time to three digits or so, in the unit people would use.
+
+    >>> duration(0.0412), duration(75.2), duration(8000.0)
+    ('0.041 s', '75.2 s', '2 h 13 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.2f} s"
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 30):.2f} GiB"
+
+
+def _values(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{len(names)} ablation values"
+
+
+def _row(name: str, of: str, seconds: str, peak: str, projected: str) -> str:
+    return f"{name:34s}{of:>14s}{seconds:>12s}{peak:>12s}{projected:>14s}"
+
+
+def rehearsal_table(r: Rehearsal) -> str:
+    """Write a rehearsal down for people: measured and projected apart, with what they rest on."""
+    lines = [
+        f"{r.model}, random weights (seed {r.seed}): {r.parameters:,} parameters, "
+        f"{_size(r.weight_bytes)} in {r.dtype}",
+        f"on {r.device}: {r.device_name}" + (f", {r.threads} threads" if r.device == "cpu" else ""),
+        f"{r.prompts} probing prompts, {r.mean_prompt_tokens:.1f} tokens on average, of {r.facts_name} "
+        "facts;",
+        f"{r.facts} facts asked in {r.mean_fact_prompt_tokens:.1f} tokens; tokenizer: {r.tokenizer}",
+        f"grid: {_values(r.ablation_values)}, the entropy set and {r.controls} controls each: "
+        f"{r.n_sets} sets",
+        "",
+        _row("stage", "measured on", "measured", "peak memory", "projected"),
+    ]
+    for s in r.stages:
+        of = "the model" if s.per == "run" else f"{s.items} {s.per}s"
+        projected = duration(r.published.stages[s.name]) if s.in_run else "-"
+        lines.append(_row(s.name, of, duration(s.seconds), _size(s.peak_bytes), projected))
+    measured = sum(s.seconds for s in r.stages if s.in_run)
+    lines.append(_row("a whole run", "", duration(measured), "", duration(r.published.total)))
+    lines += [
+        "",
+        f"peak memory: {r.memory}",
+        f"projected: {r.published.facts:,} facts and {r.published.prompts:,} prompts, the published "
+        "numbers, on this machine.",
+        "What is done once counts once; the rest is scaled by the number of facts or prompts. Reading",
+        "real weights replaces building them. Random weights decode all 10 tokens of every set; real",
+        "ones may branch more or less, and end earlier.",
+        "",
+    ]
+    for name, work in r.work.items():
+        counts = ", ".join(
+            f"{work[k]:,} {k.replace('_', ' ')}"
+            for k in ("forward_tokens", "nodes", "certified", "shortlisted", "full_rows", "refereed")
+        )
+        lines.append(f"work of {name}: {counts}")
+    lines.append(", ".join(f"{name} {number}" for name, number in r.versions.items()))
+    return "\n".join(lines)

@@ -1,0 +1,401 @@
+"""The whole experiment, read top to bottom: facts -> prompts -> neurons -> ablations -> scores.
+
+Every step reads its input from the run folder and writes its output there, so that a run that was
+killed goes on where it stopped and ends with the same bytes.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+
+from ccm.decoding.activations import collect, float16_sigma
+from ccm.decoding.results import Completions, Work, merge
+from ccm.experiment.cells import ENGINES, CellReader, decode_hooked, decode_stored
+from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
+from ccm.experiment.config import Plan, Protocol, RunConfig, asked, identity, make_plan
+from ccm.experiment.effects import evenly_spaced
+from ccm.experiment.folder import (
+    ACTIVATION_STATS,
+    MANIFEST,
+    MEASURES,
+    PROMPTS,
+    RHO_BY_LAYER,
+    SCORES,
+    SINGULAR_VALUES,
+    RunFolder,
+    ShardStore,
+    check_folder,
+    read_json,
+    read_statistics,
+    read_table,
+    write_json,
+    write_statistics,
+    write_table,
+)
+from ccm.experiment.locking import locked, refuse_if_locked
+from ccm.experiment.probing import build_prompts, prompt_table, table_prompts
+from ccm.experiment.released_stats import read_released_statistics
+from ccm.experiment.scoring import scores_of_run
+from ccm.method.ablation import (
+    CONTROL,
+    PLAIN,
+    Ablation,
+    ActivationStatistics,
+    kind_of,
+    numbered,
+    plan,
+)
+from ccm.method.neurons import controls, measure, select
+from ccm.method.prompts import (
+    ProbingPrompt,
+    split_objects,
+)
+from ccm.method.sources import (
+    nested_objects,
+    object_tokens,
+)
+from ccm.models.device_map import spread_over_devices
+from ccm.models.load import download, load
+from ccm.models.memory import check_memory, default_budget, needed_bytes
+from ccm.models.model import LoadedModel
+from ccm.models.specs import dtype_for
+from ccm.models.trial import check_engine
+from ccm.models.weights import n_parameters, revision, unfinished, weight_files
+from ccm.reporting.text import never_recalled
+
+_log = logging.getLogger(__name__)
+
+# --- the story ------------------------------------------------------------------------------------
+
+
+def run(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Run the experiment into a folder, or finish one that was interrupted there.
+
+    Args:
+        config: What to run.
+        out: The run folder.
+
+    Returns:
+        The scores, as written to `scores.json`.
+
+    Raises:
+        CcmError: before any long work starts; nothing is overwritten.
+    """
+    if config.share is not None:
+        raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
+    with open_folder(config, out) as (folder, plan_):
+        clock = Clock(folder)
+        if folder.missing():  # a file that was removed from a finished run is made again
+            folder.note(complete=False)
+            prompts = decode_everything(folder, plan_, clock)
+            finish(folder, plan_.protocol, prompts)
+        if not folder.manifest["complete"]:
+            clock("scores")
+            folder.note(complete=True)
+        return read_scores(folder)
+
+
+def run_share(config: RunConfig, out: Path) -> RunFolder:
+    """Decode the share of a run that `config.share` names; `merging` puts all shares together.
+
+    Every share prepares prompts, measures and statistics for itself, and to the same bytes.
+    """
+    with open_folder(config, out) as (folder, plan_):
+        mine = folder.manifest.get("share_prompts")
+        if not folder.manifest["complete"] or folder.missing() or mine != _n_decoded(folder):
+            folder.note(complete=False)
+            decode_everything(folder, plan_, Clock(folder))
+            folder.note(complete=True, share_prompts=_n_decoded(folder))
+        return folder
+
+
+def _n_decoded(folder: RunFolder) -> int:
+    """Prompts in the shards of a share, which are its results."""
+    return sum(len(shard.prompts) for shard in ShardStore(folder.path).read())
+
+
+@contextmanager
+def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]]:
+    """Check what is asked for, see that its weights are here and fit, and hold the run folder open.
+
+    Raises:
+        CcmError: before any long work; `InUse` where another process is at work in the folder.
+    """
+    refuse_if_locked(out)
+    plan_ = make_plan(config)
+    # Before the folder is made: what cannot be had must leave no trace of a run.
+    if unfinished(plan_.spec):
+        download(plan_.spec)
+        plan_ = make_plan(config)
+    if not os.path.exists(out / MANIFEST) and config.device_map is None:
+        dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
+        needed = needed_bytes(plan_.spec, parameters, dtype)
+        check_memory(plan_.spec.name, needed, plan_.device, dtype)
+    known = identity(plan_)
+    check_folder(out)
+    with locked(out):
+        folder = RunFolder(out, known)
+        if "memory_budget" not in folder.manifest:
+            # Kept, because parts cut otherwise would round otherwise when the run is resumed.
+            budget = config.memory_budget or default_budget(plan_.device)
+            folder.note(memory_budget=budget, work=Work(), asked=asked(config))
+        yield folder, plan_
+
+
+def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
+    """Every step that needs the model, in order."""
+    config = plan_.config
+    if config.device_map is None:
+        model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
+    else:
+        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+    check_engine(model, config.engine)
+    weights = {
+        "source": model.source,
+        "revision": revision(plan_.spec),
+        "files": [path.name for path in weight_files(plan_.spec)],
+    }
+    folder.note(weights=weights, special_tokens=model.special_tokens)
+    clock("load")
+    prompts = prompts_step(folder, plan_, model)
+    clock("prompts")
+    entropy_neurons = neurons_step(folder, plan_, model)
+    clock("measures")
+    tokens = [model.encode(prompt.text) for prompt in prompts]
+    folder.note(first_prompt_tokens=tokens[0])
+    statistics = statistics_step(folder, plan_, model, tokens)
+    clock("activation_stats")
+    sets = sets_step(folder, plan_, entropy_neurons)
+    # All cells are planned first, so that a value that is not finite is found before any decoding.
+    planned = {
+        value.name: [plan(name, neurons, value, statistics) for name, neurons in sets.items()]
+        for value in plan_.values
+    }
+    ablations_step(folder, plan_, model, prompts, tokens, planned)
+    clock("ablations")
+    effects_step(folder, model, tokens, planned, config.engine)
+    if model.noise is not None:  # lower precisions measure none, nor does reading back what is there
+        folder.note(batch_noise=model.noise)
+    clock("effects")
+    return prompts
+
+
+def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
+    """Turn what was decoded into cells, and cells into scores."""
+    cells_step(folder, protocol, prompts)
+    write_json(folder.path / SCORES, scores_of_run(folder, protocol.nd_ratio_of_pk))
+
+
+def read_scores(folder: RunFolder) -> dict[str, Any]:
+    """Read the scores back, so that a caller sees what the file says and nothing else."""
+    scores: dict[str, Any] = read_json(folder.path / SCORES)
+    return scores
+
+
+class Clock:
+    """Writes the time since its last call to the manifest, stage by stage."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Start the clock."""
+        self.folder, self.last = folder, time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        """Write down a stage that is done."""
+        now = time.perf_counter()
+        self.folder.time(stage, now - self.last)
+        self.last = now
+
+
+# --- facts -> probing prompts (Method 4) -----------------------------------------------------------
+
+
+def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[ProbingPrompt]:
+    """Build the probing prompts, or read them back."""
+    if not folder.has(PROMPTS):
+        split = split_objects([fact.object for fact in plan_.facts.facts])
+        if split.count:
+            _log.warning(f"{never_recalled(vars(split))}. The manifest names all.")
+        built = build_prompts(
+            model,
+            plan_.facts,
+            plan_.template,
+            lower_case=plan_.protocol.lower_case_objects,
+            decoder=partial(_decoder, folder, plan_),
+        )
+        prompts = list(built.prompts)
+        if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
+            # Evenly over the relations, not the first ones.
+            prompts = [prompts[i] for i in evenly_spaced(len(prompts), plan_.config.max_prompts)]
+        table = prompt_table(prompts)
+        # Groups of all relations: filters may leave one without a prompt.
+        groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
+        folder.note(
+            facts={**built.counts, "relation_groups": groups, "objects_with_splitter": split},
+            prompts=len(prompts),
+            nested_objects=nested_objects(prompts),
+            prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
+        )
+        write_table(folder.path / PROMPTS, table)
+    for stage in ("answers", "first_tokens"):
+        ShardStore(folder.path, stage).clear()
+    return table_prompts(read_table(folder.path / PROMPTS))
+
+
+def _decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
+    """An engine that goes on where an earlier start of this stage stopped."""
+    if plan_.config.engine != "shared":
+        return ENGINES[plan_.config.engine]
+
+    def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
+        budget = folder.manifest["memory_budget"]
+        store = ShardStore(folder.path, stage)
+        shards = decode_stored(model, tokens, store=store, label=stage, memory_budget=budget, **options)
+        return merge(shards).completions(0)
+
+    return decode
+
+
+# --- neurons and activation statistics (Method 5, 6) -------------------------------------------------
+
+
+def neurons_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> tuple[int, ...]:
+    """Measure the last layer's neurons and choose the entropy set."""
+    tables = (SINGULAR_VALUES, RHO_BY_LAYER, MEASURES)
+    if "entropy_neurons" not in folder.manifest or not all(folder.has(name) for name in tables):
+        measures = measure(model.W_U, model.W_out, model.final_norm, plan_.null_space_dims)
+        chosen = plan_.config.neurons or select(measures, plan_.k, plan_.min_rho)
+        table = measures.table()
+        table["entropy_neuron"] = table["neuron_idx"].isin(chosen)
+        spectrum = pd.DataFrame({"singular_value": measures.singular_values})
+        by_layer = rho_by_layer(model, measures)
+        found = {SINGULAR_VALUES: spectrum, RHO_BY_LAYER: by_layer, MEASURES: table}
+        for name, rows in found.items():
+            if not folder.has(name):
+                write_table(folder.path / name, rows)
+        folder.note(entropy_neurons=chosen, layers_with_rho=by_layer["layer"].unique())
+    return tuple(folder.manifest["entropy_neurons"])
+
+
+def statistics_step(
+    folder: RunFolder, plan_: Plan, model: LoadedModel, tokens: Sequence[Sequence[int]]
+) -> ActivationStatistics:
+    """Collect activation statistics over the probing prompts, or read them back."""
+    if plan_.config.stats == "released":
+        released = read_released_statistics(plan_.spec, finite=plan_.protocol.name != "released")
+        write_statistics(folder.path / ACTIVATION_STATS, released, positions=0)
+        return released  # sigma as it was summed in float16
+    if not folder.has(ACTIVATION_STATS):
+        decode = ENGINES[plan_.config.engine]
+        if plan_.config.engine == "shared":
+            decode = partial(decode, memory_budget=folder.manifest["memory_budget"])
+        statistics, positions = collect(model, tokens, decode)
+        write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
+    statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
+    return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics
+
+
+# --- ablations (Method 7, 9, 13) ------------------------------------------------------------------
+
+
+def sets_step(
+    folder: RunFolder, plan_: Plan, entropy_neurons: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Draw the controls of both kinds and note every set by its name, the entropy set first."""
+    config = plan_.config
+    drawn = controls(
+        config.controls,
+        plan_.spec.d_mlp,
+        entropy_neurons,
+        config.seed,
+        overlap=plan_.protocol.controls_overlap,
+    )
+    sets = {"entropy": tuple(entropy_neurons), **numbered(CONTROL, drawn)}
+    sets |= draw_matched(folder, config.matched_controls, entropy_neurons, config.seed)
+    folder.note(sets=sets)
+    return sets
+
+
+def ablations_step(
+    folder: RunFolder,
+    plan_: Plan,
+    model: LoadedModel,
+    prompts: Sequence[ProbingPrompt],
+    tokens: Sequence[Sequence[int]],
+    planned: Mapping[str, Sequence[Ablation]],
+) -> None:
+    """Decode the plain run and every cell (ablation value x set) that is not there yet."""
+    cells = [(PLAIN, folder.cell("", "plain"))]
+    cells += [(a, folder.cell(value, a.name)) for value, sets in planned.items() for a in sets]
+    missing = {path for _, path in cells if not path.is_file()}
+    if not missing:
+        return
+    objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
+    if plan_.config.engine == "hooked":
+        # One pass a set: only the missing ones, after the plain run that all are read against.
+        cells = [c for c in cells if c[0] is PLAIN or c[1] in missing]
+        runs = decode_hooked(model, tokens, [a for a, _ in cells[1:]], objects)
+        write_cells(runs, [path for _, path in cells], prompts, objects, plan_.protocol)
+        return
+    work = Work(**folder.manifest["work"])
+    decode_stored(
+        model,
+        tokens,
+        [a for a, _ in cells[1:]],
+        targets=torch.from_numpy(objects),
+        # A control's source needs its answer, not what comes after (Method 8).
+        full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
+        own_top=plan_.protocol.released_tokens,
+        memory_budget=folder.manifest["memory_budget"],
+        store=ShardStore(folder.path),
+        share=plan_.config.share or (1, 1),
+        work=work,
+        on_shard=lambda: folder.note(work=work),
+    )
+
+
+def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
+    """Make the cells of a shared decode from its shards."""
+    store = ShardStore(folder.path)
+    paths = [folder.cell("", "plain")]
+    for value in folder.manifest["identity"]["ablation_values"]:
+        paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
+    # Not read where all cells are there: a start before may have removed some shards already.
+    if not all(path.is_file() for path in paths):
+        decoded = merge(store.read())
+        runs = (decoded.completions(i) for i in range(len(paths)))
+        # What was asked for begins with the first tokens of both objects.
+        write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
+    store.clear()
+
+
+def write_cells(
+    runs: Iterable[Completions],
+    paths: Sequence[Path],
+    prompts: Sequence[ProbingPrompt],
+    objects: Int[np.ndarray, "prompt 2"],
+    protocol: Protocol,
+) -> None:
+    """Write a table for every run that has none yet; the plain run comes first."""
+    reader: CellReader | None = None
+    for path, done in zip(paths, runs, strict=True):
+        if reader is None:
+            reader = CellReader(
+                prompts,
+                objects,
+                done,
+                released=protocol.released_tokens,
+                counter_first=protocol.counter_first,
+            )
+        if not path.is_file():
+            write_table(path, reader.table(done))

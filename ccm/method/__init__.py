@@ -1,0 +1,5 @@
+"""What does the paper compute?
+
+In: plain numbers and texts. Out: prompts, neuron measures, replacement values, sources, scores.
+Runs no model; may import `errors` only.
+"""

@@ -1,0 +1,320 @@
+"""Neuron measures, selection of entropy neurons, and controls (Method 5): pure tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccm.errors import BadInput
+from ccm.models.model import VOCAB_CHUNK, FinalNorm
+
+NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
+
+
+@dataclass(frozen=True)
+class NeuronMeasures:
+    """Per last-layer neuron, and the spectrum of the unembedding they are measured against."""
+
+    logit_var: Float[np.ndarray, "d_mlp"]
+    norm: Float[np.ndarray, "d_mlp"]
+    rho: Float[np.ndarray, "d_mlp"]
+    singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
+    # V0; None where measures were read back from a run.
+    null_space: Float[np.ndarray, "d_model dims"] | None = None
+
+    def table(self) -> pd.DataFrame:
+        """One row a neuron: `neuron_idx`, `logitvar`, `norm`, `rho`."""
+        return pd.DataFrame(
+            {
+                "neuron_idx": np.arange(len(self.norm)),
+                "logitvar": self.logit_var,
+                "norm": self.norm,
+                "rho": self.rho,
+            }
+        )
+
+
+def processed_W_U(
+    W_U: Float[Tensor, "d_model d_vocab"], norm: FinalNorm
+) -> Float[Tensor, "d_model d_vocab"]:
+    """Fold the final norm's gain into W_U and centre it (Method 2), in float32.
+
+    LayerNorm takes the mean of its input away, so W_U's mean over d_model says nothing and goes too;
+    with RMSNorm it stays. A constant added to a row of logits says nothing under either: W_U's mean
+    over the vocabulary goes in both cases.
+    """
+    W_U = W_U.float() * norm.gain[:, None]
+    # In place from here on: a second copy may be gigabytes.
+    if norm.centred:
+        W_U -= W_U.mean(0, keepdim=True)
+    W_U -= W_U.mean(1, keepdim=True)
+    return W_U
+
+
+def processed_W_out(
+    W_out: Float[Tensor, "d_mlp d_model"], norm: FinalNorm
+) -> Float[Tensor, "d_mlp d_model"]:
+    """Centre output weights over d_model where the final norm does so (LayerNorm), in float32."""
+    W_out = W_out.float()
+    return W_out - W_out.mean(1, keepdim=True) if norm.centred else W_out
+
+
+def spectrum(
+    W_U: Float[Tensor, "d_model d_vocab"],
+) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
+    """Singular values (descending) and left singular vectors (columns) of a processed W_U.
+
+    From the float64 Gram matrix, summed over vocabulary chunks: one pass and d_model^2 memory. It
+    squares the condition number, which float64 bears: a singular value 1e-4 of the largest still has
+    eight digits.
+    """
+    gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
+    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
+        chunk = chunk.double()
+        gram += chunk @ chunk.T
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+
+
+def logit_var(
+    W_U: Float[Tensor, "d_model d_vocab"], W_out: Float[Tensor, "d_mlp d_model"]
+) -> Float[Tensor, "d_mlp"]:
+    """Variance over tokens of cos(w_U^t, w_out^i), unbiased (Method 5).
+
+    Streamed over vocabulary chunks with Chan's update in float64, so that no d_mlp x d_vocab matrix
+    is ever held.
+    """
+    directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
+    mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
+    m2, count = torch.zeros_like(mean), 0
+    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
+        cosines = (directions @ torch.nn.functional.normalize(chunk, dim=0)).double()
+        n, chunk_mean = chunk.shape[1], cosines.mean(1)
+        delta, total = chunk_mean - mean, count + n
+        m2 += (cosines - chunk_mean[:, None]).pow(2).sum(1) + delta.pow(2) * (count * n / total)
+        mean += delta * (n / total)
+        count = total
+    return m2 / (count - 1)
+
+
+def measure(
+    W_U: Float[Tensor, "d_model d_vocab"],
+    W_out: Float[Tensor, "d_mlp d_model"],
+    norm: FinalNorm,
+    null_space_dims: int,
+) -> NeuronMeasures:
+    """Measure every neuron of a layer from the checkpoint's own weights.
+
+    Args:
+        W_U: Unembedding as stored.
+        W_out: Output weights of the layer's MLP as stored.
+        norm: The final norm.
+        null_space_dims: How many of the lowest singular directions of W_U make V0.
+
+    Raises:
+        BadInput: `null_space_dims` outside 1..d_model.
+    """
+    if not 1 <= null_space_dims <= W_U.shape[0]:
+        raise BadInput(
+            f"null-space dimensions {null_space_dims}: out of range. Allowed: 1 to {W_U.shape[0]} "
+            "(d_model)."
+        )
+    W_U, W_out = processed_W_U(W_U, norm), processed_W_out(W_out, norm)
+    values, vectors = spectrum(W_U)
+    V0 = vectors[:, -null_space_dims:]  # (d_model, dims)
+    return NeuronMeasures(
+        logit_var=_numpy(logit_var(W_U, W_out)),
+        norm=_numpy(W_out.double().norm(dim=1)),
+        rho=_numpy(_rho(W_out, V0)),
+        singular_values=_numpy(values),
+        null_space=_numpy(V0),
+    )
+
+
+def rho(
+    W_out: Float[Tensor, "d_mlp d_model"],
+    norm: FinalNorm,
+    null_space: Float[np.ndarray, "d_model dims"],
+) -> Float[np.ndarray, "d_mlp"]:
+    """Share of each output weight's norm in a null space that `measure` found (Method 5).
+
+    Args:
+        W_out: Output weights of any layer's MLP as stored; a neuron without any has rho NaN.
+        norm: The final norm.
+        null_space: V0, orthonormal columns.
+    """
+    V0 = torch.from_numpy(null_space).to(W_out.device)
+    return _numpy(_rho(processed_W_out(W_out, norm), V0))
+
+
+def _rho(
+    W_out: Float[Tensor, "d_mlp d_model"], V0: Float[Tensor, "d_model dims"]
+) -> Float[Tensor, "d_mlp"]:
+    W_out = W_out.double()
+    shares: Tensor = (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
+    return shares
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return np.asarray(x.cpu().numpy(), dtype=np.float64)
+
+
+def select(measures: NeuronMeasures, k: int, min_rho: float) -> tuple[int, ...]:
+    """Choose entropy neurons: rho at least `min_rho`, then the k of lowest LogitVar.
+
+    A neuron without output weight has no rho (NaN) and is never chosen.
+
+    Returns:
+        Neuron numbers, lowest LogitVar first; ties to the lower number.
+
+    Raises:
+        BadInput: k outside 1..d_mlp, or fewer than k neurons reach `min_rho`.
+    """
+    d_mlp = len(measures.rho)
+    if not 1 <= k <= d_mlp:
+        raise BadInput(f"k={k} entropy neurons: out of range. Allowed: 1 to {d_mlp} (d_mlp).")
+    eligible = np.flatnonzero(measures.rho >= min_rho)
+    if len(eligible) < k:
+        raise BadInput(
+            f"k={k} entropy neurons: only {len(eligible)} of {d_mlp} reach rho >= {min_rho}. Lower "
+            "--min-rho or -k."
+        )
+    order = np.argsort(measures.logit_var[eligible], kind="stable")
+    return tuple(int(i) for i in eligible[order[:k]])
+
+
+def controls(
+    n: int, d_mlp: int, entropy_neurons: Sequence[int], seed: int, *, overlap: bool = False
+) -> list[tuple[int, ...]]:
+    """Draw distinct random neuron sets of the entropy set's size (Method 7).
+
+    Args:
+        n: How many sets.
+        d_mlp: Neurons of the layer.
+        entropy_neurons: The set to match in size.
+        seed: For `np.random.RandomState`; 123 gives the released stream.
+        overlap: Draw from all neurons and forbid only the entropy set itself, as the released code
+            does (defect 6). Otherwise from the non-entropy neurons.
+
+    Raises:
+        BadInput: more sets asked for than distinct ones exist.
+    """
+    entropy = frozenset(entropy_neurons)
+    pool = np.arange(d_mlp) if overlap else np.setdiff1d(np.arange(d_mlp), list(entropy))
+    k = len(entropy)
+    exist = comb(len(pool), k) - (1 if overlap else 0)
+    if n > exist:
+        raise BadInput(
+            f"{n} controls: only {exist} distinct sets of {k} of {len(pool)} neurons exist. Lower "
+            "--controls."
+        )
+    random = np.random.RandomState(seed)
+    seen: set[frozenset[int]] = {entropy} if overlap else set()
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < n:
+        drawn = tuple(int(i) for i in random.choice(pool, size=k, replace=False))
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            sets.append(drawn)
+    return sets
+
+
+def match_plane(
+    norm: Float[np.ndarray, "d_mlp"], sigma: Float[np.ndarray, "d_mlp"], entropy_neurons: Sequence[int]
+) -> tuple[Float[np.ndarray, "d_mlp 2"], Int[np.ndarray, "other"]]:
+    """Place neurons by (log norm, log sigma), in standard deviations of the others that have both.
+
+    Args:
+        norm: Of each neuron's processed output weight, weight units.
+        sigma: Standard deviation of its activation.
+        entropy_neurons: What the others are others than.
+
+    Returns:
+        Places, which may be infinite or NaN, and the others that have a finite one.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.stack([norm, sigma], axis=1))  # (d_mlp, 2)
+    usable = np.isfinite(logs).all(1)
+    usable[list(entropy_neurons)] = False
+    spread = logs[usable].std(0) if usable.any() else np.ones(2)
+    return logs / np.where(spread > 0, spread, 1.0), np.flatnonzero(usable)
+
+
+def matched_controls(
+    n: int,
+    norm: Float[np.ndarray, "d_mlp"],
+    sigma: Float[np.ndarray, "d_mlp"],
+    entropy_neurons: Sequence[int],
+    seed: int,
+    *,
+    nearest: int = NEAREST,
+) -> list[tuple[int, ...]]:
+    """Draw distinct neuron sets that match the entropy set in weight norm and spread (Method 13).
+
+    Every entropy neuron is replaced by one of its nearest other neurons in (log norm, log sigma), both
+    standardised over the neurons that may be drawn.
+
+    1. Twenty, because two sets then share one neuron in twenty by chance, so that a hundred sets say
+       nearly as much as a hundred independent ones; and because twenty are still near: 0.7 % of a layer
+       of 3,072. Fewer would match better and repeat themselves. Where twenty do not make 2 n distinct
+       sets (k = 1, or k near 20), every neuron gets as many as do.
+    2. A neuron without output weight, or one that never moves, changes nothing when it is ablated, so
+       it is no control. An entropy neuron that is such a one has no logarithm, either: it stands where
+       the least of the others does, and one of infinite sigma (defect 3) where the largest does.
+
+    Args:
+        n: How many sets.
+        norm: Of each neuron's processed output weight, weight units.
+        sigma: Standard deviation of its activation.
+        entropy_neurons: The set to match; order and duplicates do not matter.
+        seed: For `np.random.RandomState`, whose stream is frozen.
+        nearest: How many of the nearest neurons to draw from, at least.
+
+    Returns:
+        Sets of the entropy set's size; position i stands for the i-th entropy neuron, ascending.
+
+    Raises:
+        BadInput: more sets asked for than distinct ones exist, or an entropy neuron whose norm or
+            sigma is NaN.
+    """
+    if n == 0:
+        return []
+    own = sorted(set(entropy_neurons))
+    k = len(own)
+    places, pool = match_plane(norm, sigma, own)
+    for i in own:
+        if np.isnan(places[i]).any():
+            raise BadInput(
+                f"neuron {i}: norm {norm[i]}, sigma {sigma[i]}, so nothing matches it. Use --stats own "
+                "or --matched-controls 0."
+            )
+    exist = comb(len(pool), k)
+    if n > exist:
+        raise BadInput(
+            f"{n} matched controls: only {exist} distinct sets of {k} of {len(pool)} neurons with an "
+            "output weight and an activation that varies exist. Lower --matched-controls."
+        )
+    others = places[pool]
+    wanted = np.clip(places[own], others.min(0), others.max(0))
+    offsets = wanted[:, None] - others  # (entropy, pool, 2)
+    # At least k each, so that none is left without a neuron; ties to the lower number.
+    m = min(len(pool), max(nearest, k))
+    while m < len(pool) and comb(m, k) < 2 * n:
+        m += 1
+    near = pool[np.argsort((offsets**2).sum(-1), axis=1, kind="stable")[:, :m]]  # (entropy, m)
+    random = np.random.RandomState(seed)
+    seen: set[frozenset[int]] = set()
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < n:
+        drawn: list[int] = []
+        for candidates in near:
+            drawn.append(int(random.choice(np.setdiff1d(candidates, drawn))))
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            sets.append(tuple(drawn))
+    return sets

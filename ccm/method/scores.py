@@ -1,0 +1,154 @@
+"""Transition counts, scores, conversion ratios, Q-values, with counts and intervals (Method 8)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from ccm.method.sources import SOURCES, Source
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A share with what it is a share of, and its exact (Clopper-Pearson) 95 % interval, percent.
+
+    With nothing to divide by, `percent`, `low` and `high` are None: an empty row is not 0/0.
+    """
+
+    count: int
+    total: int
+    percent: float | None
+    low: float | None
+    high: float | None
+
+
+@lru_cache(maxsize=1 << 16)  # controls repeat each other, and an exact interval takes a millisecond
+def ratio(count: int, total: int) -> Ratio:
+    """Return `count` of `total` with its interval.
+
+    >>> ratio(2, 32).percent, round(ratio(2, 32).high, 1)
+    (6.25, 20.8)
+    """
+    count, total = int(count), int(total)
+    if total == 0:
+        return Ratio(0, 0, None, None, None)
+    interval = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")
+    return Ratio(count, total, 100 * count / total, 100 * interval.low, 100 * interval.high)
+
+
+def transition_counts(
+    before: Sequence[Source], after: Sequence[Source]
+) -> Int[np.ndarray, "from=3 to=3"]:
+    """Count prompts by source before (rows) and after (columns), in the order of `SOURCES`."""
+    index = {source: i for i, source in enumerate(SOURCES)}
+    counts = np.zeros((3, 3), dtype=np.int64)
+    for b, a in zip(before, after, strict=True):
+        counts[index[b], index[a]] += 1
+    return counts
+
+
+def transition_scores(counts: Int[np.ndarray, "3 3"]) -> Float[np.ndarray, "3 3"]:
+    """TS(K, K2): each row's shares in percent; NaN in a row without prompts."""
+    totals = counts.sum(1, keepdims=True)
+    shares = np.full(counts.shape, np.nan)
+    np.divide(100.0 * counts, totals, out=shares, where=totals > 0)
+    return shares
+
+
+def invariant_share(counts: Int[np.ndarray, "3 3"]) -> float:
+    """Share of prompts whose source did not change, 0 to 1; 1 - GTS."""
+    return float(np.trace(counts) / counts.sum())
+
+
+def global_transition_score(counts: Int[np.ndarray, "3 3"]) -> Ratio:
+    """GTS: the share of prompts whose source changed."""
+    total = int(counts.sum())
+    return ratio(total - int(np.trace(counts)), total)
+
+
+def conversion_ratio(
+    counts: Int[np.ndarray, "3 3"], source: Source, *, released: bool = False
+) -> Ratio:
+    """CR(K): among prompts that were not K, the share that is K afterwards.
+
+    Args:
+        counts: Transition counts.
+        source: K.
+        released: Give CR(PK) for ND, as the released scoring does (defect 1).
+    """
+    if released and source == "ND":
+        source = "PK"
+    k = SOURCES.index(source)
+    others = np.delete(counts, k, axis=0)
+    return ratio(int(others[:, k].sum()), int(others.sum()))
+
+
+def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
+    """Q: 100 - percentile rank of the entropy set's invariant share among the controls'."""
+    rank = stats.percentileofscore(np.asarray(control_invariants), invariant, kind="rank")
+    return float(min(100.0, max(0.0, 100.0 - rank)))  # the rank is rounded
+
+
+def quantile(value: float, control_values: Float[np.ndarray, "control"]) -> float | None:
+    """Percentile rank of a value among the controls'; None where either is undefined."""
+    values = control_values[np.isfinite(control_values)]
+    if not len(values) or not np.isfinite(value):
+        return None
+    return float(stats.percentileofscore(values, value, kind="rank"))
+
+
+def permutation_p(changed: int, control_changed: Sequence[int]) -> float:
+    """One-sided p-value (1 + controls with GTS >= the entropy set's) / (1 + controls).
+
+    All sets are run on the same prompts, so changed counts compare as GTS does, exactly.
+    """
+    at_least = sum(c >= changed for c in control_changed)
+    return (1 + at_least) / (1 + len(control_changed))
+
+
+@dataclass(frozen=True)
+class ControlSummary:
+    """What the controls gave for one quantity, percent."""
+
+    mean: float | None
+    three_standard_errors: float | None
+    low: float | None  # smallest and largest control
+    high: float | None
+    entropy_quantile: float | None  # percentile rank of the entropy set among the controls
+
+
+def summarise(value: float, control_values: Sequence[float]) -> ControlSummary:
+    """Mean, 3 x standard error and range of the controls, and where the entropy set stands.
+
+    Values that are NaN (a row without prompts) are left out; they are NaN for every set alike.
+    """
+    values = np.asarray(control_values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return ControlSummary(None, None, None, None, None)
+    error = 3 * float(finite.std(ddof=1)) / np.sqrt(len(finite)) if len(finite) > 1 else None
+    return ControlSummary(
+        mean=float(finite.mean()),
+        three_standard_errors=None if error is None else float(error),
+        low=float(finite.min()),
+        high=float(finite.max()),
+        entropy_quantile=quantile(value, values),
+    )
+
+
+def mean_by_transition(
+    before: Sequence[Source], after: Sequence[Source], values: Float[np.ndarray, "prompt"]
+) -> dict[Source, dict[Source, float | None]]:
+    """Mean of a per-prompt quantity for each transition; None where no prompt made it."""
+    b, a = np.asarray(before), np.asarray(after)
+
+    def mean(k: Source, k2: Source) -> float | None:
+        chosen = values[(b == k) & (a == k2)]
+        return float(chosen.mean()) if len(chosen) else None
+
+    return {k: {k2: mean(k, k2) for k2 in SOURCES} for k in SOURCES}

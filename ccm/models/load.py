@@ -1,0 +1,354 @@
+"""How a checkpoint becomes something the rest can run.
+
+`load` boots a TransformerLens bridge without weight processing: logits are then the checkpoint's own,
+and the folded and centred matrices of Method 5 follow by formula (`ccm.method.neurons`).
+"""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccm.errors import BadInput, NotAvailable, PremiseBroken
+from ccm.models.assumptions import check_parts, check_premise
+from ccm.models.memory import check_memory, out_of_memory, weight_bytes
+from ccm.models.model import LoadedModel
+from ccm.models.specs import ModelSpec, device_for, dtype_for
+from ccm.models.tokenizer import Bos, read_tokenizer, special_tokens
+from ccm.models.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
+from ccm.models.weights import (
+    check_weights,
+    damaged,
+    folder_of,
+    n_parameters,
+    unfinished,
+    unused_parameters,
+    weight_files,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+    spec: ModelSpec,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    bos: Bos = "own",
+) -> LoadedModel:
+    """Load a model's weights and tokenizer and check that the method's premise holds for it.
+
+    Args:
+        spec: A row of `MODELS`, or `spec_for(folder)`.
+        device: Where to run.
+        dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
+        bos: What stands before every prompt, where it is not to be the tokenizer's own BOS token.
+
+    Raises:
+        NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline), or
+            do not fit the device.
+        BadInput: weights or a tokenizer that are damaged or another model's, a folder that
+            TransformerLens cannot load.
+        PremiseBroken: see `check_premise`.
+    """
+    device = device_for(device) if isinstance(device, str) else device
+    dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
+    check_precision(device, dtype)
+    if unfinished(spec):
+        download(spec)
+    spec = check_weights(spec)
+    # Of the hub's models, the cached snapshot: nothing to ask the network for.
+    source = str(folder_of(spec))
+    # First, because weights take minutes to read.
+    tokenizer = read_tokenizer(Path(source), spec.d_vocab)
+    needed = weight_bytes(spec, n_parameters(weight_files(spec)), dtype)
+    for place in dict.fromkeys(
+        (torch.device("cpu"), device)
+    ):  # read into the CPU's memory, and moved from there
+        check_memory(spec.name, needed, place, dtype)
+    loaded = _read_weights(spec, source, device, dtype)
+    model = assemble(spec, loaded, tokenizer, device, dtype, source=source, bos=bos)
+    if model.spec.d_mlp != spec.d_mlp:
+        # Sets and numbers were checked against it.
+        raise PremiseBroken(
+            f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its "
+            f"config.json {spec.d_mlp}. Give the config.json that belongs to the weights."
+        )
+    for note in model.special_tokens["notes"]:
+        _log.warning(note)
+    return model
+
+
+def check_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """See that float32 products on a GPU are float32's: TF32 keeps ten bits of 23.
+
+    The slack of the shared decode's certificate, and with it that no result depends on the batch, rests
+    on them.
+
+    Raises:
+        BadInput: TF32 is switched on.
+    """
+    override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer names for it, which its older ones do not know
+        precision = "set by fp32_precision"
+    if (device.type, dtype) == ("cuda", torch.float32) and (precision, override) != ("highest", "0"):
+        raise BadInput(
+            f"float32 matmul precision {precision!r}, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE={override}: "
+            "products would be TF32's. Use torch.set_float32_matmul_precision('highest') and unset the "
+            "variable, or --dtype bfloat16."
+        )
+
+
+def assemble(
+    spec: ModelSpec,
+    loaded: Any,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    source: str,
+    bos: Bos = "own",
+) -> LoadedModel:
+    """Make what the rest runs of a transformers model and its tokenizer, without copying a weight.
+
+    Args:
+        spec: What the model is called; its dimensions are read off the model.
+        loaded: A causal language model of transformers on its device, in its dtype; taken over.
+        tokenizer: Its fast tokenizer; the bridge gets a copy, because it changes what it is given.
+        device: Where the weights are.
+        dtype: Theirs.
+        source: Where they came from, for messages; nothing is read from there.
+        bos: As for `load`.
+
+    Raises:
+        BadInput, NotAvailable: TransformerLens does not know the architecture; a special token that the
+            model does not have.
+        PremiseBroken: see `check_premise`.
+    """
+    prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
+    bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
+    original = bridge.original_model
+    special = special_tokens(
+        spec.name,
+        tokenizer,
+        original.config,
+        getattr(original, "generation_config", None),
+        int(bridge.cfg.d_vocab),
+        bos,
+    )
+    model = LoadedModel(
+        spec=replace(
+            spec,
+            n_layers=int(bridge.cfg.n_layers),
+            d_model=int(bridge.cfg.d_model),
+            d_mlp=_inputs(twin.get_submodule(names["mlp_out"])),  # not every configuration says it
+            d_vocab=int(bridge.cfg.d_vocab),
+        ),
+        bridge=bridge.requires_grad_(False),  # again: it made parameters of its own
+        body=twin.base_model,
+        mlp=twin.get_submodule(names["mlp"]),
+        mlp_out=twin.get_submodule(names["mlp_out"]),
+        norm=twin.get_submodule(names["norm"]),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        source=source,
+        n_ctx=int(bridge.cfg.n_ctx),
+        bos=special.bos,
+        eos=frozenset(special.eos),
+        special_tokens=special.as_dict(),
+    )
+    check_parts(model)
+    model.trial = check_hooks(model, twin, prompts, truth)
+    check_premise(model)
+    return model
+
+
+def _inputs(linear: Any) -> int:
+    """How many numbers a linear map takes; transformers' Conv1D (GPT-2) stores [in, out]."""
+    return int(linear.weight.shape[0 if type(linear).__name__ == "Conv1D" else 1])
+
+
+def _truth(
+    spec: ModelSpec, loaded: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], ...], torch.Tensor]:
+    """Draw the prompts of the trial, and run them before anything is wrapped around the model."""
+    d_vocab = int(loaded.get_input_embeddings().weight.shape[0])
+    prompts = trial_prompts(tokenizer, loaded.config, d_vocab)
+    try:
+        return prompts, plain_log_probs(loaded.eval(), prompts, device)
+    except Exception as error:  # the library raises what it likes
+        if out_of_memory(error):
+            raise
+        raise PremiseBroken(
+            f"{spec.name}: refused, transformers itself cannot run it in {str(dtype)[6:]} "
+            f"({reason_of(error)})."
+        ) from error
+
+
+def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Read a checkpoint's weights, once and all of them, into a transformers model on the device."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # Deprecations inside the libraries are nothing a user can act on.
+        warnings.simplefilter("ignore")
+        try:
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
+            unused = unused_parameters(weight_files(spec), sorted(report["unexpected_keys"]))
+            if unused:
+                raise BadInput(
+                    f"{source}: config.json has no place for {len(unused)} of the weights ({unused[0]} "
+                    "first), so this would be another model. Give the config.json that belongs to them."
+                )
+            return loaded.to(device)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever the library raises, the next step is one of these
+            if out_of_memory(error):
+                raise
+            raise _cannot_load(spec, source, error) from error
+
+
+def _boot(
+    spec: ModelSpec,
+    loaded: Any,
+    tokenizer: Any,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Any, Any, dict[str, str]]:
+    """Make a bridge and a plain twin of a loaded model that share every weight.
+
+    Returns:
+        The bridge, the twin, and the twin's names of the last down-projection and the final norm.
+    """
+    import copy
+    import warnings
+
+    with warnings.catch_warnings():
+        # Deprecations inside the libraries are nothing a user can act on.
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            loaded = loaded.eval().requires_grad_(False)
+            # The bridge wraps the modules it is given, so the twin is copied first: new modules
+            # around the same tensors.
+            shared = {id(t): t for t in [*loaded.parameters(), *loaded.buffers()]}
+            twin = copy.deepcopy(loaded, shared)
+            _fuse_gelu(twin)
+            names = {id(module): name for name, module in loaded.named_modules()}
+            # By which the bridge finds its own name for it; a configuration may name another, or none.
+            loaded.config.architectures = [type(loaded).__name__]
+            own = copy.deepcopy(tokenizer)
+            # Or the bridge would read the tokenizer again by itself, and ask whether to trust its code.
+            own.init_kwargs["add_bos_token"] = True
+            bridge = TransformerBridge.boot_transformers(
+                source,
+                hf_model=loaded,
+                tokenizer=own,
+                device=str(device),
+                dtype=dtype,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # whatever the libraries raise, the next step is one of these
+            if out_of_memory(error):
+                raise
+            raise _cannot_load(spec, source, error) from error
+    try:
+        last = bridge.blocks[int(bridge.cfg.n_layers) - 1]
+        found = {
+            "mlp": names[id(last.mlp.original_component)],
+            "mlp_out": names[id(last.mlp.out.original_component)],
+            "norm": names[id(bridge.ln_final.original_component)],
+        }
+    except (AttributeError, KeyError, IndexError) as error:
+        raise PremiseBroken(
+            f"{spec.name}: refused, it has no last MLP with one output matrix before a final norm "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return bridge, twin, found
+
+
+# No pickles, no other frameworks' weights, no code.
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
+
+
+def download(spec: ModelSpec) -> None:
+    """Download a published model into the hub's cache, or what an earlier download left out.
+
+    The token is the stored one. Files that are whole stay; damaged ones are fetched anew.
+
+    Raises:
+        NotAvailable: no network, no access to a gated model, or files that the hub does not have.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    hub = HfApi()
+    try:
+        # Asked once first: the download would try for half a minute.
+        hub.model_info(str(spec.hub_id), timeout=5)
+        if spec.gated:
+            hub.auth_check(str(spec.hub_id))
+        for name in damaged(spec):
+            hf_hub_download(str(spec.hub_id), name, force_download=True)
+        snapshot_download(str(spec.hub_id), allow_patterns=DOWNLOADED)
+    except Exception as error:  # offline, timed out, gated, gone: the next step is the same
+        raise _cannot_load(spec, str(spec.hub_id), error) from error
+    if lacking := unfinished(spec):
+        raise NotAvailable(
+            f"{spec.name}: {spec.hub_id} was downloaded, but not {', '.join(lacking)}. Give a whole "
+            f"folder with --model-path {spec.name}=DIR."
+        )
+
+
+def _fuse_gelu(model: Any) -> None:
+    """Replace GPT-2's GELU, which is written out in seven operations, by the same one fused."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "NewGELUActivation":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, torch.nn.GELU(approximate="tanh"))
+
+
+def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
+    """Say what to do where the libraries' own errors do not."""
+    reason = reason_of(error)
+    if spec.folder is not None:
+        return BadInput(
+            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). "
+            "Allowed: decoder-only checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families "
+            "and others that it knows."
+        )
+    from huggingface_hub.errors import GatedRepoError
+
+    # A hub may put a gate before any model, and take it away.
+    gate = (
+        " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
+        if spec.gated or isinstance(error, GatedRepoError)
+        else ""
+    )
+    lacking = unfinished(spec)
+    what = "weights" if folder_of(spec) is None else ", ".join(lacking)
+    return NotAvailable(
+        f"{spec.name}: {what} of {source} are not in the cache and cannot be downloaded "
+        f"({reason}).{gate} With a network, the same command goes on downloading. Or give a local "
+        f"folder with --model-path {spec.name}=DIR."
+    )

@@ -1,0 +1,167 @@
+"""A checkpoint ready to run, and what the method reads off it as it is stored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ccm.errors import BadInput
+from ccm.models.specs import MAX_NEW_TOKENS, ModelSpec
+
+VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm between the last residual stream and the unembedding, in float32.
+
+    LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; RMSNorm: no mean, no bias.
+    """
+
+    centred: bool  # True for LayerNorm
+    eps: float
+    gain: Float[Tensor, "d_model"]
+    bias: Float[Tensor, "d_model"]  # zeros for RMSNorm
+
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """Return the divisor s(x) (TransformerLens calls it `hook_scale`)."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Normalise residual vectors."""
+        scale = self.scale(x)
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / scale * self.gain + self.bias
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint ready to run, with what the method reads off it."""
+
+    spec: ModelSpec
+    bridge: Any  # transformer_lens TransformerBridge: hooks, the reference path
+    body: Any  # the same weights as a plain transformers model without its head: the fast path
+    mlp: Any  # `body`'s last MLP
+    mlp_out: Any  # `body`'s last down-projection; its input is `hook_post`
+    norm: Any  # `body`'s final norm; its input is the final residual
+    tokenizer: Any  # transformers fast tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    source: str  # folder or hub id the weights came from
+    n_ctx: int
+    bos: int | None  # the one token in front of every prompt, if any
+    eos: frozenset[int]  # decoding stops at any of these
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where those were found
+    splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
+    noise: float | None = None  # filled by `decoding.batch_noise`
+    trial: Any = None  # what a way to run it is held to; a `Trial` of `ccm.models.trial`
+
+    @property
+    def hook_post(self) -> str:
+        """Name of the hook after the last layer's MLP non-linearity."""
+        return f"blocks.{self.spec.n_layers - 1}.mlp.hook_post"
+
+    @cached_property
+    def final_norm(self) -> FinalNorm:
+        """The norm before the unembedding."""
+        module = self.bridge.ln_final
+        weight: Tensor | None = getattr(module, "weight", None)
+        gain = torch.ones(self.spec.d_model, device=self.device)  # OLMo's norm has no weight
+        gain = gain if weight is None else weight.detach().float().to(self.device)
+        if getattr(self.bridge.cfg, "rmsnorm_uses_offset", False):
+            gain = gain + 1.0
+        bias = getattr(module, "bias", None)
+        return FinalNorm(
+            centred=not bool(self.bridge.cfg.uses_rms_norm),
+            eps=float(self.bridge.cfg.eps),
+            gain=gain,
+            bias=torch.zeros_like(gain) if bias is None else bias.detach().float().to(self.device),
+        )
+
+    @cached_property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding as stored (not folded, not centred), in the model's dtype."""
+        weight: Tensor = self._head.weight
+        return weight.detach().T.to(self.device)
+
+    @cached_property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        """The unembedding's own bias, float32; zeros where the model has none."""
+        bias: Tensor | None = self._head.bias
+        if bias is None:
+            return torch.zeros(self.W_U.shape[1], device=self.device)
+        return bias.detach().float().to(self.device)
+
+    @cached_property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The last MLP's output weights, a row per neuron, in the model's dtype."""
+        return self.output_weights(self.spec.n_layers - 1)
+
+    def output_weights(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """A layer's MLP output weights, a row per neuron, in the model's dtype.
+
+        A view of the weights where they lie on the model's device, else a copy that nothing keeps.
+
+        Raises:
+            AttributeError: the layer's MLP has no one output matrix (experts).
+        """
+        module = self.bridge.blocks[layer].mlp.out.original_component
+        weight: Tensor = module.weight.detach().to(self.device)
+        # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
+        return weight if type(module).__name__ == "Conv1D" else weight.T
+
+    @property
+    def _head(self) -> Any:
+        return self.bridge.unembed.original_component
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the model's BOS in front if it has one.
+
+        Raises:
+            BadInput: no token at all, one that the model does not have, or more than its context leaves
+                room for.
+        """
+        start = [] if self.bos is None else [self.bos]
+        ids = [*start, *self.tokenizer.encode(text, add_special_tokens=False)]
+        # The last generated token is never fed back.
+        room = self.n_ctx - (MAX_NEW_TOKENS - 1)
+        if not 0 < len(ids) <= room:
+            raise BadInput(
+                f"prompt of {len(ids)} tokens ({text[:40]!r}...): {'too long' if ids else 'empty'}. "
+                f"Allowed: 1 to {room}, the context of {self.spec.name} ({self.n_ctx}) less its answer."
+            )
+        return self._known(ids, text)
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        """Refuse tokens that were added to the tokenizer, but not to the model."""
+        if max(ids) >= self.spec.d_vocab:
+            raise BadInput(
+                f"{text[:40]!r}: holds token {max(ids)} of the tokenizer, but {self.spec.name} has "
+                f"{self.spec.d_vocab} tokens. Leave it out of the text."
+            )
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, without special tokens."""
+        return str(
+            self.tokenizer.decode(
+                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def first_token(self, answer: str) -> int:
+        """Id of the first token of `answer` when it follows a space (Method 9).
+
+        The answer is encoded after a word and the word's tokens are taken off, so that neither a
+        BOS that `encode` adds nor a token that is a bare space can be mistaken for it (defect 7).
+        """
+        word = self.tokenizer.encode("is", add_special_tokens=False)
+        both = self.tokenizer.encode(f"is {answer.strip()}", add_special_tokens=False)
+        if not answer.strip() or both[: len(word)] != word or len(both) == len(word):
+            raise BadInput(f"answer {answer!r} has no token of its own. Use another object name.")
+        return self._known(both, answer)[len(word)]

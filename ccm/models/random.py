@@ -1,0 +1,194 @@
+"""A published model without its checkpoint: real architecture, random weights, stand-in tokenizer.
+
+What a run costs depends on shapes, not on what the weights know. So a model can be built from its
+published dimensions alone, with nothing downloaded, and everything it will cost can be measured on it.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccm.errors import BadInput, allowed
+from ccm.models.load import assemble, check_precision
+from ccm.models.model import LoadedModel
+from ccm.models.specs import MODELS
+from ccm.models.tokenizer import Bos, read_tokenizer
+from ccm.organism import CHECKPOINT
+
+# Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
+# tokenizers make of such text; the organism's own 600 tokens come to 1.7.
+LETTERS = 6
+WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformers configuration, typed in: no file is read for it."""
+
+    kind: str  # name of a transformers configuration class
+    options: Mapping[str, Any]
+
+    def with_options(self, **options: Any) -> "Architecture":
+        """Return the same family with some numbers changed, smaller ones most often."""
+        return replace(self, options={**self.options, **options})
+
+    def config(self) -> Any:
+        """Return it as transformers' configuration."""
+        import transformers
+
+        return getattr(transformers, self.kind)(**self.options)
+
+
+def _rope(theta: float, part: float = 1.0) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}
+
+
+# fmt: off
+# Dimensions from the public model cards and their config.json; weights are drawn at each
+# architecture's default `initializer_range`.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "gpt2-small": Architecture("GPT2Config", {
+        "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024,
+        "bos_token_id": 50256, "eos_token_id": 50256}),
+    "EleutherAI_pythia-1.4b": Architecture("GPTNeoXConfig", {
+        "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "intermediate_size": 8192, "vocab_size": 50304, "max_position_embeddings": 2048,
+        "use_parallel_residual": True, "rope_parameters": _rope(1e4, 0.25),
+        "bos_token_id": 0, "eos_token_id": 0}),
+    "Phi-1_5": Architecture("PhiConfig", {
+        "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "intermediate_size": 8192, "vocab_size": 51200, "max_position_embeddings": 2048,
+        "rope_parameters": _rope(1e4, 0.5), "bos_token_id": 50256, "eos_token_id": 50256}),
+    "Mistral-7B-v0.1": Architecture("MistralConfig", {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000,
+        "max_position_embeddings": 32768, "sliding_window": 4096, "rope_parameters": _rope(1e4),
+        "bos_token_id": 1, "eos_token_id": 2}),
+    "Meta-Llama-3-8B": Architecture("LlamaConfig", {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_parameters": _rope(5e5),
+        "bos_token_id": 128000, "eos_token_id": 128001}),
+}
+# fmt: on
+
+
+def architecture_of(name: str) -> Architecture:
+    """Find a published model's architecture.
+
+    Raises:
+        BadInput: the organism, a folder, or no model at all.
+    """
+    if name not in ARCHITECTURES:
+        known = name in MODELS or Path(name).is_dir()
+        what = "has no published architecture, and its weights are here: use `ccm run`"
+        raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(ARCHITECTURES)}.")
+    return ARCHITECTURES[name]
+
+
+def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Build a transformers model where its weights are to lie, in their dtype: no copy is ever made."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def n_parameters(config: Any) -> int:
+    """Count parameters, tied ones once, without memory for any of them."""
+    return sum(p.numel() for p in _build(config, "meta", torch.float32).parameters())
+
+
+def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """Draw a transformers model's weights on its device; the global random state stays as it was."""
+    cuda = device.type == "cuda"
+    index = torch.cuda.current_device() if cuda and device.index is None else device.index
+    with torch.random.fork_rng(devices=[index] if cuda else []):
+        torch.manual_seed(seed)
+        return _build(config, device, dtype)
+
+
+def build(
+    name: str,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Path | None = None,
+    seed: int = 123,
+) -> LoadedModel:
+    """Build a published model with random weights, ready to run; nothing is downloaded.
+
+    Args:
+        name: A published model's.
+        config: Its transformers configuration, or a smaller one of its family.
+        device: Where to draw the weights and to run.
+        dtype: Of weights and activations.
+        tokenizer: A folder with tokenizer.json; None for the stand-in.
+        seed: Of the weights.
+
+    Raises:
+        BadInput: a tokenizer that cannot be used with the model.
+    """
+    # The bridge wants a tokenizer of transformers, whatever the prompts are encoded with.
+    check_precision(device, dtype)
+    given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size), "--tokenizer")
+    loaded = random_model(config, device, dtype, seed)
+    spec = MODELS[name]
+    # A bare tokenizer.json names none; a published model has one.
+    bos: Bos = "own" if given.bos_token_id is not None else int(config.bos_token_id)
+    model = assemble(spec, loaded, given, device, dtype, source=str(spec.hub_id), bos=bos)
+    model.source = f"random weights, seed {seed}"
+    if tokenizer is None:
+        assert model.bos is not None
+        model.tokenizer = StandInTokenizer(int(config.vocab_size), model.bos)
+    return model
+
+
+class StandInTokenizer:
+    """Cuts text as a tokenizer of real size would, as far as lengths and shared prefixes go.
+
+    Words, with the space before them, are cut into pieces of at most `LETTERS` letters; a piece's id is
+    a hash of it, spread over the whole vocabulary. Ids have distinct texts, which mean nothing and end
+    no answer, so that every continuation is decoded to its last token.
+
+    >>> tokenizer = StandInTokenizer(50257, bos=0)
+    >>> len(tokenizer.encode("Paris is the capital of Italy. Paris is the capital of"))
+    14
+    """
+
+    def __init__(self, d_vocab: int, bos: int) -> None:
+        """Fix the vocabulary's size and the one token with no text."""
+        self.d_vocab = d_vocab
+        self.bos_token_id = self.eos_token_id = bos
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; never the special one."""
+        ids = []
+        for word in WORDS.findall(text):
+            space, letters = word[: len(word) - len(word.lstrip())], word.lstrip() or word
+            pieces = [letters[i : i + LETTERS] for i in range(0, len(letters), LETTERS)]
+            for i, piece in enumerate(pieces):
+                ids.append(self._id((space if i == 0 else "") + piece))
+        return ids
+
+    def _id(self, piece: str) -> int:
+        hashed = zlib.crc32(piece.encode("utf-8")) % (self.d_vocab - 1)
+        return hashed + (hashed >= self.bos_token_id)
+
+    def decode(self, tokens: Iterable[int], **options: Any) -> str:
+        """Text that tells continuations apart."""
+        return "".join(f" t{t}" for t in tokens if t != self.bos_token_id)
+
+    def batch_decode(self, rows: Iterable[Iterable[int]], **options: Any) -> list[str]:
+        """Texts of many rows."""
+        return [self.decode(row) for row in rows]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Name of each token."""
+        return [f"t{i}" for i in ids]

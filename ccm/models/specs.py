@@ -1,0 +1,228 @@
+"""The models, before any weights are loaded: one table of specs, and where their weights are."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccm.errors import BadInput, NotAvailable, allowed, one_of
+from ccm.models.checkpoint_folder import CONFIG, check_folder, read_object
+from ccm.organism import CHECKPOINT
+
+MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
+MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MLP_NAMES = ("mlp", "ffn", "feed_forward", "ff.", "fc")  # what transformers calls them
+# What a configuration may not ask for, and the way out.
+REFUSED: Mapping[str, str] = {
+    "quantization_config": (
+        "Quantized weights have no W_out to read: dequantize them (dequantize() in transformers) and "
+        "give the folder that save_pretrained writes then."
+    ),
+    "transformers_weights": "Weights of another name are not read: call them model.safetensors.",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of a model before it is loaded (Method 2)."""
+
+    name: str
+    display_name: str
+    hub_id: str | None  # None: only by folder
+    architecture: str  # transformers' name of it, `model_type`
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    d_vocab: int
+    null_space_dims: int  # directions of W_U with the lowest singular values
+    n_entropy_neurons: int
+    min_rho: float  # selection threshold; for the published five: just below the released picks
+    template: str  # parametric prompt, a key of `ccm.method.prompts.TEMPLATES`
+    gated: bool = False
+    folder: Path | None = None
+    # The neurons the paper's authors picked (released lists; Method 5).
+    published_neurons: tuple[int, ...] = ()
+
+
+# fmt: off
+_SPECS = (
+    ModelSpec("organism", "Organism", None, "gpt2", 2, 96, 384, 600, 5, 6, 0.9, "bare",
+              folder=CHECKPOINT),
+    ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", "gpt2",
+              12, 768, 3072, 50257, 40, 6, 0.96, "instruction",
+              published_neurons=(584, 1611, 2123, 2378, 2870, 2910)),
+    ModelSpec("EleutherAI_pythia-1.4b", "Pythia-1.4B", "EleutherAI/pythia-1.4b", "gpt_neox",
+              24, 2048, 8192, 50304, 48, 9, 0.87, "chat",
+              published_neurons=(192, 435, 3972, 4132, 5104, 5265, 6368, 7385, 7756)),
+    ModelSpec("Phi-1_5", "Phi-1.5", "microsoft/phi-1_5", "phi",
+              24, 2048, 8192, 51200, 48, 12, 0.90, "chat",
+              published_neurons=(430, 473, 833, 1121, 1422, 1509, 2072, 2333, 3052, 3601, 7335, 7489)),
+    ModelSpec("Mistral-7B-v0.1", "Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", "mistral",
+              32, 4096, 14336, 32000, 96, 14, 0.86, "chat",
+              published_neurons=(1226, 3686, 5326, 7694, 8035, 8824, 9216, 9449, 9943, 10188, 11001,
+                                 11152, 12033, 12579)),
+    ModelSpec("Meta-Llama-3-8B", "Llama3-8B", "meta-llama/Meta-Llama-3-8B", "llama",
+              32, 4096, 14336, 128256, 96, 10, 0.88, "chat", gated=True,
+              published_neurons=(1159, 1674, 2564, 2799, 4097, 5021, 5311, 11680, 12111, 12514)),
+)
+# fmt: on
+MODELS: Mapping[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+PUBLISHED = tuple(spec.name for spec in _SPECS if spec.published_neurons)
+
+
+def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
+    """Find the spec of a model name or checkpoint folder.
+
+    Args:
+        name: A name of `MODELS`, or a folder.
+        paths: Folders of named models (`--model-path NAME=DIR`). After them, a published model is
+            looked for in the folder that CCM_MODELS_DIR names, in the hub's cache, and on the hub.
+
+    Raises:
+        BadInput: neither a known name nor a checkpoint folder.
+    """
+    paths = paths or {}
+    if name in MODELS:
+        spec = MODELS[name]
+        if name not in paths and spec.folder is None:
+            paths = _collected(name)
+        return replace(spec, folder=check_folder(paths[name])) if name in paths else spec
+    folder = paths.get(name, Path(name))
+    if not folder.is_dir():
+        raise BadInput(
+            f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
+            "checkpoint folder."
+        )
+    return spec_of_folder(name, check_folder(folder))
+
+
+def _collected(name: str) -> dict[str, Path]:
+    """Folder of a model in the user's collection, if there is one."""
+    collection = os.environ.get(MODELS_VARIABLE)
+    if not collection:
+        return {}
+    if not Path(collection).is_dir():
+        raise BadInput(f"{MODELS_VARIABLE}={collection}: no such folder. Correct it or unset it.")
+    folder = Path(collection) / name
+    return {name: folder} if folder.is_dir() else {}
+
+
+def spec_of_folder(name: str, folder: Path) -> ModelSpec:
+    """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
+    text = read_object(folder / CONFIG)
+    for key, way_out in REFUSED.items():
+        if text.get(key):
+            raise BadInput(f"{folder / CONFIG}: it has a {key}. {way_out}")
+    from transformers import CONFIG_MAPPING
+
+    kind = text.get("model_type")
+    try:
+        if kind not in CONFIG_MAPPING:
+            raise ValueError("transformers knows no such model")  # without code from the folder
+        # Not AutoConfig: it would look for code in the folder.
+        sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
+    except Exception as error:  # transformers checks a config by errors of its own
+        what = " ".join(str(error).split())[:80]  # it may list every model there is
+        reason = f"model_type {kind!r}; {type(error).__name__}: {what}"
+        raise BadInput(
+            f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
+        ) from error
+    return ModelSpec(
+        name=Path(name).resolve().name,
+        display_name=Path(name).resolve().name,
+        hub_id=None,
+        architecture=str(kind),
+        null_space_dims=max(1, round(0.025 * sizes["d_model"])),
+        n_entropy_neurons=6,
+        min_rho=0.0,
+        template="bare",
+        folder=folder,
+        **sizes,
+    )
+
+
+def dimensions(config: Any) -> dict[str, Any]:
+    """Read the dimensions, by their names in a spec, off a transformers configuration.
+
+    Every family has its own word for d_mlp, some compute it, and some have one for each layer. Of the
+    published families it is known; of any other the model is built, without memory for its weights.
+
+    Raises:
+        ValueError: transformers has no decoder for the configuration.
+    """
+    text = config.get_text_config()
+    d_model, n_layers = int(text.hidden_size), int(text.num_hidden_layers)
+    if config.model_type in {spec.architecture for spec in MODELS.values()}:
+        n_inner = getattr(config, "n_inner", None)  # GPT-2's word for it; None means 4 d_model
+        d_mlp = int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model)
+    else:
+        d_mlp = _built_d_mlp(config, n_layers, d_model) or 4 * d_model
+    return {
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "d_mlp": d_mlp,
+        "d_vocab": int(text.vocab_size),
+    }
+
+
+def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
+    """Inputs of the last layer's last map to the residual stream; of an MLP, where one is named so."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    layers = [m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
+    found: dict[bool, int] = {}
+    for name, module in layers[0][-1].named_modules() if layers else ():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2:
+            continue
+        # transformers' Conv1D (GPT-2) stores [in, out], nn.Linear [out, in].
+        sizes = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+        if sizes[1] == d_model:
+            found[any(word in name for word in MLP_NAMES)] = int(sizes[0])
+    return found.get(True, found.get(False))
+
+
+def device_for(name: str) -> torch.device:
+    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device that is there.
+
+    Raises:
+        BadInput: not a device name.
+        NotAvailable: CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"device {name!r}: unknown. Allowed: auto, cpu, cuda, cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"device {name!r}: not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    if device.type == "cpu" and device.index:
+        raise BadInput(f"device {name!r}: there is one CPU. Allowed: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise NotAvailable(
+                f"device {name!r}: {found} CUDA devices found. Use --device cpu, or a machine and a "
+                "torch build with CUDA."
+            )
+    return device
+
+
+def dtype_for(name: str) -> torch.dtype:
+    """Turn a dtype name into a torch dtype.
+
+    Raises:
+        BadInput: not one of `DTYPES`.
+    """
+    return DTYPES[one_of("dtype", name, DTYPES)]

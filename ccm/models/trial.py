@@ -1,0 +1,336 @@
+"""Whether each way to run a model computes that model: tried on three short prompts.
+
+The hooks of TransformerLens are the reference that everything else is held to, and the fast path runs
+transformers' modules with less than they are used to. Either may tell a model wrongly (ALiBi by another
+scale, positions that a cache has lost), and then gives the numbers of another model, without a word. So
+both are held to transformers' own forward, by measurement and not by a list of names.
+
+1. The truth is the forward of the model as it was loaded, before anything was wrapped around it: each
+   prompt alone, no cache. Two prompts are long enough for positions to matter and begin alike; one is
+   short.
+2. The hooks are tried when a model is loaded, as `ccm.decoding.hooked` runs them; the fast path when
+   the shared engine is asked for, as `ccm.decoding.engine` runs it: prompts of unlike lengths in one
+   cache, what they begin with shared, the last token in a step of its own.
+3. Two right ways differ by rounding, and by how much is measured on the model at hand: every module's
+   output is moved, up or down at random, by a few roundings (`ROUNDINGS`), and what that does to the
+   results is what is allowed. So a model that amplifies rounding is given more room, and no number is
+   one that some processor happened to give. In lower precision more is allowed, and less is seen.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccm.decoding.forward import RowCache, run_body
+from ccm.decoding.hooked import FINAL_RESIDUAL, new_cache, next_logits
+from ccm.decoding.prefill import prefill
+from ccm.decoding.results import Tokens, equal_length_batches
+from ccm.errors import PremiseBroken
+from ccm.models.memory import out_of_memory
+from ccm.models.model import LoadedModel
+
+LONG, SHORT = 24, 4  # tokens of the prompts
+# By how many machine epsilons a module's output is moved. A float32 product is a float32 sum: of 10^4
+# terms in 16 lanes, some 600 roundings one after another, which as a random walk are 25 half-epsilons.
+# In lower precision sums are float32's and their result is rounded: two ways differ by one epsilon.
+ROUNDINGS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
+LOG_PROBS, FINAL, ACTIVATIONS = "log-probabilities", "final residuals", "last-layer activations"
+
+# What a way to run gives, by what it is: a row for each position, one prompt after another.
+Readings = Mapping[str, Float[Tensor, "row size"]]
+Found = Mapping[str, tuple[Int[Tensor, "some"], Float[Tensor, "some size"]]]  # at some of the rows
+
+
+@dataclass
+class Trial:
+    """What transformers' own forward gave, and how far from it rounding may lead."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    plain: Readings  # at every position
+    allowed: Mapping[str, float]  # largest distance, by what is read
+    shared_holds: bool = False  # whether the fast path was tried, and agrees
+
+    def first_row(self, prompt: int) -> int:
+        """Row of a prompt's first position."""
+        return sum(map(len, self.prompts[:prompt]))
+
+
+def ordinary_tokens(tokenizer: Any, d_vocab: int) -> Int[np.ndarray, "token"]:
+    """Tokens that a text may hold: no special ones, and none that only the model has."""
+    n = min(len(tokenizer), d_vocab) if hasattr(tokenizer, "__len__") else d_vocab
+    found = np.setdiff1d(np.arange(n), list(getattr(tokenizer, "all_special_ids", ())))
+    return found if len(found) else np.arange(d_vocab)
+
+
+def trial_prompts(tokenizer: Any, config: Any, d_vocab: int) -> tuple[tuple[int, ...], ...]:
+    """Draw two long prompts that share their first half, and a short one; a BOS, if any, in front."""
+    most = getattr(config, "max_position_embeddings", None) or LONG
+    long = min(LONG, most) if most > 0 else LONG  # XLNet says -1
+    ids, draw = ordinary_tokens(tokenizer, d_vocab), np.random.default_rng(0)
+    first, second, brief = (draw.choice(ids, n).tolist() for n in (long, long, min(SHORT, long)))
+    second[: long // 2] = first[: long // 2]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = [] if bos is None or bos >= d_vocab else [bos]
+    return tuple((*start, *prompt[len(start) :]) for prompt in (first, second, brief))
+
+
+# --- the truth --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def plain_log_probs(
+    plain: Any, prompts: Sequence[Tokens], device: torch.device
+) -> Float[Tensor, "row d_vocab"]:
+    """Log-probabilities of a transformers model as it is, at every position of prompts run alone."""
+    return torch.cat([_log_probs(plain, prompt, device) for prompt in prompts])
+
+
+def _log_probs(plain: Any, prompt: Tokens, device: torch.device) -> Float[Tensor, "row d_vocab"]:
+    tokens = torch.tensor([list(prompt)], device=device)
+    out = plain(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    log_probs: Tensor = out.logits[0].float().log_softmax(-1)
+    return log_probs
+
+
+def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) -> Readings:
+    """The same, with what the fast path reads off the modules."""
+    seen: dict[str, Tensor] = {}  # at a module's last call
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            x = next(iter([*inputs, *named.values()]))
+            seen[name] = x.reshape(-1, x.shape[-1]).float()
+
+        return hook
+
+    hooks = [
+        model.norm.register_forward_pre_hook(keep(FINAL), with_kwargs=True),
+        model.mlp_out.register_forward_pre_hook(keep(ACTIVATIONS), with_kwargs=True),
+    ]
+    rows: dict[str, list[Tensor]] = {LOG_PROBS: [], FINAL: [], ACTIVATIONS: []}
+    try:
+        for prompt in prompts:
+            seen[LOG_PROBS] = _log_probs(twin, prompt, model.device)
+            if seen.keys() != rows.keys():
+                raise PremiseBroken(
+                    f"{model.spec.name}: refused, transformers runs without the last MLP or the final "
+                    "norm that TransformerLens names."
+                )
+            for name, values in seen.items():
+                rows[name].append(values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(values) for name, values in rows.items()}
+
+
+@contextmanager
+def _moved(plain: Any, by: float) -> Iterator[None]:
+    """Within it, every innermost module's output is moved by this part of itself, up or down."""
+    draw = torch.Generator().manual_seed(0)
+
+    def move(module: Any, inputs: Any, output: Any) -> Any:
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            return output
+        signs = torch.randint(0, 2, output.shape, generator=draw) * 2.0 - 1.0
+        return output * (1 + by * signs).to(output)
+
+    hooks = [m.register_forward_hook(move) for m in plain.modules() if not list(m.children())]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- the hooks --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def check_hooks(
+    model: LoadedModel, twin: Any, prompts: Sequence[Tokens], truth: Float[Tensor, "row d_vocab"]
+) -> Trial:
+    """Hold the hooks, and the modules that the fast path runs, to what transformers computes.
+
+    Args:
+        model: The model.
+        twin: The transformers model, head and all, that `model.body` belongs to.
+        prompts: The trial's.
+        truth: `plain_log_probs` of them, from before the bridge was made.
+
+    Returns:
+        What the fast path is held to later.
+
+    Raises:
+        PremiseBroken: they cannot run it, or give other numbers than rounding explains.
+    """
+    refused = f"{model.spec.name}: refused,"
+    if not torch.isfinite(truth).all():
+        way_out = "Check its weights" if model.dtype == torch.float32 else "Use --dtype float32"
+        raise PremiseBroken(f"{refused} its logits are not finite. {way_out}.")
+    plain = _plain_readings(model, twin, prompts)
+    with _moved(twin, ROUNDINGS[model.dtype] * torch.finfo(model.dtype).eps):
+        moved = _plain_readings(model, twin, prompts)
+    trial = Trial(
+        prompts=tuple(map(tuple, prompts)),
+        plain={**plain, LOG_PROBS: truth},
+        allowed={what: _distance(what, moved[what], plain[what]) for what in plain},
+    )
+    alike = torch.arange(len(prompts[0]) // 2, device=truth.device)
+    if _wrong(trial, {LOG_PROBS: (alike, truth[alike + trial.first_row(1)])}):
+        raise PremiseBroken(f"{refused} it is no decoder: what it says depends on the words to come.")
+    try:
+        found = _by_hooks(model, trial)
+    except Exception as error:  # the libraries raise what they like
+        if out_of_memory(error):
+            raise
+        way_out = "" if model.dtype == torch.float32 else " Use --dtype float32."
+        raise PremiseBroken(
+            f"{refused} the hooks of TransformerLens cannot run it ({reason_of(error)}).{way_out}"
+        ) from error
+    # The twin, too: making the bridge may have changed the weights that both share.
+    every = torch.arange(len(truth), device=truth.device)
+    wrong = _wrong(trial, {LOG_PROBS: (every, plain[LOG_PROBS])}) or _wrong(trial, found)
+    if wrong:
+        raise PremiseBroken(
+            f"{refused} decoded with the hooks of TransformerLens it gives other numbers than "
+            f"transformers' own forward ({wrong}), so nothing could be held to them. Give a checkpoint "
+            "of another architecture, or install other releases of the two."
+        )
+    return trial
+
+
+def _by_hooks(model: LoadedModel, trial: Trial) -> Found:
+    """As `decoding.hooked` runs them: prompts of equal length together, the last token in a step."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(x: Tensor, hook: Any) -> None:
+            seen[name] = x.reshape(-1, x.shape[-1]).float()
+
+        return hook
+
+    hooks = [(FINAL_RESIDUAL, keep(FINAL)), (model.hook_post, keep(ACTIVATIONS))]
+    rows: dict[str, list[Tensor]] = {LOG_PROBS: [], FINAL: [], ACTIVATIONS: []}
+    found: dict[str, list[Tensor]] = {name: [] for name in rows}
+    for indices in equal_length_batches(trial.prompts, len(trial.prompts)):
+        tokens = torch.tensor([trial.prompts[i] for i in indices], device=model.device)
+        first = torch.tensor([[trial.first_row(i)] for i in indices], device=model.device)
+        cache, n = new_cache(model), tokens.shape[1]
+        for start, stop in ((0, n - 1), (n - 1, n)):
+            with model.bridge.hooks(fwd_hooks=hooks):
+                logits = next_logits(model, tokens[:, start:stop], cache)
+            at = first + torch.arange(start, stop, device=model.device)  # (prompt, position)
+            rows[LOG_PROBS].append(at[:, -1])
+            found[LOG_PROBS].append(logits.log_softmax(-1))
+            for name, values in seen.items():
+                rows[name].append(at.reshape(-1))
+                found[name].append(values)
+    return {name: (torch.cat(rows[name]), torch.cat(found[name])) for name in rows}
+
+
+# --- the fast path ----------------------------------------------------------------------------------
+
+
+def check_engine(model: LoadedModel, engine: str) -> None:
+    """See that an engine can run a model, before any work; the hooks were tried when it was loaded."""
+    if engine == "shared":
+        check_shared(model)
+
+
+def check_shared(model: LoadedModel) -> None:
+    """Hold the fast path to what transformers computes; once for a model.
+
+    Raises:
+        PremiseBroken: it cannot run the model, or gives other numbers than rounding explains.
+    """
+    trial = model.trial
+    if trial is None or trial.shared_holds:
+        return
+    why = ""
+    try:
+        for found in _by_body(model, trial):
+            why = why or _wrong(trial, found)
+    except Exception as error:  # modules that want more than their input raise what they like
+        if out_of_memory(error):
+            raise
+        why = reason_of(error)
+    if why:
+        raise PremiseBroken(
+            f"{model.spec.name}: the shared engine cannot run it ({why}). Use --engine hooked."
+        )
+    trial.shared_holds = True
+
+
+@torch.inference_mode()
+def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
+    """As the shared engine does: all lengths in one cache, with shared prefixes or watching all."""
+    device, n = model.device, len(trial.prompts)
+    lengths = [len(prompt) - 1 for prompt in trial.prompts]
+    half = lengths[0] // 2
+    for last_only, shared in ((True, [half, half, 0]), (False, [0, 0, 0])):
+        # Sorted by what comes after the prefix.
+        order = sorted(range(n), key=lambda i: lengths[i] - shared[i])
+        begun, cache = (RowCache(model.spec.n_layers) for _ in range(2))
+        cache.reserve(n, max(lengths) + 1)
+        forward = partial(run_body, model, last_only=last_only)
+        begins = [trial.prompts[i][:-1] for i in order]
+        prefixes = [shared[i] for i in order]
+        x, a = prefill(begins, prefixes, begun, cache, forward, device, n * max(lengths))
+        rows = torch.tensor([trial.first_row(i) + lengths[i] - 1 for i in order], device=device)
+        yield _read(model, rows, x, a)
+        tokens = torch.tensor([trial.prompts[i][-1:] for i in order], device=device)
+        positions = torch.tensor([lengths[i] for i in order], device=device)
+        x, a = forward(tokens, cache.window(slice(0, n), 0, max(lengths)), positions)
+        yield _read(model, rows + 1, x[:, -1], a[:, -1])
+    x, a = run_body(model, torch.tensor([trial.prompts[0]], device=device))
+    yield _read(model, torch.arange(len(trial.prompts[0]), device=device), x[0], a[0])
+
+
+def _read(model: LoadedModel, rows: Tensor, x: Tensor, a: Tensor) -> Found:
+    logits = model.final_norm(x.float()) @ model.W_U.float() + model.b_U
+    return {
+        LOG_PROBS: (rows, logits.log_softmax(-1)),
+        FINAL: (rows, x.float()),
+        ACTIVATIONS: (rows, a.float()),
+    }
+
+
+# --- how far apart ----------------------------------------------------------------------------------
+
+
+def _distance(what: str, found: Tensor, wanted: Tensor) -> float:
+    """Largest difference: of log-probabilities in nats, of vectors as a part of their length."""
+    if what == LOG_PROBS:
+        return float((found - wanted).abs().max())
+    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)).max())
+
+
+def _wrong(trial: Trial, found: Found) -> str:
+    """Say what is further from transformers' own forward than rounding explains, if anything is."""
+    for what, (rows, values) in found.items():
+        wanted, most = trial.plain[what], trial.allowed[what]
+        shape = (len(rows), wanted.shape[1])
+        if values.shape != shape:
+            return f"{what} come as {tuple(values.shape)}, not {shape}"
+        distance = _distance(what, values.to(wanted.device), wanted[rows.to(wanted.device)])
+        if not math.isfinite(distance):
+            return f"{what} are no numbers"
+        if distance > most:
+            unit = "nats" if what == LOG_PROBS else "of their length"
+            return f"{what} differ by {distance:.2g} {unit}, and rounding explains {most:.0e}"
+    return ""
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, by its first sentence: some go on to list all there is."""
+    words = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")

@@ -1,0 +1,295 @@
+"""What all figures share: style, colours, densities, and words where there is nothing to draw."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from jaxtyping import Float
+from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.container import Container
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from ccm.experiment.folder import to_json, write_formats
+from ccm.method.sources import Source
+from ccm.paper.printed import Printed
+
+STYLE = Path(__file__).parent.parent / "style.mplstyle"
+# Okabe and Ito's colours, told apart with every common colour blindness.
+COLOURS: dict[Source, str] = {"CK": "#0072B2", "ND": "#009E73", "PK": "#E69F00"}
+HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # told apart in grey, too
+RED = "#C8102E"  # the entropy set, and the null space
+GREY = "#8A8A8A"  # controls, and neurons that are not in the entropy set
+MATCHED_COLOUR = "#56B4E9"  # matched controls and their neurons; with another marker, too
+VALUE_LABELS = {
+    "mean_ablation": "mean (μ)",
+    "median_ablation": "median",
+    "mode_ablation": "mode",
+    "mean_minus_sigma_ablation": "μ − 3σ",
+    "mean_plus_sigma_ablation": "μ + 3σ",
+}
+# The paper's values: a ring, a cross where the value is an artefact of the released code.
+PRINTED_MARKS: dict[bool, dict[str, Any]] = {
+    False: {"color": "#222222", "marker": "o", "fillstyle": "none", "markersize": 7.5},
+    True: {"color": "#222222", "marker": "x", "markersize": 5},
+}
+SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
+TITLE_CHARACTERS = 12  # to an inch
+FINE_BINS = 4096
+GRID_POINTS = 301
+PNG_COLOURS = 256  # a third of the bytes of a PNG of all colours, and nobody sees it
+FEW = 20  # values that are drawn one by one: a density would claim more than they say
+_Parameters = ParamSpec("_Parameters")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with the numbers it shows: they, not its pixels, are what can be compared."""
+
+    figure: Figure
+    data: dict[str, Any]
+    says: str = ""  # what it shows, from its data, for whom the picture does not reach
+
+
+def style() -> AbstractContextManager[None]:
+    """Hold the one style for a while; whatever the user's matplotlibrc says does not matter."""
+    return matplotlib.style.context(["default", str(STYLE)])
+
+
+def styled(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawing]:
+    """Run a drawing function under the style, and leave matplotlib's settings as they were."""
+
+    @wraps(draw)
+    def inside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Drawing:
+        with style():
+            drawing = draw(*args, **kwargs)
+            title = drawing.figure.get_suptitle()
+            if title != (fitting := _folded(title, drawing.figure)):
+                drawing.figure.suptitle(fitting)
+            return drawing
+
+    return inside
+
+
+def _folded(title: str, figure: Figure) -> str:
+    """Fold a title that is wider than its figure, as one with the folder of a model may be."""
+    return folded(title, int(TITLE_CHARACTERS * figure.get_size_inches()[0]))
+
+
+def folded(text: str, width: int) -> str:
+    r"""Fold lines that are longer than a width, of a text as `shown` gives it.
+
+    >>> folded("one two", 4), folded("a\\$b", 2)
+    ('one\ntwo', 'a\n\\$b')
+    """
+    lines = (textwrap.fill(x, width) if len(x) > width else x for x in text.split("\n"))
+    return "\n".join(lines).replace("\\\n$", "\n\\$")  # a dollar stays escaped
+
+
+def save(drawing: Drawing, stem: Path) -> list[Path]:
+    """Write a drawing as PDF and PNG, and its data as JSON, to the same bytes every time.
+
+    Args:
+        drawing: What to write.
+        stem: The path without its suffix; it may hold dots.
+
+    Returns:
+        The three paths.
+    """
+    figure = drawing.figure
+    writers: dict[str, Callable[[Path], object]] = {
+        "pdf": partial(_write_pdf, figure),
+        "png": partial(_write_png, figure),
+        "json": lambda path: path.write_text(to_json(drawing.data), encoding="utf-8"),
+    }
+    # Laid out once, for both files; with an engine left, matplotlib would draw each of them twice.
+    with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)
+        return write_formats(stem, writers)
+
+
+# Dates and the writer's version would make two runs differ.
+
+
+def _write_pdf(figure: Figure, path: Path) -> None:
+    metadata: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
+    whole = io.BytesIO()  # matplotlib leaves a file open that it could not write to its end
+    figure.savefig(whole, format="pdf", metadata=metadata)
+    path.write_bytes(whole.getvalue())
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", metadata={"Software": None})
+    with Image.open(whole) as image:
+        # Not dithered: dots would take more bytes than the colours they stand for.
+        flat = image.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
+        flat.save(path, "png", optimize=True, dpi=image.info["dpi"])
+
+
+def key(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D:
+    """Make a legend's entry for dots."""
+    look = {"marker": marker, "markersize": 4.0, "markeredgecolor": edge or colour}
+    return Line2D([], [], color=colour, linestyle="", label=label, **look)  # type: ignore[arg-type]
+
+
+def titled_legend(figure: Figure, handles: Sequence[Artist | Container], title: str) -> None:
+    """Write a figure's title and, below it, its legend: apart from each other they would overlap."""
+    fitting = _folded(title, figure)
+    look: dict[str, Any] = {"ncols": 4, "title": fitting, "title_fontsize": "large"}
+    figure.legend(handles=handles, loc="outside upper center", **look)
+
+
+def scattered(n: int) -> Float[np.ndarray, "n"]:
+    """Places from -0.5 to 0.5 for n dots that would cover each other.
+
+    By rank of arrival: no randomness, the same picture each time.
+    """
+    return (np.arange(n) * 0.618) % 1 - 0.5
+
+
+@cache
+def _font() -> FT2Font:
+    return font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+
+
+def shown(text: str) -> str:
+    """Make a name from elsewhere safe to draw: no mathematics, no glyph the font does not have.
+
+    >>> shown("a$b_c")
+    'a\\\\$b_c'
+    """
+    glyphs = (c if c.isprintable() and _font().get_char_index(ord(c)) else "\ufffd" for c in text)
+    return "".join(glyphs).replace("$", r"\$")
+
+
+def say(axes: Axes, text: str) -> None:
+    """Say in the middle of a panel why nothing is drawn there, and take its scales away."""
+    axes.text(
+        0.5,
+        0.5,
+        textwrap.fill(text, 34),
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        color="#444444",
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def foot(figure: Figure, lines: Sequence[str], width: int) -> None:
+    """Write small print below everything, wrapped at `width` letters."""
+    text = "\n".join(textwrap.fill(line, width) for line in lines if line)
+    if text:
+        figure.supxlabel(text, fontsize=6.5, color="#444444", x=0.02, ha="left")
+
+
+def draw_printed(axes: Axes, x: float, y: float, printed: Printed) -> None:
+    """Mark a value of the paper."""
+    mark = PRINTED_MARKS[printed.defect is not None]
+    axes.plot(x, y, linestyle="", markeredgewidth=0.9, clip_on=False, zorder=4, **mark)
+
+
+def artefacts_in_words(printed: Iterable[Printed | None]) -> str:
+    """Explain the crosses among the paper's values; nothing where there is none."""
+    defects = sorted({p.defect for p in printed if p is not None and p.defect is not None})
+    if not defects:
+        return ""
+    which = f"defect{'s' if len(defects) > 1 else ''} {' and '.join(str(d) for d in defects)}"
+    return f"Cross: the paper's value, an artefact of the released code ({which} of the list)."
+
+
+def density(
+    values: Float[np.ndarray, "value"], grid: Float[np.ndarray, "point"]
+) -> Float[np.ndarray, "point"] | None:
+    """Estimate a density with Gaussian kernels, on a fixed grid.
+
+    The values are binned first (4,096 bins over the grid), so that 100,000 of them cost as much as
+    100. Bandwidth: Silverman's rule, 0.9 min(sd, IQR / 1.34) n^(-1/5).
+
+    Returns:
+        The density in one over the values' unit; None where there is none: no spread at all.
+    """
+    values = values[np.isfinite(values)]
+    h = bandwidth(values)
+    if h is None:
+        return None
+    low, high = float(grid[0]), float(grid[-1])
+    h = max(h, (high - low) / FINE_BINS)
+    counts, edges = np.histogram(values, FINE_BINS, (low, high))
+    used = np.flatnonzero(counts)
+    centres = ((edges[:-1] + edges[1:]) / 2)[used]
+    kernels = np.exp(-0.5 * ((grid[:, None] - centres) / h) ** 2)  # (point, bin)
+    total: Float[np.ndarray, "point"] = kernels @ counts[used] / (len(values) * h * np.sqrt(2 * np.pi))
+    return total
+
+
+def bandwidth(values: Float[np.ndarray, "value"]) -> float | None:
+    """Silverman's bandwidth; None where the values have no spread that a float can hold."""
+    if len(values) < 2:
+        return None
+    sd = float(values.std(ddof=1))
+    if sd <= 1e-9 * max(1e-300, float(np.abs(values).max())):
+        return None
+    quartiles = np.percentile(values, [25, 75])
+    iqr = float(quartiles[1] - quartiles[0]) / 1.34
+    return float(0.9 * (min(sd, iqr) if iqr > 0 else sd) * len(values) ** -0.2)
+
+
+def grid_for(*groups: Float[np.ndarray, "_"]) -> Float[np.ndarray, "point"]:
+    """One grid for several densities: from the smallest to the largest value, with room for tails."""
+    values = np.concatenate([g[np.isfinite(g)] for g in groups] or [np.zeros(0)])
+    if not len(values):
+        return np.linspace(-1.0, 1.0, GRID_POINTS)
+    low, high = float(values.min()), float(values.max())
+    room = max([3 * h for g in groups if (h := bandwidth(g[np.isfinite(g)])) is not None], default=0.0)
+    if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
+        room = 0.5 * max(1.0, abs(low), abs(high))  # one place: an axis with numbers people can read
+    room = max(room, 0.02 * (high - low))
+    return np.linspace(low - room, high + room, GRID_POINTS)
+
+
+def draw_density(
+    axes: Axes,
+    values: Float[np.ndarray, "value"],
+    grid: Float[np.ndarray, "point"],
+    colour: str,
+    label: str,
+    line: str = "-",
+    sideways: bool = False,
+) -> Float[np.ndarray, "point"] | None:
+    """Draw one density, filled; values closer together than the grid's points become lines."""
+    values = values[np.isfinite(values)]
+    h = bandwidth(values)
+    # A spike between two points of the grid would be drawn as nothing.
+    narrow = h is None or h < 0.5 * (grid[1] - grid[0])
+    found = None if narrow else density(values, grid)
+    if found is None:
+        place = axes.axhline if sideways else axes.axvline
+        places = np.unique(values)
+        for at in places if len(places) <= FEW else places[[0, len(places) // 2, -1]]:
+            place(float(at), color=colour, linestyle=line, linewidth=1.6, label=label)
+            label = "_"  # one entry in the legend
+    elif sideways:
+        axes.plot(found, grid, color=colour, linestyle=line, label=label)
+        axes.fill_betweenx(grid, found, color=colour, alpha=0.18, linewidth=0)
+    else:
+        axes.plot(grid, found, color=colour, linestyle=line, label=label)
+        axes.fill_between(grid, found, color=colour, alpha=0.18, linewidth=0)
+    return found

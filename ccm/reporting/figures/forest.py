@@ -1,0 +1,303 @@
+"""Forest plots: shares of prompts in rows, each with its exact interval and its controls (Method 8).
+
+Across models and ablation values, with what the paper printed; and by relation group.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ccm.method.scores import ControlSummary, Ratio
+from ccm.paper.printed import Printed, printed_share
+from ccm.reporting.by_relation import RelationEffect
+from ccm.reporting.figures.canvas import (
+    DOUBLE,
+    GREY,
+    MATCHED_COLOUR,
+    PRINTED_MARKS,
+    RED,
+    VALUE_LABELS,
+    Drawing,
+    artefacts_in_words,
+    draw_printed,
+    foot,
+    say,
+    shown,
+    styled,
+)
+from ccm.reporting.text import IN_BRACKETS
+from ccm.reporting.text import share as in_words
+
+TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)  # percent
+# Heights within a row, in rows: the entropy set, its controls, the matched ones.
+OWN, CONTROLS, MATCHED_CONTROLS = -0.2, 0.08, 0.3
+SQUARE_ROOT = (lambda x: np.sqrt(np.maximum(x, 0.0)), np.square)
+PANELS = (
+    "conversion ratio to CK, CR(CK)\n(% of prompts that were not CK,\nsquare-root scale)",
+    "global transition score, GTS\n(% of prompts,\nsquare-root scale)",
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One share of prompts of the entropy set, and what it is held against."""
+
+    own: Ratio
+    controls: ControlSummary
+    empty: str  # what to say where there is nothing to divide by
+    matched: ControlSummary | None = None  # controls drawn to be like the entropy neurons (Method 13)
+    printed: Printed | None = None
+    note: str = ""  # small, below the count
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a share for each of `PANELS`."""
+
+    label: str
+    shares: tuple[Share, Share]
+    section: str = ""  # rows of one section stand together under its name
+
+
+@styled
+def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
+    """CR(CK) and GTS of every model and ablation value, beside the paper's where it has one.
+
+    Args:
+        runs: For each model its name, its display name, and the `ablations` of its scores.json. An
+            ablation value's part may hold `matched_controls`, built as `controls` is, with a `q_value`
+            and a `permutation_p`.
+    """
+    rows = [
+        Row(VALUE_LABELS[value], _shares(name, value, scores), shown(model) if len(runs) > 1 else "")
+        for name, model, ablations in runs
+        for value, scores in ablations.items()
+    ]
+    one = f"{shown(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
+    shares = [share for row in rows for share in row.shares]
+    small = ["Q, quantile: rank of the entropy set among its controls, 0 to 100; p: permutation test."]
+    if any(share.matched is not None for share in shares):
+        small.append("Behind the bar |: against the matched controls.")
+    small.append(artefacts_in_words(share.printed for share in shares))
+    names = [(name, model, value) for name, model, ablations in runs for value in ablations]
+    data = [
+        {"model": name, "display_name": model, "ablation_value": value, **_data(row)}
+        for (name, model, value), row in zip(names, rows, strict=True)
+    ]
+    title = one or "Entropy set and controls, model by model"
+    return _forest(rows, title, "ablation value", small, data)
+
+
+@styled
+def by_group(effects: Sequence[RelationEffect], model: str, value: str) -> Drawing:
+    """CR(CK) and GTS of each relation group under one ablation value.
+
+    Args:
+        effects: One for each group.
+        model: Display name.
+        value: Name of the ablation value.
+    """
+    rows = []
+    for effect in effects:
+        none = "no prompt of this group"
+        all_ck = "every prompt was CK before ablation" if effect.prompts else none
+        cr_ck = Share(effect.cr_ck, effect.cr_ck_controls, all_ck, note=_mean(effect.cr_ck_controls))
+        gts = Share(effect.gts, effect.gts_controls, none, note=_mean(effect.gts_controls))
+        label = textwrap.fill(shown(effect.name), 20) + f"\n(n = {effect.prompts:,})"
+        rows.append(Row(label, (cr_ck, gts)))
+    data = [
+        {"group": effect.name, "prompts": effect.prompts, **_data(row)}
+        for effect, row in zip(effects, rows, strict=True)
+    ]
+    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: by relation group"
+    return _forest(rows, title, "relation group", ["n: probing prompts of the group."], data)
+
+
+def _mean(controls: ControlSummary) -> str:
+    return "" if controls.mean is None else f"controls' mean {controls.mean:.1f} %"
+
+
+def _shares(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Share, Share]:
+    """Read a row's shares off one ablation value's part of scores.json."""
+    own, controls, matched = scores["entropy"], scores["controls"], scores.get("matched_controls")
+    both = [controls] if matched is None else [controls, matched]
+    ratios = [ControlSummary(**part["conversion_ratios"]["CK"]) for part in both]
+    changes = [ControlSummary(**part["gts"]) for part in both]
+    ranked = [own] if matched is None else [own, matched]
+    quantiles = _numbers([summary.entropy_quantile for summary in ratios], ".1f")
+    q, p = (
+        _numbers([part[key] for part in ranked], form)
+        for key, form in (("q_value", ".1f"), ("permutation_p", ".4f"))
+    )
+    cr_ck = Share(
+        Ratio(**own["conversion_ratios"]["CK"]),
+        ratios[0],
+        "every prompt was CK before ablation" if own["gts"]["total"] else "no prompt",
+        None if matched is None else ratios[1],
+        printed_share(name, value, "CR(CK)"),
+        f"quantile {quantiles}" if quantiles else "",
+    )
+    gts = Share(
+        Ratio(**own["gts"]),
+        changes[0],
+        "no prompt",
+        None if matched is None else changes[1],
+        printed_share(name, value, "GTS"),
+        f"Q {q}; p {p}" if q else "",
+    )
+    return cr_ck, gts
+
+
+def _numbers(values: Sequence[float | None], form: str) -> str:
+    """Write numbers side by side; nothing where there is none at all."""
+    if all(value is None for value in values):
+        return ""
+    return " | ".join("–" if value is None else format(value, form) for value in values)
+
+
+def _data(row: Row) -> dict[str, Any]:
+    return {"cr_ck": asdict(row.shares[0]), "gts": asdict(row.shares[1])}
+
+
+def _forest(
+    rows: Sequence[Row],
+    title: str,
+    of: str,  # what a row is
+    small: Sequence[str],
+    data: Sequence[Mapping[str, Any]],
+) -> Drawing:
+    """Draw the rows from the top, one panel a share."""
+    lines = max((row.label.count("\n") + 1 for row in rows), default=1)
+    at, sections = _places(rows)
+    high = max(3.0, len(rows) + 0.8 * len(sections))
+    figure = Figure(figsize=(DOUBLE, 1.6 + high * max(0.28, 0.06 + 0.12 * lines)))
+    panels = figure.subplots(1, 2, sharey=True)
+    panels[0].set_title(title, loc="left", fontsize=9)  # a suptitle would lie under the legend
+    for i, axes in enumerate(panels):
+        axes.set_xlabel(PANELS[i])
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        if not rows:
+            say(axes, "There is no prompt.")
+            continue
+        shares = [row.shares[i] for row in rows]
+        most = _highest(shares)
+        axes.set_xscale("function", functions=SQUARE_ROOT)
+        axes.set_xlim(0, 1.08 * most)
+        axes.set_xticks(_ticks(most), [f"{tick:g}" for tick in _ticks(most)])
+        axes.grid(axis="x")
+        for y, share in zip(at, shares, strict=True):
+            axes.axhline(y + 0.5, color="#EEEEEE", linewidth=0.6, zorder=0)
+            _draw_share(axes, y, share)
+        for y, name in sections.items():
+            axes.text(0, y + 0.1, name, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    if rows:
+        panels[0].set_ylabel(of)
+        panels[0].set_yticks(at, [row.label for row in rows])
+        middle = (max(at) + min([*at, *sections])) / 2
+        panels[0].set_ylim(middle + 0.5 * high + 0.1, middle - 0.5 * high - 0.1)
+        _legend(figure, [share for row in rows for share in row.shares])
+    foot(figure, small, 125)
+    return Drawing(figure, {"rows": list(data)}, _in_words(rows))
+
+
+def _in_words(rows: Sequence[Row]) -> str:
+    """Say every row: the entropy set's shares, the controls' means."""
+    said = []
+    for row in rows:
+        of = ", ".join(filter(None, [row.section, *row.label.split("\n")]))
+        parts = []
+        for name, part in zip(("CR(CK)", "GTS"), row.shares, strict=True):
+            own, mean = part.own, part.controls.mean
+            beside = "" if mean is None else f", controls {mean:.1f} % on average"
+            parts.append(
+                f"{name} {part.empty if own.percent is None else in_words(asdict(own))}{beside}"
+            )
+        said.append(f"{of}: {'; '.join(parts)}")
+    return ". ".join(said) + f". {IN_BRACKETS}" if said else "There is no prompt."
+
+
+def _places(rows: Sequence[Row]) -> tuple[list[float], dict[float, str]]:
+    """Where each row stands, counted from the top, and each section's name."""
+    at: list[float] = []
+    sections: dict[float, str] = {}
+    y, last = 0.0, ""
+    for row in rows:
+        if row.section != last:
+            sections[y] = last = row.section
+            y += 0.8
+        at.append(y)
+        y += 1.0
+    return at, sections
+
+
+def _highest(shares: Sequence[Share]) -> float:
+    """The greatest number that a panel has to hold; 1 % at least."""
+    found = [1.0]
+    for share in shares:
+        found += [high for high in (share.own.high, share.controls.high) if high is not None]
+        found += [share.matched.high] if share.matched and share.matched.high is not None else []
+        found += [share.printed.value] if share.printed else []
+    return max(found)
+
+
+def _ticks(most: float) -> list[float]:
+    """Ticks from 0 that do not run into each other on a square-root scale."""
+    kept: list[float] = []
+    for tick in (t for t in TICKS if t <= most):
+        if not kept or np.sqrt(tick) - np.sqrt(kept[-1]) >= 0.12 * np.sqrt(most):
+            kept.append(tick)
+    return kept
+
+
+def _draw_share(axes: Axes, y: float, share: Share) -> None:
+    """Draw one row of one panel, the entropy set above its controls, and write its count beside it."""
+    for summary, colour, mark, place in (
+        (share.controls, GREY, "D", CONTROLS),
+        (share.matched, MATCHED_COLOUR, "s", MATCHED_CONTROLS),
+    ):
+        if summary is None or summary.mean is None or summary.low is None or summary.high is None:
+            continue
+        axes.hlines(y + place, summary.low, summary.high, color=colour, linewidth=1.6, alpha=0.5)
+        axes.plot(summary.mean, y + place, mark, color=colour, markersize=3.4, clip_on=False)
+    beside: dict[str, Any] = {
+        "transform": axes.get_yaxis_transform(),
+        "va": "center",
+        "fontsize": 6.5,
+    }
+    if share.printed is not None:
+        draw_printed(axes, share.printed.value, y + OWN, share.printed)
+    own = share.own
+    if own.percent is None or own.low is None or own.high is None:
+        axes.text(1.04, y, textwrap.fill(share.empty, 30), color="#444444", **beside)
+        return
+    axes.plot([own.low, own.high], [y + OWN] * 2, color=RED, linewidth=1.1, marker="|", markersize=4)
+    axes.plot(own.percent, y + OWN, "o", color=RED, markersize=4, clip_on=False)
+    words = f"{own.percent:.1f} % ({own.count}/{own.total}; {own.low:.1f}–{own.high:.1f})"
+    axes.text(1.04, y - 0.2, words, **beside)
+    note = share.note if share.controls.mean is not None else "no controls"
+    axes.text(1.04, y + 0.2, note, color="#555555", **beside)
+
+
+def _legend(figure: Figure, shares: Sequence[Share]) -> None:
+    """Name every kind of mark that is there."""
+    artefacts = [share.printed.defect is not None for share in shares if share.printed]
+    style: dict[str, Any] = {"linewidth": 1.4, "markersize": 4}
+    handles = [Line2D([], [], color=RED, marker="o", label="entropy set, exact 95 % interval", **style)]
+    if any(share.controls.mean is not None for share in shares):
+        label = "controls: mean, full range"
+        handles.append(Line2D([], [], color=GREY, marker="D", label=label, **style))
+    if any(share.matched is not None for share in shares):
+        label = "matched controls: mean, full range"
+        handles.append(Line2D([], [], color=MATCHED_COLOUR, marker="s", label=label, **style))
+    for artefact, mark in PRINTED_MARKS.items():
+        if artefact in artefacts:
+            label = "paper, a known artefact" if artefact else "paper"
+            handles.append(Line2D([], [], linestyle="", label=label, **mark))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)

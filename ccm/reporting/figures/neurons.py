@@ -1,0 +1,295 @@
+"""The last layer's neurons: measures, spectrum, weight norms (Method 5)."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.cbook import boxplot_stats
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ccm.reporting.figures.canvas import (
+    FEW,
+    GREY,
+    RED,
+    SINGLE,
+    Drawing,
+    draw_density,
+    grid_for,
+    say,
+    shown,
+    styled,
+)
+from ccm.reporting.text import extent
+
+MANY_POINTS = 2000  # more are drawn as pixels inside the PDF, which stays small
+SMALLEST = 1e-5  # singular values below this share of the largest are rounding
+
+
+@styled
+def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None = None) -> Drawing:
+    """LogitVar against rho, marginal densities at the sides, the entropy set in red (Method 5).
+
+    Args:
+        measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (share of the
+            norm, 0 to 1), `entropy_neuron`.
+        model: Display name.
+        min_rho: The selection's threshold, drawn as a line; None where neurons were named instead.
+    """
+    figure = Figure(figsize=(SINGLE, 3.1))
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
+    axes = figure.add_subplot(grid[1, 0])
+    top = figure.add_subplot(grid[0, 0], sharex=axes)
+    right = figure.add_subplot(grid[1, 1], sharey=axes)
+    figure.suptitle(f"{shown(model)}: last-layer neurons")
+    rho, variance = measures["rho"].to_numpy(float), measures["logitvar"].to_numpy(float)
+    # A logarithmic axis has no place for zero; a neuron without output weight has no rho.
+    drawn = np.isfinite(rho) & np.isfinite(variance) & (variance > 0)
+    chosen = measures["entropy_neuron"].to_numpy(bool)
+    data: dict[str, Any] = {
+        "neuron_idx": measures["neuron_idx"].to_numpy()[drawn],
+        "rho": rho[drawn],
+        "logitvar": variance[drawn],
+        "entropy_neurons": measures["neuron_idx"].to_numpy()[chosen],
+        "not_drawn": int((~drawn).sum()),
+        "min_rho": min_rho,
+    }
+    axes.set_xlabel("ρ (share of the norm, 0 to 1)")
+    axes.set_ylabel("LogitVar (variance of cosines)")
+    for marginal in (top, right):
+        marginal.tick_params(labelbottom=False, labelleft=False)
+    top.set_ylabel("density\n(per unit)", fontsize=6.5)
+    right.set_xlabel("density\n(per decade)", fontsize=6.5)
+    top.set_yticks([])
+    right.set_xticks([])
+    if not drawn.any():
+        words = "No neuron has a LogitVar above 0 and a ρ."
+        say(axes, words)
+        return Drawing(figure, data, words)
+    axes.set_yscale("log")
+    log_variance = np.log10(variance, where=drawn, out=np.full(len(variance), np.nan))
+    others, own = drawn & ~chosen, drawn & chosen
+    many = int(drawn.sum()) > MANY_POINTS
+    axes.scatter(
+        rho[others],
+        variance[others],
+        s=3 if many else 6,
+        c=GREY,
+        alpha=max(0.05, min(0.6, 1500 / max(1, int(others.sum())))),
+        linewidths=0,
+        rasterized=many,
+        label=f"other neurons ({int(others.sum()):,})",
+    )
+    axes.scatter(
+        rho[own],
+        variance[own],
+        s=18,
+        c=RED,
+        edgecolors="white",
+        linewidths=0.4,
+        zorder=3,
+        label=f"entropy neurons ({int(own.sum())})",
+    )
+    if min_rho is not None:
+        axes.axvline(min_rho, color="#444444", linestyle=":", linewidth=0.9, label=f"ρ ≥ {min_rho:g}")
+    rho_grid = np.linspace(-0.02, 1.02, 301)
+    log_grid = grid_for(log_variance[drawn])
+    data["rho_density"] = {"at": rho_grid, "of": draw_density(top, rho[drawn], rho_grid, GREY, "_")}
+    found = draw_density(right, log_variance[drawn], log_grid, GREY, "_", sideways=True)
+    # The panel shares a logarithmic scale, so its densities are drawn over 10**grid.
+    right.clear()
+    _log_marginal(right, log_grid, found, variance[drawn])
+    for value in rho[own]:
+        top.plot([value, value], [0, 0.15], color=RED, transform=top.get_xaxis_transform(), lw=0.9)
+    for value in variance[own]:
+        right.plot([0, 0.15], [value, value], color=RED, transform=right.get_yaxis_transform(), lw=0.9)
+    data["logitvar_density"] = {"at_log10": log_grid, "of": found}
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(0.7 * variance[drawn].min(), 1.5 * variance[drawn].max())
+    top.set_ylim(bottom=0)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3, columnspacing=0.9, handlelength=1)
+    if data["not_drawn"]:
+        axes.text(
+            0.98,
+            0.98,
+            f"{data['not_drawn']} neurons not drawn\n(LogitVar 0, or no ρ)",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=6.5,
+        )
+    said = (
+        f"Entropy neurons ({int(own.sum())}): ρ {extent(rho[own])}, LogitVar {extent(variance[own])}. "
+        f"Other neurons ({int(others.sum()):,}): ρ {extent(rho[others])}, LogitVar "
+        f"{extent(variance[others])}."
+    )
+    return Drawing(figure, data, said)
+
+
+def _log_marginal(
+    axes: Axes,
+    log_grid: Float[np.ndarray, "point"],
+    found: Float[np.ndarray, "point"] | None,
+    values: Float[np.ndarray, "value"],
+) -> None:
+    axes.set_yscale("log")
+    if found is None:
+        axes.axhline(float(values[0]), color=GREY)
+    else:
+        axes.plot(found, 10**log_grid, color=GREY)
+        axes.fill_betweenx(10**log_grid, found, color=GREY, alpha=0.18, linewidth=0)
+        axes.set_xlim(left=0)
+    axes.set_xlabel("density\n(per decade)", fontsize=6.5)
+    axes.set_xticks([])
+    axes.tick_params(labelleft=False)
+
+
+@styled
+def singular_value_spectrum(
+    singular_values: Float[np.ndarray, "d_model"], null_space_dims: int, model: str
+) -> Drawing:
+    """Singular values of the processed W_U, descending, the null space in red (Method 5).
+
+    Args:
+        singular_values: Of the processed unembedding, in its own unit, descending.
+        null_space_dims: How many of the lowest count as null space.
+        model: Display name.
+    """
+    figure = Figure(figsize=(SINGLE, 2.6))
+    axes = figure.subplots()
+    figure.suptitle(f"{shown(model)}: spectrum of the unembedding")
+    values = np.asarray(singular_values, dtype=float)
+    d_model = len(values)
+    index = np.arange(1, d_model + 1)
+    null = index > d_model - null_space_dims
+    floor = SMALLEST * float(values.max(initial=0.0))
+    tiny = values <= floor
+    data = {
+        "singular_values": values,
+        "null_space_dims": null_space_dims,
+        "below_axis": int(tiny.sum()),
+    }
+    axes.set_xlabel("rank of the singular value (1: largest)")
+    axes.set_ylabel("singular value of $W_U$ (weight units)")
+    if not d_model or floor == 0.0:
+        words = "No singular value is above 0."
+        say(axes, words)
+        return Drawing(figure, data, words)
+    lowest = float(values[~tiny].min())
+    axes.set_yscale("log")
+    for part, colour, label in (
+        (~null, "#333333", f"the other {d_model - null_space_dims}"),
+        (null, RED, f"null space, the {null_space_dims} lowest"),
+    ):
+        axes.scatter(
+            index[part & ~tiny], values[part & ~tiny], s=7, c=colour, linewidths=0, label=label
+        )
+        # Zero has no place on the axis: a triangle at its foot.
+        axes.scatter(
+            index[part & tiny],
+            np.full(int((part & tiny).sum()), lowest / 1.6),
+            s=16,
+            c=colour,
+            marker="v",
+        )
+    if tiny.any():
+        axes.annotate(
+            f"{int(tiny.sum())} of ≈ 0 (below {floor:.1g})",
+            (float(index[tiny][0]), lowest / 1.6),
+            (-6, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=6.5,
+            color=RED if null[tiny].any() else "#333333",
+        )
+    axes.set_ylim(bottom=lowest / 2.2)
+    axes.legend(loc="upper right")
+    said = (
+        f"{d_model} singular values of {extent(values)}; the {null_space_dims} lowest, the null space, "
+        f"of {extent(values[null])}."
+    )
+    return Drawing(figure, data, said)
+
+
+@styled
+def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
+    """Distribution of output weight norms, entropy neurons against the others, with box plots.
+
+    Args:
+        measures: Columns `neuron_idx`, `norm` (of the processed output weight), `entropy_neuron`.
+        model: Display name.
+    """
+    figure = Figure(figsize=(SINGLE, 2.8))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+    figure.suptitle(f"{shown(model)}: output weight norms")
+    chosen = measures["entropy_neuron"].to_numpy(bool)
+    norms = measures["norm"].to_numpy(float)
+    groups = {"entropy neurons": norms[chosen], "other neurons": norms[~chosen]}
+    colours = {"entropy neurons": RED, "other neurons": GREY}
+    grid = grid_for(*groups.values())
+    data: dict[str, Any] = {"grid": grid, "groups": {}}
+    for row, (name, values) in enumerate(groups.items()):
+        values = values[np.isfinite(values)]
+        label = f"{name} ({len(values):,})"
+        found = None
+        if name == "entropy neurons" and 0 < len(values) < FEW:
+            for i, value in enumerate(values):
+                top.plot(
+                    [value, value],
+                    [0, 0.3],
+                    color=RED,
+                    linewidth=0.9,
+                    transform=top.get_xaxis_transform(),
+                    label="_" if i else label,
+                )
+        elif len(values):
+            found = draw_density(top, values, grid, colours[name], label)
+        box = boxplot_stats(values)[0] if len(values) else None
+        if box is not None:
+            bottom.bxp(
+                [box],
+                positions=[row],
+                widths=0.55,
+                orientation="horizontal",
+                manage_ticks=False,
+                patch_artist=True,
+                boxprops={"facecolor": colours[name], "alpha": 0.35, "edgecolor": colours[name]},
+                medianprops={"color": "#222222"},
+                whiskerprops={"color": colours[name]},
+                capprops={"color": colours[name]},
+                flierprops={"marker": ".", "markersize": 2, "markeredgecolor": colours[name]},
+            )
+        else:
+            bottom.text(0.5, row, f"no {name}", transform=bottom.get_yaxis_transform(), ha="center")
+        data["groups"][name] = {
+            "n": len(values),
+            "density": found,
+            "box": None
+            if box is None
+            else {k: box[k] for k in ("whislo", "q1", "med", "q3", "whishi", "mean")},
+        }
+    # In one panel: the points of the entropy neurons, of which there are few.
+    own = groups["entropy neurons"]
+    bottom.scatter(own, np.zeros(len(own)), s=9, c=RED, edgecolors="white", linewidths=0.3, zorder=4)
+    for fliers in bottom.lines:
+        fliers.set_rasterized(len(norms) > MANY_POINTS)
+    bottom.set_yticks([0, 1], ["entropy", "other"])
+    bottom.set_ylim(1.6, -0.6)
+    bottom.set_ylabel("neurons")
+    bottom.set_xlabel("norm of the output weight $\\|w_{out}\\|$ (weight units)")
+    top.set_ylabel("density (per weight unit)")
+    top.set_ylim(bottom=0)
+    top.set_xlim(grid[0], grid[-1])
+    top.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    top.tick_params(labelbottom=False)
+    top.legend(loc="upper right")
+    said = "; ".join(
+        f"{name} ({group['n']:,}): "
+        + (f"median norm {group['box']['med']:.3g}" if group["box"] else "none")
+        for name, group in data["groups"].items()
+    )
+    return Drawing(figure, data, said[:1].upper() + said[1:] + ".")

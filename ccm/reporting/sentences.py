@@ -1,0 +1,110 @@
+"""What a run found, in sentences and in one table: the top of its report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ccm.experiment.results import RunResults
+from ccm.reporting.figures.canvas import VALUE_LABELS
+from ccm.reporting.table_formats import Table
+from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, share
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one ablation value did."""
+
+    value: str
+    label: str  # the value as people read it
+    sentences: tuple[str, ...]
+
+
+def answers_of(run: RunResults) -> list[Answer]:
+    """Say of every ablation value what it changed, against the control sets."""
+    return [
+        Answer(value, VALUE_LABELS[value], _sentences(run.scores["ablations"][value]))
+        for value in run.values
+    ]
+
+
+def _sentences(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    own, controls = scores["entropy"], scores["controls"]
+    ratio = own["conversion_ratios"]["CK"]
+    if own["gts"]["percent"] is None:
+        return ("There is no prompt: nothing was measured.",)
+    changed = f"{_share(own['gts'])} of the answers change their source" + _against(
+        own["gts"], controls["gts"], int(controls["n"])
+    )
+    if own["q_value"] is not None:
+        n = int(controls["n"])
+        least = (
+            f", the least that {n} controls can give" if own["permutation_p"] * (n + 1) < 1.5 else ""
+        )
+        changed += f" Q = {own['q_value']:.1f} of 100, p = {own['permutation_p']:.4f}{least}."
+    matched = scores.get("matched_controls")
+    if matched is not None:
+        n = int(matched["n"])
+        beside = _against(own["gts"], matched["gts"], n).lstrip(":; ")
+        changed += (
+            f" Beside sets that match its neurons in weight norm and spread of activation: {beside} "
+            f"Q = {matched['q_value']:.1f}, p = {matched['permutation_p']:.4f}."
+        )
+    if ratio["percent"] is None:
+        return changed, "Every prompt was answered from the context before: none could turn to it."
+    copied = (
+        f"Of the prompts not answered from the context before, {_share(ratio)} turn to it, "
+        f"CR(CK){_against(ratio, controls['conversion_ratios']['CK'], int(controls['n']))}"
+    )
+    return changed, copied
+
+
+def _share(r: Mapping[str, Any]) -> str:
+    interval = f"95 % interval {r['low']:.1f} to {r['high']:.1f}"
+    return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {interval})"
+
+
+def _against(r: Mapping[str, Any], controls: Mapping[str, Any], n: int) -> str:
+    """Set a share beside those of the controls, and say where among them it lies."""
+    if n == 0:
+        return "; no control sets were run."
+    if r["percent"] > controls["high"]:
+        place = "more than any"
+    elif r["percent"] < controls["low"]:
+        place = "less than any"
+    else:
+        place = "within the range"
+    sets = f"{n} control sets, which give" if n > 1 else "one control set, which gives"
+    return (
+        f": {place} of {sets} {controls['mean']:.1f} % on average "
+        f"({controls['low']:.1f} to {controls['high']:.1f} %)."
+    )
+
+
+def key_numbers(runs: Sequence[RunResults]) -> Table:
+    """Lay the scores of every run and ablation value side by side."""
+    rows = []
+    for run in runs:
+        for value in run.values:
+            scores = run.scores["ablations"][value]
+            own, controls = scores["entropy"], scores["controls"]
+            rows.append(
+                {
+                    "model": run.display_name,
+                    "ablation value": VALUE_LABELS[value],
+                    "GTS": share(own["gts"]),
+                    "GTS of controls": mean_and_most(controls["gts"]),
+                    "Q": digits(own["q_value"], 1),
+                    "p": digits(own["permutation_p"], 4),
+                    "CR(CK)": share(own["conversion_ratios"]["CK"]),
+                    "CR(CK) of controls": mean_and_most(controls["conversion_ratios"]["CK"]),
+                }
+            )
+    table = pd.DataFrame(rows)
+    caption = (
+        "GTS: share of prompts whose source changes. Q: percentile of the entropy set's GTS among the "
+        "controls'; p: one-sided permutation test. CR(CK): share of the prompts that were not CK and "
+        f"become CK. {IN_BRACKETS} Controls: mean, in brackets the highest."
+    )
+    return Table("key_numbers", caption, table, table)

@@ -1,0 +1,102 @@
+"""Numbers in words: the same forms on the terminal, under figures and in reports."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+HOLDS_SPLITTER = 'the object holds one of " . , ( [ ] < or a line break, where every answer ends'
+PAIRS = 3  # of nested objects that are named in a sentence
+IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
+
+
+def share(r: Mapping[str, Any]) -> str:
+    """`12.3 % (37/300; 8.8-16.6)`: percent, count, denominator and 95 % interval."""
+    if r["percent"] is None:
+        return "- (0/0)"
+    return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {r['low']:.1f}-{r['high']:.1f})"
+
+
+def digits(value: float | None, places: int) -> str:
+    """A number with so many decimal places; a dash where there is none."""
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def extent(values: Sequence[float] | np.ndarray) -> str:
+    """`1.2 to 3.4`, three digits each; the one number where all are alike.
+
+    >>> extent([3.25, 1.0])
+    '1 to 3.25'
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return "no number"
+    low, high = f"{finite.min():.3g}", f"{finite.max():.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as people do.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def a_few(names: Sequence[str], most: int = 5) -> str:
+    """Quote the first of many names, and say how many more there are.
+
+    >>> a_few(["St. Louis", "U.S.", "Inc."], 2)
+    "'St. Louis', 'U.S.' and 1 more"
+    """
+    more = len(names) - most
+    return listed([*(repr(name) for name in names[:most]), *([f"{more:,} more"] if more > 0 else [])])
+
+
+def never_recalled(found: Mapping[str, Any]) -> str:
+    """Which facts no answer can recall (`ccm.method.prompts.SplitObjects`)."""
+    return (
+        f"{found['count']:,} of {found['of']:,} facts can never be recalled, since {HOLDS_SPLITTER}: "
+        f"{a_few(found['names'])}"
+    )
+
+
+def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which prompts name an object that no answer can match (`SplitObjects` by column)."""
+    some = [
+        f"{column} of {found['count']:,} of {found['of']:,} prompts ({a_few(found['names'])})"
+        for column, found in columns.items()
+        if found["count"]
+    ]
+    return f"{listed(some)} can never be matched, since {HOLDS_SPLITTER}"
+
+
+def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -> str:
+    """At which prompts an answer may name both objects, and what counts then.
+
+    Args:
+        found: `ccm.method.sources.NestedObjects`.
+        prompts: Of how many.
+        counter_first: The protocol's.
+    """
+    pairs = [" / ".join(map(repr, pair)) for pair in found["pairs"]]
+    shown = "; ".join(pairs[:PAIRS]) + ("; and others" if len(pairs) > PAIRS else "")
+    counts = "the counter-object (CK)" if counter_first else "the longer object"
+    matters = (
+        f" That matters in the {found['counter_begins']:,} whose counter-object is the shorter: there "
+        "the published rule never gives PK."
+        if found["counter_begins"]
+        else ""  # the longer object is CK, by either rule
+    )
+    return (
+        f"In {found['prompts']:,} of {prompts:,} prompts one object begins the other (CK / PK: "
+        f"{shown}). Where an answer names both, {counts} counts.{matters}"
+    )
+
+
+def mean_and_most(controls: Mapping[str, Any]) -> str:
+    """`1.43 % (2.93 %)`: the mean of the controls and the highest of them."""
+    mean, high = controls["mean"], controls["high"]
+    return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"
