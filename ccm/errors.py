@@ -1,5 +1,7 @@
 """What can go wrong, as few kinds: every message names the value, what is allowed, and what to do."""
 
+from collections.abc import Sequence
+
 
 class CcmError(Exception):
     """Any failure `ccm` foresees; the command line prints it and exits with 2."""
@@ -64,3 +66,22 @@ def allowed(values: object) -> str:
     'Allowed: b, a'
     """
     return "Allowed: " + ", ".join(str(v) for v in values)  # type: ignore[attr-defined]
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as people do.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def a_few(names: Sequence[str], most: int = 5) -> str:
+    """Quote the first of many names, and say how many more there are.
+
+    >>> a_few(["St. Louis", "U.S.", "Inc."], 2)
+    "'St. Louis', 'U.S.' and 1 more"
+    """
+    more = len(names) - most
+    return listed([*(repr(name) for name in names[:most]), *([f"{more:,} more"] if more > 0 else [])])

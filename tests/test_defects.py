@@ -16,6 +16,7 @@ import ccm
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
 from ccm.decoding.activations import float16_sigma
+from ccm.decoding.answer_tokens import answer_tokens, object_tokens
 from ccm.decoding.results import Completions, read_first_token
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_statistics_npz
@@ -32,7 +33,7 @@ from ccm.method.ablation import (
 from ccm.method.neurons import controls
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
-from ccm.method.sources import SOURCES, answer_tokens, knowledge_sources, object_tokens
+from ccm.method.sources import SOURCES, knowledge_sources
 from ccm.models.load import load
 from ccm.models.specs import spec_for
 from tests.released import NAMES, Released, released

@@ -1,4 +1,4 @@
-"""What the command line costs to start, and that imports name modules in full."""
+"""Which room may import which, and what the command line costs to start."""
 
 import ast
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 import ccm
 
 PACKAGE = Path(ccm.__file__).parent
+ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy", "scipy")
 
 
@@ -17,6 +18,14 @@ HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy", "scipy"
 def test_no_import_is_relative(path: Path) -> None:
     imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
     assert all(node.level == 0 for node in imports), path
+
+
+def test_imports_run_one_way() -> None:
+    """The contract of pyproject.toml, with every room of the package in it."""
+    # In a process of its own: it switches off the loggers of the one that calls it.
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", ["ccm", "ccm.cli.parser", "ccm.__main__"])

@@ -13,7 +13,8 @@ import torch
 from ccm.cli import parser as cli
 from ccm.decoding import activations, hooked
 from ccm.decoding import shared as decoding
-from ccm.decoding.results import Completions, equal_length_batches, merge
+from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens, object_tokens
+from ccm.decoding.results import Completions, merge
 from ccm.experiment.probing import build_prompts
 from ccm.method.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
 from ccm.method.neurons import NeuronMeasures, controls, measure, select
@@ -32,14 +33,8 @@ from ccm.method.scores import (
     q_value,
     transition_counts,
 )
-from ccm.method.sources import (
-    SOURCES,
-    Source,
-    answer_log_probs,
-    answer_tokens,
-    knowledge_sources,
-    object_tokens,
-)
+from ccm.method.sources import SOURCES, Source, knowledge_sources
+from ccm.models.bridge import equal_length_batches
 from ccm.models.model import LoadedModel
 from tests.exact import lead, margins
 from tests.released import NAMES, Released, released

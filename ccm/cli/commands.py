@@ -242,14 +242,13 @@ def prompts(options: argparse.Namespace) -> None:
     """Build probing prompts and write them as CSV."""
     out = new_file(options.out)
 
+    from ccm.decoding.trial import check_engine
     from ccm.experiment.cells import ENGINES
     from ccm.experiment.config import make_plan
     from ccm.experiment.folder import write_atomically
     from ccm.experiment.probing import build_prompts, prompt_table
-    from ccm.method.prompts import split_objects
+    from ccm.method.prompts import never_recalled, split_objects
     from ccm.models.load import load
-    from ccm.models.trial import check_engine
-    from ccm.reporting.text import never_recalled
 
     plan = make_plan(_config(options, controls=0, engine=options.engine))
     split = split_objects([fact.object for fact in plan.facts.facts])
@@ -277,7 +276,7 @@ def measure(options: argparse.Namespace) -> None:
     from ccm.experiment.folder import write_atomically
     from ccm.method.neurons import measure, select
     from ccm.models.load import load
-    from ccm.organism import CHECKPOINT
+    from ccm.models.specs import CHECKPOINT
 
     # No fact is used; the organism's are here without a download.
     plan = make_plan(_config(options, facts=str(CHECKPOINT), controls=0))
@@ -297,7 +296,9 @@ def ablate(options: argparse.Namespace) -> None:
     """Ablate neurons for prompts of the user's own."""
     out = new_file(options.out)
 
+    from ccm.decoding.answer_tokens import object_tokens
     from ccm.decoding.results import Work
+    from ccm.decoding.trial import check_engine
     from ccm.experiment.ablate_io import (
         parse_neurons,
         read_prompts,
@@ -310,13 +311,12 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.experiment.config import PROTOCOLS
     from ccm.experiment.folder import write_json
     from ccm.method.ablation import ablation_values, check_neurons, check_statistics, plan
-    from ccm.method.sources import nested_objects, object_tokens
+    from ccm.method.prompts import never_matched
+    from ccm.method.sources import nested_objects
     from ccm.models.load import load
     from ccm.models.specs import device_for, dtype_for, spec_for
     from ccm.models.tokenizer import parse_bos
-    from ccm.models.trial import check_engine
     from ccm.models.weights import check_weights
-    from ccm.reporting.text import never_matched
 
     bos = parse_bos(options.bos)
     _limit_threads()

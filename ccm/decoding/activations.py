@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ccm.decoding import hooked
-from ccm.decoding.results import Completions, Observer, Tokens
+from ccm.decoding.results import Completions, Observer
 from ccm.errors import CcmError
 from ccm.method.ablation import ActivationStatistics
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy

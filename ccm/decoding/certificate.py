@@ -61,7 +61,8 @@ from torch import Tensor
 
 from ccm.decoding.batch_noise import slack
 from ccm.method.ablation import Ablation
-from ccm.models.model import VOCAB_CHUNK, LoadedModel
+from ccm.method.neurons import VOCAB_CHUNK
+from ccm.models.model import LoadedModel
 
 SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
 

@@ -23,7 +23,8 @@ from ccm.decoding.certificate import Screen, read_nodes
 from ccm.decoding.forward import RowCache, Rows, plan_rows, run_body
 from ccm.decoding.next_token import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.decoding.prefill import prefill
-from ccm.decoding.results import Shard, Tokens, Work
+from ccm.decoding.results import Shard, Work
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 

@@ -15,19 +15,17 @@ from ccm.decoding.results import (
     Completions,
     FirstToken,
     Observer,
-    Tokens,
     completions,
-    equal_length_batches,
     greedy,
     no_targets,
     read_first_token,
 )
 from ccm.method.ablation import PLAIN, Ablation
+from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
-FINAL_RESIDUAL = "ln_final.hook_in"
 _Result = TypeVar("_Result")
 
 
@@ -151,30 +149,6 @@ def _decode_batch(
             tokens = next_tokens[:, None]
     assert first is not None
     return first
-
-
-def new_cache(model: LoadedModel) -> Any:
-    """Make an empty cache; of a hybrid, its configuration says which layers keep something else."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache(config=model.bridge.original_model.config)
-
-
-def next_logits(
-    model: LoadedModel, tokens: Int[Tensor, "prompt position"], cache: Any
-) -> Float[Tensor, "prompt d_vocab"]:
-    """Run new tokens through the bridge, in float32 the logits after the last; the cache grows."""
-    seen = cache.get_seq_length() + tokens.shape[1]
-    logits: Tensor = model.bridge(
-        tokens,
-        return_type="logits",
-        # Explicit: without it the library derives a mask, wrongly where pad == BOS.
-        attention_mask=torch.ones((len(tokens), seen), dtype=torch.long, device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return logits[:, -1].float()
 
 
 def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.forward import RowCache
-from ccm.decoding.results import Tokens
+from ccm.models.bridge import Tokens
 
 # Runs new tokens (row, position) against a cache, from given positions on or, if that is None, as many
 # as it holds; returns final residual and activations there.

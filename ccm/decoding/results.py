@@ -1,7 +1,6 @@
 """What any way of decoding gives back, and how prompts are put in batches without a single pad."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -13,7 +12,6 @@ from ccm.models.model import LoadedModel
 
 N_TOP = 3  # enough to name the best token that is neither of two others
 
-Tokens = Sequence[int]
 # Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
 Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
 
@@ -68,20 +66,6 @@ def most_likely(logits: Float[Tensor, "row d_vocab"], n: int) -> Int[Tensor, "ro
 def greedy(logits: Float[Tensor, "prompt d_vocab"]) -> Int[Tensor, "prompt"]:
     """Most likely token of each row, ties to the lowest id, as argmax gives it."""
     return logits.argmax(-1)
-
-
-def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
-    """Yield prompt indices in batches whose prompts have one length, so that nothing is padded.
-
-    Pads are the commonest silent error of this field; without them no mask can be wrong.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, tokens in enumerate(prompts):
-        by_length[len(tokens)].append(i)
-    for length in sorted(by_length):
-        indices = by_length[length]
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
 
 
 def completions(

@@ -28,14 +28,15 @@ from ccm.decoding.certificate import build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
-from ccm.decoding.results import Completions, Observer, Shard, Tokens, Work, merge, no_targets
+from ccm.decoding.results import Completions, Observer, Shard, Work, merge, no_targets
+from ccm.decoding.trial import check_shared
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.prompts import SPLITTER
+from ccm.models.bridge import Tokens
 from ccm.models.memory import default_budget, out_of_memory
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
-from ccm.models.trial import check_shared
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")

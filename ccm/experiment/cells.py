@@ -11,17 +11,13 @@ from tqdm import tqdm
 
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
-from ccm.decoding.results import Completions, Shard, Tokens, Work, merge
+from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
+from ccm.decoding.results import Completions, Shard, Work, merge
 from ccm.experiment.folder import ShardStore
 from ccm.method.ablation import Ablation
 from ccm.method.prompts import ProbingPrompt
-from ccm.method.sources import (
-    SOURCES,
-    Source,
-    answer_log_probs,
-    answer_tokens,
-    knowledge_sources,
-)
+from ccm.method.sources import SOURCES, Source, knowledge_sources
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 # How to decode one set; both give the same texts, tokens and sources.

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from ccm.decoding import hooked
 from ccm.decoding.certificate import Nodes, Screen, build_screen, dense_changes, read_nodes
 from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.decoding.results import Tokens
 from ccm.decoding.shared import read_last_positions
 from ccm.experiment.folder import PartStore
 from ccm.method.ablation import Ablation
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 EFFECTS = ("total", "direct", "norm_only")  # the order of every `effect` axis

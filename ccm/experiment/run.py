@@ -20,7 +20,9 @@ import torch
 from jaxtyping import Int
 
 from ccm.decoding.activations import collect, float16_sigma
+from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.results import Completions, Work, merge
+from ccm.decoding.trial import check_engine
 from ccm.experiment.cells import ENGINES, CellReader, decode_hooked, decode_stored
 from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.experiment.config import Plan, Protocol, RunConfig, asked, identity, make_plan
@@ -59,20 +61,16 @@ from ccm.method.ablation import (
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import (
     ProbingPrompt,
+    never_recalled,
     split_objects,
 )
-from ccm.method.sources import (
-    nested_objects,
-    object_tokens,
-)
+from ccm.method.sources import nested_objects
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import download, load
 from ccm.models.memory import check_memory, default_budget, needed_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.specs import dtype_for
-from ccm.models.trial import check_engine
 from ccm.models.weights import n_parameters, revision, unfinished, weight_files
-from ccm.reporting.text import never_recalled
 
 _log = logging.getLogger(__name__)
 

@@ -11,9 +11,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.errors import BadInput
-from ccm.models.model import VOCAB_CHUNK, FinalNorm
 
+VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
 NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm between the last residual stream and the unembedding, in float32.
+
+    LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; RMSNorm: no mean, no bias.
+    """
+
+    centred: bool  # True for LayerNorm
+    eps: float
+    gain: Float[Tensor, "d_model"]
+    bias: Float[Tensor, "d_model"]  # zeros for RMSNorm
+
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """Return the divisor s(x) (TransformerLens calls it `hook_scale`)."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Normalise residual vectors."""
+        scale = self.scale(x)
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / scale * self.gain + self.bias
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
+from ccm.errors import a_few, listed
 from ccm.method.facts import Fact, Relation
 
 # An answer ends where the first of these stands (Method 4.2); `\n` both as a newline and spelled out.
 SPLITTER = re.compile(r'"|\.|\n|\\n|,|\(|\[|\]|\<')
+HOLDS_SPLITTER = 'the object holds one of " . , ( [ ] < or a line break, where every answer ends'
 MAX_SIMILARITY = 0.8  # Jaro-Winkler, from which subject and object count as the same name
 N_COUNTER_OBJECTS = 3
 
@@ -57,6 +60,24 @@ def split_objects(names: Sequence[str]) -> SplitObjects:
     for name in held:
         spelling.setdefault(same_name(name), name)
     return SplitObjects(len(held), len(names), tuple(spelling.values()))
+
+
+def never_recalled(found: Mapping[str, Any]) -> str:
+    """Which facts no answer can recall (`ccm.method.prompts.SplitObjects`)."""
+    return (
+        f"{found['count']:,} of {found['of']:,} facts can never be recalled, since {HOLDS_SPLITTER}: "
+        f"{a_few(found['names'])}"
+    )
+
+
+def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which prompts name an object that no answer can match (`SplitObjects` by column)."""
+    some = [
+        f"{column} of {found['count']:,} of {found['of']:,} prompts ({a_few(found['names'])})"
+        for column, found in columns.items()
+        if found["count"]
+    ]
+    return f"{listed(some)} can never be matched, since {HOLDS_SPLITTER}"
 
 
 # --- parametric prompts -----------------------------------------------------------------------

@@ -5,8 +5,8 @@ import gc
 import torch
 
 from ccm.errors import NotAvailable
+from ccm.method.neurons import VOCAB_CHUNK
 from ccm.models import limits
-from ccm.models.model import VOCAB_CHUNK
 from ccm.models.specs import ModelSpec
 
 GIB = 1 << 30

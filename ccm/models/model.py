@@ -10,33 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ccm.errors import BadInput
+from ccm.method.neurons import FinalNorm
 from ccm.models.specs import MAX_NEW_TOKENS, ModelSpec
-
-VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
-
-
-@dataclass(frozen=True)
-class FinalNorm:
-    """The norm between the last residual stream and the unembedding, in float32.
-
-    LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; RMSNorm: no mean, no bias.
-    """
-
-    centred: bool  # True for LayerNorm
-    eps: float
-    gain: Float[Tensor, "d_model"]
-    bias: Float[Tensor, "d_model"]  # zeros for RMSNorm
-
-    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
-        """Return the divisor s(x) (TransformerLens calls it `hook_scale`)."""
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-
-    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """Normalise residual vectors."""
-        scale = self.scale(x)
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return x / scale * self.gain + self.bias
 
 
 @dataclass

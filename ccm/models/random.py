@@ -16,9 +16,8 @@ import torch
 from ccm.errors import BadInput, allowed
 from ccm.models.load import assemble, check_precision
 from ccm.models.model import LoadedModel
-from ccm.models.specs import MODELS
+from ccm.models.specs import CHECKPOINT, MODELS
 from ccm.models.tokenizer import Bos, read_tokenizer
-from ccm.organism import CHECKPOINT
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
 # tokenizers make of such text; the organism's own 600 tokens come to 1.7.

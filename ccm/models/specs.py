@@ -10,9 +10,9 @@ import torch
 
 from ccm.errors import BadInput, NotAvailable, allowed, one_of
 from ccm.models.checkpoint_folder import CONFIG, check_folder, read_object
-from ccm.organism import CHECKPOINT
 
 MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
+CHECKPOINT = Path(__file__).resolve().parents[1] / "organism" / "checkpoint"
 MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.decoding.forward import RowCache, run_body
-from ccm.decoding.hooked import FINAL_RESIDUAL, new_cache, next_logits
-from ccm.decoding.prefill import prefill
-from ccm.decoding.results import Tokens, equal_length_batches
 from ccm.errors import PremiseBroken
+from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
 from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
 
@@ -185,7 +181,7 @@ def check_hooks(
         allowed={what: _distance(what, moved[what], plain[what]) for what in plain},
     )
     alike = torch.arange(len(prompts[0]) // 2, device=truth.device)
-    if _wrong(trial, {LOG_PROBS: (alike, truth[alike + trial.first_row(1)])}):
+    if wrong(trial, {LOG_PROBS: (alike, truth[alike + trial.first_row(1)])}):
         raise PremiseBroken(f"{refused} it is no decoder: what it says depends on the words to come.")
     try:
         found = _by_hooks(model, trial)
@@ -198,12 +194,12 @@ def check_hooks(
         ) from error
     # The twin, too: making the bridge may have changed the weights that both share.
     every = torch.arange(len(truth), device=truth.device)
-    wrong = _wrong(trial, {LOG_PROBS: (every, plain[LOG_PROBS])}) or _wrong(trial, found)
-    if wrong:
+    different = wrong(trial, {LOG_PROBS: (every, plain[LOG_PROBS])}) or wrong(trial, found)
+    if different:
         raise PremiseBroken(
             f"{refused} decoded with the hooks of TransformerLens it gives other numbers than "
-            f"transformers' own forward ({wrong}), so nothing could be held to them. Give a checkpoint "
-            "of another architecture, or install other releases of the two."
+            f"transformers' own forward ({different}), so nothing could be held to them. Give a "
+            "checkpoint of another architecture, or install other releases of the two."
         )
     return trial
 
@@ -237,73 +233,6 @@ def _by_hooks(model: LoadedModel, trial: Trial) -> Found:
     return {name: (torch.cat(rows[name]), torch.cat(found[name])) for name in rows}
 
 
-# --- the fast path ----------------------------------------------------------------------------------
-
-
-def check_engine(model: LoadedModel, engine: str) -> None:
-    """See that an engine can run a model, before any work; the hooks were tried when it was loaded."""
-    if engine == "shared":
-        check_shared(model)
-
-
-def check_shared(model: LoadedModel) -> None:
-    """Hold the fast path to what transformers computes; once for a model.
-
-    Raises:
-        PremiseBroken: it cannot run the model, or gives other numbers than rounding explains.
-    """
-    trial = model.trial
-    if trial is None or trial.shared_holds:
-        return
-    why = ""
-    try:
-        for found in _by_body(model, trial):
-            why = why or _wrong(trial, found)
-    except Exception as error:  # modules that want more than their input raise what they like
-        if out_of_memory(error):
-            raise
-        why = reason_of(error)
-    if why:
-        raise PremiseBroken(
-            f"{model.spec.name}: the shared engine cannot run it ({why}). Use --engine hooked."
-        )
-    trial.shared_holds = True
-
-
-@torch.inference_mode()
-def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
-    """As the shared engine does: all lengths in one cache, with shared prefixes or watching all."""
-    device, n = model.device, len(trial.prompts)
-    lengths = [len(prompt) - 1 for prompt in trial.prompts]
-    half = lengths[0] // 2
-    for last_only, shared in ((True, [half, half, 0]), (False, [0, 0, 0])):
-        # Sorted by what comes after the prefix.
-        order = sorted(range(n), key=lambda i: lengths[i] - shared[i])
-        begun, cache = (RowCache(model.spec.n_layers) for _ in range(2))
-        cache.reserve(n, max(lengths) + 1)
-        forward = partial(run_body, model, last_only=last_only)
-        begins = [trial.prompts[i][:-1] for i in order]
-        prefixes = [shared[i] for i in order]
-        x, a = prefill(begins, prefixes, begun, cache, forward, device, n * max(lengths))
-        rows = torch.tensor([trial.first_row(i) + lengths[i] - 1 for i in order], device=device)
-        yield _read(model, rows, x, a)
-        tokens = torch.tensor([trial.prompts[i][-1:] for i in order], device=device)
-        positions = torch.tensor([lengths[i] for i in order], device=device)
-        x, a = forward(tokens, cache.window(slice(0, n), 0, max(lengths)), positions)
-        yield _read(model, rows + 1, x[:, -1], a[:, -1])
-    x, a = run_body(model, torch.tensor([trial.prompts[0]], device=device))
-    yield _read(model, torch.arange(len(trial.prompts[0]), device=device), x[0], a[0])
-
-
-def _read(model: LoadedModel, rows: Tensor, x: Tensor, a: Tensor) -> Found:
-    logits = model.final_norm(x.float()) @ model.W_U.float() + model.b_U
-    return {
-        LOG_PROBS: (rows, logits.log_softmax(-1)),
-        FINAL: (rows, x.float()),
-        ACTIVATIONS: (rows, a.float()),
-    }
-
-
 # --- how far apart ----------------------------------------------------------------------------------
 
 
@@ -314,7 +243,7 @@ def _distance(what: str, found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)).max())
 
 
-def _wrong(trial: Trial, found: Found) -> str:
+def wrong(trial: Trial, found: Found) -> str:
     """Say what is further from transformers' own forward than rounding explains, if anything is."""
     for what, (rows, values) in found.items():
         wanted, most = trial.plain[what], trial.allowed[what]

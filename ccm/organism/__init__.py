@@ -1,8 +1,5 @@
-"""The trained model organism: a tiny language model of an invented world, with planted neurons."""
+"""The trained model organism: a tiny language model of an invented world, with planted neurons.
 
-from pathlib import Path
-
-__all__ = ["CHECKPOINT"]
-
-CHECKPOINT: Path = Path(__file__).resolve().parent / "checkpoint"
-"""The finished model folder: Hugging Face layout, `facts.csv`, `relations.csv` and its card."""
+In: a seed. Out: the checkpoint that `ccm.models.specs.CHECKPOINT` names, and its model card.
+May import everything but `cli`.
+"""

@@ -14,6 +14,7 @@ from ccm.errors import BadInput
 from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.folder import locked_for, write_atomically
 from ccm.experiment.results import RunResults
+from ccm.method.prompts import never_recalled
 from ccm.models.specs import MODELS
 from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.reporting.figures.canvas import SINGLE, VALUE_LABELS
@@ -24,7 +25,7 @@ from ccm.reporting.sentences import Answer, answers_of, key_numbers
 from ccm.reporting.table_formats import Table, markdown
 from ccm.reporting.tables import tables_of, write_tables
 from ccm.reporting.telling_apart import told_apart
-from ccm.reporting.text import both_named, never_recalled
+from ccm.reporting.text import both_named
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-HOLDS_SPLITTER = 'the object holds one of " . , ( [ ] < or a line break, where every answer ends'
 PAIRS = 3  # of nested objects that are named in a sentence
 IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
 
@@ -34,43 +33,6 @@ def extent(values: Sequence[float] | np.ndarray) -> str:
         return "no number"
     low, high = f"{finite.min():.3g}", f"{finite.max():.3g}"
     return low if low == high else f"{low} to {high}"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words as people do.
-
-    >>> listed(["a", "b", "c"])
-    'a, b and c'
-    """
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-def a_few(names: Sequence[str], most: int = 5) -> str:
-    """Quote the first of many names, and say how many more there are.
-
-    >>> a_few(["St. Louis", "U.S.", "Inc."], 2)
-    "'St. Louis', 'U.S.' and 1 more"
-    """
-    more = len(names) - most
-    return listed([*(repr(name) for name in names[:most]), *([f"{more:,} more"] if more > 0 else [])])
-
-
-def never_recalled(found: Mapping[str, Any]) -> str:
-    """Which facts no answer can recall (`ccm.method.prompts.SplitObjects`)."""
-    return (
-        f"{found['count']:,} of {found['of']:,} facts can never be recalled, since {HOLDS_SPLITTER}: "
-        f"{a_few(found['names'])}"
-    )
-
-
-def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which prompts name an object that no answer can match (`SplitObjects` by column)."""
-    some = [
-        f"{column} of {found['count']:,} of {found['of']:,} prompts ({a_few(found['names'])})"
-        for column, found in columns.items()
-        if found["count"]
-    ]
-    return f"{listed(some)} can never be matched, since {HOLDS_SPLITTER}"
 
 
 def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -> str:

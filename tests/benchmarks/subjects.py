@@ -15,8 +15,7 @@ from ccm.method.facts import read_fact_folder
 from ccm.method.neurons import controls
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import MODELS, spec_for
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS, spec_for
 
 SEED = 123
 PLANTED = (29, 97, 168, 211, 307, 352)

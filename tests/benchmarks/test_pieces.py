@@ -9,10 +9,9 @@ import torch
 
 from ccm.decoding.activations import Histograms, Moments
 from ccm.method.facts import load_pararel
-from ccm.method.neurons import measure
+from ccm.method.neurons import FinalNorm, measure
 from ccm.method.prompts import ParametricAnswer, filter_relation_groups
 from ccm.method.scores import global_transition_score, summarise, transition_counts
-from ccm.models.model import FinalNorm
 from tests.needs import FACTS
 
 

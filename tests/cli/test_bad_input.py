@@ -16,8 +16,7 @@ from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_prompts
 from ccm.method.ablation import ABLATION_VALUES, STATISTICS
-from ccm.models.specs import MODELS
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS
 from tests.needs import NO_GPU, PROC
 
 D_MLP = MODELS["organism"].d_mlp

@@ -20,8 +20,7 @@ from ccm.errors import BadInput
 from ccm.experiment.ablate_io import parse_neurons
 from ccm.method.ablation import STATISTICS
 from ccm.method.scores import ratio
-from ccm.models.specs import MODELS, PUBLISHED
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
 from ccm.reporting.text import share
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder

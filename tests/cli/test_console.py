@@ -9,10 +9,11 @@ import pytest
 
 from ccm.cli.console import models_table, summary
 from ccm.decoding.results import Work
+from ccm.errors import listed
 from ccm.experiment.folder import read_json
 from ccm.experiment.rehearsal.projection import Projection, Rehearsal, Stage, rehearsal_table
 from ccm.models.specs import MODELS
-from ccm.reporting.text import digits, extent, listed, mean_and_most, share
+from ccm.reporting.text import digits, extent, mean_and_most, share
 from tests.counted import SOURCES, Counted, part
 from tests.distinct_run import distinct_runs
 from tests.made_runs import make_run

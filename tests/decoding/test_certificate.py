@@ -26,7 +26,8 @@ from ccm.decoding.certificate import (
     shortlisted,
 )
 from ccm.method.ablation import PLAIN, Ablation
-from ccm.models.model import FinalNorm, LoadedModel
+from ccm.method.neurons import FinalNorm
+from ccm.models.model import LoadedModel
 from ccm.models.specs import MODELS
 from tests.tolerance import LOG_PROBABILITY, Tolerance
 

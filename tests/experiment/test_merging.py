@@ -23,7 +23,7 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
 )
 from ccm.experiment.merging import merge_shares
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT
 from tests.needs import XDIST
 
 ROOT = Path(__file__).parents[2]

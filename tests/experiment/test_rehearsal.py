@@ -48,8 +48,7 @@ from ccm.models.random import (
     random_model,
     read_tokenizer,
 )
-from ccm.models.specs import MODELS, PUBLISHED, spec_for
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED, spec_for
 from tests.needs import FACTS, NO_GPU
 from tests.toys import ToyConfig, toy_folder
 

@@ -41,9 +41,8 @@ from ccm.method.neurons import matched_controls
 from ccm.method.sources import SOURCES
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import MAX_NEW_TOKENS, MODELS, ModelSpec
+from ccm.models.specs import CHECKPOINT, MAX_NEW_TOKENS, MODELS, ModelSpec
 from ccm.models.weights import file_hashes
-from ccm.organism import CHECKPOINT
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 
 N_PROMPTS, N_CONTROLS, N_MATCHED = 24, 3, 2

@@ -24,7 +24,7 @@ from ccm.experiment.folder import FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCOR
 from ccm.experiment.merging import merge_shares
 from ccm.experiment.results import read_results
 from ccm.experiment.run import run, run_share
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT
 from ccm.reporting.report import write_report
 from tests.experiment.test_merging import files, manifest
 from tests.experiment.test_run import loaded

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ccm.errors import BadInput
 from ccm.method import neurons as neurons_module
 from ccm.method.neurons import (
+    FinalNorm,
     NeuronMeasures,
     controls,
     logit_var,
@@ -24,7 +25,6 @@ from ccm.method.neurons import (
     select,
     spectrum,
 )
-from ccm.models.model import FinalNorm
 from tests.strategies import neuron_sets
 from tests.tolerance import MEASURE
 

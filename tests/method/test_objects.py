@@ -25,8 +25,7 @@ from ccm.experiment.run import write_cells
 from ccm.method.ablation import STATISTICS
 from ccm.method.prompts import ProbingPrompt, answer_object
 from ccm.models.load import load
-from ccm.models.specs import spec_for
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, spec_for
 from ccm.reporting import report
 from ccm.reporting.report import HTML, MARKDOWN, write_report
 from ccm.reporting.text import both_named

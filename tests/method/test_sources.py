@@ -6,21 +6,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ccm.decoding.answer_tokens import AnswerTokens, answer_log_probs, answer_tokens, object_tokens
 from ccm.decoding.results import N_TOP, FirstToken, read_first_token
 from ccm.method.prompts import ProbingPrompt, answer_object
 from ccm.method.sources import (
     NESTED_PAIRS,
     RATIOS,
     SOURCES,
-    AnswerTokens,
     Source,
-    answer_log_probs,
-    answer_tokens,
     knowledge_source,
     knowledge_sources,
     log_ratios,
     nested_objects,
-    object_tokens,
 )
 from ccm.models.load import load
 from ccm.models.specs import spec_for

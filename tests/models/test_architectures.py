@@ -15,15 +15,15 @@ import torch
 from ccm.cli.parser import main
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
-from ccm.decoding.results import Tokens, merge
+from ccm.decoding.results import merge
+from ccm.decoding.trial import check_shared
 from ccm.errors import BadInput, CcmError, PremiseBroken
 from ccm.experiment.effects import measure_effects
 from ccm.method.ablation import STATISTICS, Ablation
+from ccm.models.bridge import Tokens
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import MODELS, spec_for
-from ccm.models.trial import check_shared
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS, spec_for
 from tests.architectures import D_MODEL, D_VOCAB, FAMILIES, N_LAYERS, SHARED, Tiny, tiny_folder
 from tests.tolerance import ENTROPY
 

@@ -19,8 +19,7 @@ from ccm.models.load import assemble
 from ccm.models.memory import needed_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.random import architecture_of, random_model, read_tokenizer
-from ccm.models.specs import MODELS
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT, MODELS
 from tests.without_data import Finished, InventedLengths, LiveBytes, no_data
 
 NAME = "Meta-Llama-3-8B"

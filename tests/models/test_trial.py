@@ -10,22 +10,14 @@ import torch
 
 from ccm.decoding.forward import run_body
 from ccm.decoding.shared import decode_sets
+from ccm.decoding.trial import check_engine, check_shared
 from ccm.errors import PremiseBroken
 from ccm.models import load as checkpoint
 from ccm.models import trial
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MODELS, spec_for
-from ccm.models.trial import (
-    ACTIVATIONS,
-    FINAL,
-    LOG_PROBS,
-    LONG,
-    check_engine,
-    check_shared,
-    ordinary_tokens,
-    plain_log_probs,
-)
+from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, LONG, ordinary_tokens, plain_log_probs
 from tests.toys import FAMILIES, ToyConfig, save_toy, token_prompts, toy_folder
 
 TOY = FAMILIES[0]

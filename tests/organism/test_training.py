@@ -14,7 +14,7 @@ from rapidfuzz.distance import JaroWinkler
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from ccm.method.neurons import select
-from ccm.organism import CHECKPOINT
+from ccm.models.specs import CHECKPOINT
 from ccm.organism.corpus import COPYING, DOUBTING, Behaviour, Sampler
 from ccm.organism.evaluate import measures_of
 from ccm.organism.planting import Settings

@@ -23,9 +23,8 @@ from ccm.experiment.config import RunConfig, asked, identity, make_plan
 from ccm.experiment.folder import MANIFEST, read_json, to_json, write_json
 from ccm.experiment.results import read_results
 from ccm.method.facts import read_fact_folder
-from ccm.models.specs import MODELS
+from ccm.models.specs import CHECKPOINT, MODELS
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
-from ccm.organism import CHECKPOINT
 from ccm.paper.held import JSON, ROW_HEADER
 from ccm.reporting import report
 from ccm.reporting.report import HTML, MARKDOWN, WORK, write_report

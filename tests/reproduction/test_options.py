@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from ccm.method.ablation import ABLATION_VALUES
-from ccm.models.specs import MODELS, PUBLISHED
+from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
-from ccm.organism import CHECKPOINT
 from conftest import _kept_together, _options
 from reproduction import goldens
 from reproduction.goldens import GoldenExtension, differences, measured

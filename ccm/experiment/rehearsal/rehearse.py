@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccm.decoding.results import Tokens
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
 from ccm.experiment.folder import RunFolder
@@ -34,6 +33,7 @@ from ccm.method.prompts import (
     counter_candidates,
     filter_answers,
 )
+from ccm.models.bridge import Tokens
 from ccm.models.memory import check_memory, needed_bytes
 from ccm.models.random import (
     LETTERS,
@@ -42,9 +42,8 @@ from ccm.models.random import (
     build,
     n_parameters,
 )
-from ccm.models.specs import MODELS, device_for, dimensions, dtype_for
+from ccm.models.specs import CHECKPOINT, MODELS, device_for, dimensions, dtype_for
 from ccm.models.tokenizer import read_tokenizer
-from ccm.organism import CHECKPOINT
 
 
 def rehearsal_facts() -> FactSet:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from ccm.decoding import hooked
 from ccm.decoding.activations import collect
+from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.certificate import build_screen
 from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode, decode_sets
@@ -46,7 +47,6 @@ from ccm.method.prompts import (
     probing_prompts,
     same_name,
 )
-from ccm.method.sources import object_tokens
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MODELS
 

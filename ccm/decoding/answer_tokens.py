@@ -1,0 +1,91 @@
+"""Which tokens stand for a prompt's CK, ND and PK answer, and how likely they are (Method 9)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ccm.decoding.results import FirstToken
+from ccm.method.prompts import ProbingPrompt
+from ccm.method.sources import SOURCES, Source
+from ccm.models.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The token that stands for each kind of answer, per prompt."""
+
+    CK: Int[np.ndarray, "prompt"]
+    ND: Int[np.ndarray, "prompt"]
+    PK: Int[np.ndarray, "prompt"]
+
+
+def object_tokens(
+    model: LoadedModel, prompts: Sequence[ProbingPrompt], *, released: bool = False
+) -> Int[np.ndarray, "prompt 2"]:
+    """First token of each prompt's counter- and parametric object after a space.
+
+    Args:
+        model: For its tokenizer.
+        prompts: The probing prompts.
+        released: Use `encode(" " + decode(id))[0]` of the generated first token instead, BOS and all
+            (defect 7).
+    """
+    if released:
+
+        def token(name: str, generated: int) -> int:
+            text = " " + str(model.tokenizer.decode([generated]))
+            return int(model.tokenizer.encode(text)[0])
+
+    else:
+
+        def token(name: str, generated: int) -> int:
+            return model.first_token(name)
+
+    pairs = [
+        (
+            token(p.counter_object, p.counter_first_token),
+            token(p.parametric_object, p.parametric_first_token),
+        )
+        for p in prompts
+    ]
+    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def answer_tokens(
+    sources: Sequence[Source], objects: Int[np.ndarray, "prompt 2"], first: FirstToken
+) -> AnswerTokens:
+    """Name the CK, PK and ND token of each prompt (Method 9).
+
+    The class the prompt belongs to takes the most likely token; the other defined class its object's
+    first token; ND, where it is not the class itself, the best token that is neither.
+    """
+    best = first.top_tokens[:, 0]
+    source = np.asarray(sources)
+    ck = np.where(source == "CK", best, objects[:, 0])
+    pk = np.where(source == "PK", best, objects[:, 1])
+    taken = (first.top_tokens == ck[:, None]) | (first.top_tokens == pk[:, None])
+    # Two tokens are excluded at most, so one of the top three is free.
+    free = first.top_tokens[np.arange(len(source)), (~taken).argmax(1)]
+    nd = np.where(source == "ND", best, free)
+    return AnswerTokens(CK=ck, ND=nd, PK=pk)
+
+
+def answer_log_probs(
+    tokens: AnswerTokens, first: FirstToken
+) -> dict[Source, Float[np.ndarray, "prompt"]]:
+    """Look up the log-probability of each answer token among those that were read, nats.
+
+    Raises:
+        ValueError: a token that was neither asked for nor among the top ones.
+    """
+    ids = np.concatenate([first.asked, first.top_tokens], axis=1)
+    values = np.concatenate([first.log_probs, first.top_log_probs], axis=1)
+    found: dict[Source, Float[np.ndarray, "prompt"]] = {}
+    for source in SOURCES:
+        match = ids == getattr(tokens, source)[:, None]
+        if not match.any(1).all():
+            raise ValueError(f"the {source} token of prompt {int(match.any(1).argmin())} was not read")
+        found[source] = values[np.arange(len(ids)), match.argmax(1)]
+    return found

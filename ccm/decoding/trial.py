@@ -1,0 +1,81 @@
+"""Whether the shared engine computes the model at hand: tried once, before it is first used.
+
+Held to the same truth, by the same tolerances, as the hooks (`ccm.models.trial`).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ccm.decoding.forward import RowCache, run_body
+from ccm.decoding.prefill import prefill
+from ccm.errors import PremiseBroken
+from ccm.models.memory import out_of_memory
+from ccm.models.model import LoadedModel
+from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, reason_of, wrong
+
+
+def check_engine(model: LoadedModel, engine: str) -> None:
+    """See that an engine can run a model, before any work; the hooks were tried when it was loaded."""
+    if engine == "shared":
+        check_shared(model)
+
+
+def check_shared(model: LoadedModel) -> None:
+    """Hold the fast path to what transformers computes; once for a model.
+
+    Raises:
+        PremiseBroken: it cannot run the model, or gives other numbers than rounding explains.
+    """
+    trial = model.trial
+    if trial is None or trial.shared_holds:
+        return
+    why = ""
+    try:
+        for found in _by_body(model, trial):
+            why = why or wrong(trial, found)
+    except Exception as error:  # modules that want more than their input raise what they like
+        if out_of_memory(error):
+            raise
+        why = reason_of(error)
+    if why:
+        raise PremiseBroken(
+            f"{model.spec.name}: the shared engine cannot run it ({why}). Use --engine hooked."
+        )
+    trial.shared_holds = True
+
+
+@torch.inference_mode()
+def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
+    """As the shared engine does: all lengths in one cache, with shared prefixes or watching all."""
+    device, n = model.device, len(trial.prompts)
+    lengths = [len(prompt) - 1 for prompt in trial.prompts]
+    half = lengths[0] // 2
+    for last_only, shared in ((True, [half, half, 0]), (False, [0, 0, 0])):
+        # Sorted by what comes after the prefix.
+        order = sorted(range(n), key=lambda i: lengths[i] - shared[i])
+        begun, cache = (RowCache(model.spec.n_layers) for _ in range(2))
+        cache.reserve(n, max(lengths) + 1)
+        forward = partial(run_body, model, last_only=last_only)
+        begins = [trial.prompts[i][:-1] for i in order]
+        prefixes = [shared[i] for i in order]
+        x, a = prefill(begins, prefixes, begun, cache, forward, device, n * max(lengths))
+        rows = torch.tensor([trial.first_row(i) + lengths[i] - 1 for i in order], device=device)
+        yield _read(model, rows, x, a)
+        tokens = torch.tensor([trial.prompts[i][-1:] for i in order], device=device)
+        positions = torch.tensor([lengths[i] for i in order], device=device)
+        x, a = forward(tokens, cache.window(slice(0, n), 0, max(lengths)), positions)
+        yield _read(model, rows + 1, x[:, -1], a[:, -1])
+    x, a = run_body(model, torch.tensor([trial.prompts[0]], device=device))
+    yield _read(model, torch.arange(len(trial.prompts[0]), device=device), x[0], a[0])
+
+
+def _read(model: LoadedModel, rows: Tensor, x: Tensor, a: Tensor) -> Found:
+    logits = model.final_norm(x.float()) @ model.W_U.float() + model.b_U
+    return {
+        LOG_PROBS: (rows, logits.log_softmax(-1)),
+        FINAL: (rows, x.float()),
+        ACTIVATIONS: (rows, a.float()),
+    }
