@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ccm.cli.faults import fault
-from ccm.cli.options import parse_model_paths
 from ccm.errors import BadInput, CcmError, allowed
+from ccm.experiment.config import model_folders
 from ccm.method.ablation import ablation_values
 from ccm.method.facts import DATA_VARIABLE, pararel_folder
 from ccm.models.specs import MODELS, device_for, dtype_for, spec_for
@@ -67,7 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _options(config: pytest.Config) -> Options:
     """Check the options once, so that a wrong one is a usage error and not a hundred failures."""
     try:
-        paths = parse_model_paths(config.getoption("--model-path"))
+        paths = model_folders(config.getoption("--model-path"))
         named = config.getoption("--models")
         models = tuple(MODELS) if named == "all" else tuple(n.strip() for n in named.split(","))
         for name in paths:

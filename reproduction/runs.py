@@ -13,7 +13,6 @@ from ccm.errors import CcmError, NotAvailable
 from ccm.experiment.config import RunConfig
 from ccm.experiment.folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
 from ccm.experiment.run import run
-from ccm.method.ablation import ablation_values
 from ccm.method.neurons import NeuronMeasures, select
 from ccm.models.specs import PUBLISHED, ModelSpec
 from conftest import SEED, Options
@@ -66,7 +65,7 @@ def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
     published = pair.model in PUBLISHED
     return RunConfig(
         model=pair.model,
-        ablation_value=tuple(v.name for v in ablation_values(options.ablation_values)),
+        ablation_values=options.ablation_values,
         controls=N_CONTROLS,
         # The print knows plain controls only.
         matched_controls=0 if published else N_CONTROLS,

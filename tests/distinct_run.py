@@ -11,14 +11,13 @@ from ccm.experiment.folder import (
     MANIFEST,
     MEASURES,
     PROMPTS,
-    SCORES,
     RunFolder,
     read_json,
     write_json,
     write_statistics,
     write_table,
 )
-from ccm.experiment.scoring import scores_of_run
+from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import ActivationStatistics
 from tests.made_runs import make_run
 
@@ -122,7 +121,7 @@ def _make(path: Path, name: str, seed: int) -> None:
     }
     folder = RunFolder(path, _identity(path, seed))
     folder.note(sets=sets, facts=facts, **more)
-    write_json(path / SCORES, scores_of_run(folder, released=False))
+    write_scores(folder, released=False)
 
 
 def _cell(

@@ -12,15 +12,13 @@ from ccm.experiment.folder import (
     PROMPT_EFFECTS,
     PROMPTS,
     RHO_BY_LAYER,
-    SCORES,
     SET_EFFECTS,
     SINGULAR_VALUES,
     RunFolder,
-    write_json,
     write_statistics,
     write_table,
 )
-from ccm.experiment.scoring import scores_of_run
+from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import MATCHED, ActivationStatistics, numbered
 from ccm.method.sources import SOURCES
 
@@ -136,7 +134,7 @@ def make_run(
     folder.note(sets=sets, entropy_neurons=chosen, facts=facts)
     if beyond:
         _add_beyond(folder, random, rho, layers, prompts)
-    write_json(path / SCORES, scores_of_run(folder, protocol == "released"))
+    write_scores(folder, protocol == "released")
     folder.note(complete=True)
     return folder
 

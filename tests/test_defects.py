@@ -20,7 +20,6 @@ from ccm.decoding.answer_tokens import answer_tokens, object_tokens
 from ccm.decoding.results import Completions, read_first_token
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_statistics_npz
-from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.probing import PromptSet, build_prompts
 from ccm.method.ablation import (
     ABLATION_VALUES,
@@ -32,6 +31,7 @@ from ccm.method.ablation import (
 )
 from ccm.method.neurons import controls
 from ccm.method.prompts import ProbingPrompt
+from ccm.method.protocol import PROTOCOLS
 from ccm.method.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
 from ccm.method.sources import SOURCES, knowledge_sources
 from ccm.models.load import load
@@ -419,7 +419,7 @@ def test_nothing_runs_code_from_files() -> None:
     """Defect 9: no pickle, no remote code, no eval in the package; JSON, Parquet, safetensors."""
     root = Path(ccm.__file__).parent
     files = sorted(root.rglob("*.py"))
-    assert root / "models.py" in files
+    assert root / "models" / "load.py" in files
     found = {str(path.relative_to(root)): unsafe(path.read_text(encoding="utf-8")) for path in files}
     assert not {name: lines for name, lines in found.items() if lines}
 

@@ -1,13 +1,42 @@
-"""Options that several commands share, and how their values are read."""
+"""Options of the commands: those of a run are derived from `RunConfig`, the rest stands here."""
 
 import argparse
-import math
-from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from ccm.errors import BadInput
+from ccm.experiment import config
+from ccm.experiment.config import Option, option_of
 
 PROGRAM = "ccm"
+
+
+def add_options(command: argparse.ArgumentParser, *names: str) -> None:
+    """Add options of a run by their names in `RunConfig`, or all of them.
+
+    What is not given is not in the namespace, so that every default stands in one place.
+    """
+    known = {f.name: option_of(f) for f in fields(config.RunConfig)}
+    for name in names or known:
+        _add(command, name, known[name])
+    command.set_defaults(run_options=names or tuple(known))
+
+
+def _add(command: argparse.ArgumentParser, name: str, option: Option) -> None:
+    more: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": option.help}
+    if option.switch:
+        command.add_argument(option.flag, action="store_true", **more)
+        return
+    if option.metavar is not None:
+        more["metavar"] = option.metavar
+    more["action"] = "append" if option.repeated else "store"
+    # A model is always named: the one that comes with the package is for the first look.
+    command.add_argument(option.flag, required=name == "model", **more)
+
+
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of a run's options, for `RunConfig`."""
+    return {name: getattr(options, name) for name in options.run_options if hasattr(options, name)}
 
 
 def rehearse_options(command: argparse.ArgumentParser) -> None:
@@ -36,110 +65,3 @@ def rehearse_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep what such a run leaves behind (random results)"
     )
-
-
-def path_option(command: argparse.ArgumentParser) -> None:
-    """Where a named model's weights are."""
-    command.add_argument(
-        "--model-path",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="checkpoint folder of a named model; may be repeated",
-    )
-
-
-def model_options(command: argparse.ArgumentParser) -> None:
-    """Which model, where it runs, and under which protocol."""
-    command.add_argument("--model", required=True, help="a name of `ccm models`, or a folder")
-    path_option(command)
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto (default: cpu)")
-    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    command.add_argument(
-        "--protocol",
-        default="corrected",
-        help="corrected (default), or released: with the released code's behaviours",
-    )
-
-
-def bos_option(command: argparse.ArgumentParser) -> None:
-    """What stands before every prompt."""
-    command.add_argument(
-        "--bos",
-        default="own",
-        metavar="none|ID",
-        help="token before every prompt: none, or an id (default: the tokenizer's own BOS)",
-    )
-
-
-def engine_option(command: argparse.ArgumentParser) -> None:
-    """Which way to decode."""
-    command.add_argument(
-        "--engine",
-        default="shared",
-        help="shared (default): one decode for all sets; hooked: the slow reference, a pass a set",
-    )
-
-
-def engine_options(command: argparse.ArgumentParser) -> None:
-    """How to decode."""
-    engine_option(command)
-    command.add_argument(
-        "--memory-budget",
-        type=size_in_bytes,
-        metavar="SIZE",
-        help="what a shard may use, like 500M or 8G (default: half of what is free)",
-    )
-
-
-def size_in_bytes(text: str) -> int:
-    """Parse a size: `500M`, `8G` or plain bytes."""
-    units = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    try:
-        size = float(number) * unit
-    except ValueError:
-        size = math.nan
-    if not (1 << 20) <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size. Give 1M or more, like 500M or 8G.")
-    return int(size)
-
-
-def share(text: str) -> tuple[int, int]:
-    """Parse `2/8`."""
-    i, slash, n = text.partition("/")
-    if not (slash and i.isascii() and i.isdecimal() and n.isascii() and n.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share. Give I/N, like 2/8.")
-    return int(i), int(n)
-
-
-def facts_options(command: argparse.ArgumentParser) -> None:
-    """Which facts, and how they are asked."""
-    command.add_argument(
-        "--facts", help="pararel, or a folder with facts.csv and relations.csv (default: its own)"
-    )
-    command.add_argument("--template", help="bare, instruction or chat (default: the model's)")
-
-
-def measure_options(command: argparse.ArgumentParser) -> None:
-    """How entropy neurons are selected."""
-    command.add_argument("-k", type=int, help="entropy neurons to select (default: the model's)")
-    command.add_argument("--min-rho", type=float, help="least rho to select (default: the model's)")
-    command.add_argument("--null-space-dims", type=int, help="directions of V0 (default: its own)")
-
-
-def parse_model_paths(entries: Sequence[str]) -> dict[str, Path]:
-    """Parse `NAME=DIR` entries.
-
-    Raises:
-        BadInput: an entry without `=`, or a folder that is not there.
-    """
-    paths = {}
-    for entry in entries:
-        name, equals, folder = entry.partition("=")
-        if not (name and equals and folder):
-            raise BadInput(f"--model-path {entry!r}: not NAME=DIR. Give gpt2-small=/path/to/folder.")
-        if not Path(folder).is_dir():
-            raise BadInput(f"--model-path {entry!r}: no such folder {folder!r}.")
-        paths[name] = Path(folder)
-    return paths

@@ -19,20 +19,11 @@ from typing import NoReturn
 
 from ccm.cli import commands as subcommands
 from ccm.cli.faults import fault
-from ccm.cli.options import (
-    PROGRAM,
-    bos_option,
-    engine_option,
-    engine_options,
-    facts_options,
-    measure_options,
-    model_options,
-    path_option,
-    rehearse_options,
-    share,
-)
+from ccm.cli.options import PROGRAM, add_options, rehearse_options
 from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
+
+MODEL = ("model", "model_paths", "device", "dtype", "protocol")  # which model, and how it is run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,53 +190,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="the whole experiment, into a run folder")
-    model_options(run)
-    bos_option(run)
-    facts_options(run)
-    run.add_argument(
-        "--ablation-value",
-        default="mean_ablation",
-        help="mean_ablation, median_ablation, mode_ablation, mean_minus_sigma_ablation, "
-        "mean_plus_sigma_ablation, several with commas, or all (default: %(default)s)",
-    )
-    run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
-    run.add_argument(
-        "--matched-controls",
-        type=int,
-        metavar="N",
-        help="sets of neurons near the entropy neurons in weight norm and spread (default: as many as "
-        "--controls)",
-    )
-    run.add_argument("--seed", type=int, default=123, help="of the controls (default: 123)")
-    measure_options(run)
-    run.add_argument("--neurons", help="fix the entropy set: 1,2,3, or published")
-    engine_options(run)
-    run.add_argument(
-        "--device-map", help="auto: lay the layers over all GPUs, for a model that fits no single one"
-    )
-    run.add_argument(
-        "--full-texts", action="store_true", help="decode controls to 10 tokens, not to their answer"
-    )
-    run.add_argument(
-        "--stats",
-        default="own",
-        help="activation statistics: own (default), or released, those of the paper's authors",
-    )
-    run.add_argument("--max-prompts", type=int, help="use only so many, evenly chosen")
-    run.add_argument(
-        "--shard",
-        type=share,
-        metavar="I/N",
-        help="decode only the I-th of N shares of the prompts; `ccm merge` joins them",
-    )
+    add_options(run)
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-VALUE-TIME)")
     run.add_argument(
         "--report", action="store_true", help="at the end, draw everything and write the report"
     )
     run.set_defaults(run=subcommands.run)
 
-    merge = commands.add_parser("merge", help="join the shares of a run into one run folder")
-    merge.add_argument("shares", type=Path, nargs="+", metavar="FOLDER", help="of run --shard I/N")
+    merge = commands.add_parser("merge", help="join the shards of a run into one run folder")
+    merge.add_argument("shards", type=Path, nargs="+", metavar="FOLDER", help="of run --shard I/N")
     merge.add_argument("--out", type=Path, required=True, help="run folder to write")
     merge.set_defaults(run=subcommands.merge)
 
@@ -266,33 +219,27 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=subcommands.report)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
-    path_option(models)
+    add_options(models, "model_paths")
     models.set_defaults(run=subcommands.models)
 
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
-    model_options(prompts)
-    bos_option(prompts)
-    facts_options(prompts)
-    engine_option(prompts)
+    add_options(prompts, *MODEL, "bos", "facts", "template", "engine")
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
     prompts.set_defaults(run=subcommands.prompts)
 
     measure = commands.add_parser("measure", help="LogitVar, norm and rho of last-layer neurons")
-    model_options(measure)
-    measure_options(measure)
+    add_options(measure, *MODEL, "k", "min_rho", "null_space_dims")
     measure.add_argument("--out", type=Path, help="CSV file to write")
     measure.set_defaults(run=subcommands.measure)
 
     ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
-    model_options(ablate)
-    bos_option(ablate)
+    add_options(ablate, *MODEL, "bos", "engine", "memory_budget")
     ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
     ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
     sets = ablate.add_mutually_exclusive_group(required=True)
     sets.add_argument("--neurons", help="one set: 1,2,3")
     sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
     ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
-    engine_options(ablate)
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=subcommands.ablate)
 

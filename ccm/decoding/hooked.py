@@ -7,18 +7,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from ccm.decoding.results import (
     Completions,
     FirstToken,
     Observer,
+    Shard,
+    Work,
     completions,
     greedy,
     no_targets,
     read_first_token,
+    shard_of,
 )
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
@@ -26,6 +31,7 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
+TAKES = ("shard",)
 _Result = TypeVar("_Result")
 
 
@@ -36,6 +42,7 @@ def decode(
     *,
     targets: Int[Tensor, "prompt target"] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    memory_budget: int | None = None,
     batch_size: int = BATCH_SIZE,
     observe: Observer | None = None,
 ) -> Completions:
@@ -47,6 +54,7 @@ def decode(
         ablation: The neuron set; the empty one is the plain run.
         targets: Tokens whose first-step log-probabilities are wanted, per prompt.
         max_new_tokens: At least 1; a prompt stops early at EOS (Method 7).
+        memory_budget: Not heeded: a batch takes the memory that it takes.
         batch_size: Prompts of equal length that run together; never changes a result.
         observe: Sees `hook_post` of the last layer, before ablation, at every prompt position and
             every fed-back token of prompts that have not ended.
@@ -74,6 +82,48 @@ def decode(
             )
             parts.append((indices, first))
     return completions(model, generated, parts)
+
+
+def decode_sets(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    ablations: Sequence[Ablation] = (),
+    *,
+    targets: Int[Tensor, "prompt target"] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    full: Sequence[bool] | None = None,
+    own_top: bool = False,
+    memory_budget: int | None = None,
+    work: Work | None = None,
+    done: Collection[int] = (),
+    share: tuple[int, int] = (1, 1),
+) -> Iterator[Shard]:
+    """Decode prompts under the plain run and every ablation, one pass each.
+
+    Same signature as `ccm.decoding.shared.decode_sets`, with two liberties: every continuation is
+    decoded to its end, whatever `full` says, and a batch takes the memory that it takes.
+    """
+    given = no_targets(len(prompts)) if targets is None else targets
+    batches = list(equal_length_batches(prompts, BATCH_SIZE))
+    for indices in batches[share[0] - 1 :: share[1]]:
+        if set(indices) <= set(done):
+            continue
+        chosen = [prompts[i] for i in indices]
+        plain = decode(model, chosen, targets=given[indices], max_new_tokens=max_new_tokens)
+        # Any answer token of the plain run is one that was asked for, or one of its top tokens.
+        asked = torch.from_numpy(np.concatenate([plain.first.asked, plain.first.top_tokens], axis=1))
+        sets = tqdm(ablations, desc="sets", unit="set", leave=False, disable=not ablations)
+        runs = [
+            decode(model, chosen, ablation, targets=asked, max_new_tokens=max_new_tokens)
+            for ablation in sets
+        ]
+        if work is not None:
+            work.prompts += len(indices)
+        yield shard_of(indices, plain, runs, own_top=own_top)
+
+
+def check(model: LoadedModel) -> None:
+    """Nothing to see to: the hooks were tried when the model was loaded (`ccm.models.trial`)."""
 
 
 @torch.inference_mode()

@@ -139,6 +139,45 @@ class Shard:
     top_log_probs: Float[np.ndarray, "prompt topped top"]
 
 
+def shard_of(
+    indices: Sequence[int], plain: Completions, runs: Sequence[Completions], *, own_top: bool
+) -> Shard:
+    """Put the plain run and others of the same prompts together.
+
+    Args:
+        indices: Which prompts.
+        plain: Their continuations without ablation.
+        runs: Others; asked for the plain run's top tokens, too, after what it was asked for.
+        own_top: Whether to keep the most likely tokens of every run, not only of the plain one.
+    """
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    texts: list[str] = []
+    leaf = np.zeros((len(indices), 1 + len(runs)), dtype=np.int64)
+    for s, run in enumerate([plain, *runs]):
+        for p, tokens in enumerate(run.tokens):
+            leaf[p, s] = numbers.setdefault((p, tokens), len(numbers))
+            if leaf[p, s] == len(texts):
+                texts.append(run.texts[p])
+    topped = [plain, *runs] if own_top else [plain]
+    return Shard(
+        prompts=np.asarray(indices, dtype=np.int64),
+        leaves=tuple(tokens for _, tokens in numbers),
+        texts=tuple(texts),
+        leaf=leaf,
+        entropy=np.stack([run.first.entropy for run in [plain, *runs]], axis=1),
+        asked=np.concatenate([plain.first.asked, plain.first.top_tokens], axis=1),
+        log_probs=np.stack(
+            [
+                np.concatenate([plain.first.log_probs, plain.first.top_log_probs], axis=1),
+                *(run.first.log_probs for run in runs),
+            ],
+            axis=1,
+        ),
+        top_tokens=np.stack([run.first.top_tokens for run in topped], axis=1),
+        top_log_probs=np.stack([run.first.top_log_probs for run in topped], axis=1),
+    )
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Results of all prompts under all sets; set 0 is the plain run."""

@@ -40,6 +40,7 @@ from ccm.models.specs import MAX_NEW_TOKENS
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
+TAKES = ("shard", "device_map")
 MAX_BATCH = 448  # prompts a part: coarser would only make progress, resuming and sharing coarser
 
 
@@ -53,7 +54,7 @@ def decode(
     memory_budget: int | None = None,
     observe: Observer | None = None,
 ) -> Completions:
-    """Decode under one neuron set, like `ccm.decoding.hooked.decode`; arguments and result are its."""
+    """Decode under one neuron set; same signature as `ccm.decoding.hooked.decode`."""
     sets = [ablation] if ablation.neurons else []
     shards = decode_sets(
         model,
@@ -136,6 +137,15 @@ def decode_sets(
         if work is not None:
             work.add(counted)
         yield shard
+
+
+def check(model: LoadedModel) -> None:
+    """See that this engine computes the model at hand; once for a model.
+
+    Raises:
+        PremiseBroken: it cannot run it, or gives other numbers than rounding explains.
+    """
+    check_shared(model)
 
 
 def read_last_positions(

@@ -17,12 +17,6 @@ from ccm.models.model import LoadedModel
 from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, reason_of, wrong
 
 
-def check_engine(model: LoadedModel, engine: str) -> None:
-    """See that an engine can run a model, before any work; the hooks were tried when it was loaded."""
-    if engine == "shared":
-        check_shared(model)
-
-
 def check_shared(model: LoadedModel) -> None:
     """Hold the fast path to what transformers computes; once for a model.
 

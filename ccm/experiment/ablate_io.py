@@ -11,9 +11,14 @@ import numpy as np
 import pandas as pd
 
 from ccm.errors import BadInput
-from ccm.method.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
+from ccm.experiment.ablate import Ablated
+from ccm.experiment.config import RunConfig
+from ccm.experiment.folder import read_json
+from ccm.method.ablation import PLAIN, STATISTICS, AblationValue, ActivationStatistics, check_neurons
 from ccm.method.facts import check_distinct, read_table
 from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
+from ccm.method.sources import nested_objects
+from ccm.models.model import LoadedModel
 
 PROMPT_COLUMNS = (
     "knowledge_probing_prompt",
@@ -124,21 +129,6 @@ def read_statistics_npz(path: Path) -> ActivationStatistics:
     return statistics
 
 
-def parse_neurons(text: str, what: str = "--neurons") -> tuple[int, ...]:
-    """Parse `1,2,3`.
-
-    Raises:
-        BadInput: something between the commas is no whole number.
-    """
-    numbers = []
-    for part in text.split(","):
-        # Nine digits at most, so that no number is too long to be read; `int` would take 1_000, too.
-        if not re.fullmatch("-?[0-9]{1,9}", part.strip()):
-            raise BadInput(f"{what} {text!r}: {part.strip()!r} is not a neuron number. Give 1,2,3.")
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
 def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
     """Read neuron sets from JSON: a list of lists, or an object of named lists.
 
@@ -146,8 +136,6 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
         BadInput: another structure, the name of the plain run, or neurons that are out of range or
             repeated.
     """
-    from ccm.experiment.folder import read_json  # imports torch, which `parse_neurons` can do without
-
     if not path.is_file():
         raise BadInput(f"--sets {path}: no such file. Give a JSON file with lists of neurons.")
     data: Any = read_json(path)
@@ -163,8 +151,32 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
     return {str(n): check_neurons(s, d_mlp, f"{path}: set {n!r}") for n, s in data.items()}
 
 
+def ablated_json(
+    done: Ablated,
+    model: LoadedModel,
+    prompts: Sequence[ProbingPrompt],
+    value: AblationValue,
+    config: RunConfig,
+) -> dict[str, Any]:
+    """What `ccm ablate` writes: what was run, and what came of every set."""
+    return {
+        "model": model.spec.name,
+        "ablation_value": value.name,
+        "protocol": config.protocol,
+        "engine": config.engine,
+        "work": done.work.as_dict(),
+        "dtype": config.dtype,
+        "device": model.device.type,
+        "special_tokens": model.special_tokens,
+        "first_prompt_tokens": done.tokens[0],
+        "objects_with_splitter": split_columns(prompts),
+        "nested_objects": nested_objects(prompts),
+        "results": sets_json(done.tables, done.sets),
+    }
+
+
 def sets_json(
-    tables: dict[str, pd.DataFrame], neurons: Mapping[str, Sequence[int]]
+    tables: Mapping[str, pd.DataFrame], neurons: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
     """Arrange cell tables as the released outputs are: lists per quantity, by set."""
     return {

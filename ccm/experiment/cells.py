@@ -1,27 +1,22 @@
-"""From decoding to cells: one table per ablation value and neuron set, by either engine."""
+"""From decoding to cells: one table per ablation value and neuron set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Int
 from tqdm import tqdm
 
-from ccm.decoding import hooked
-from ccm.decoding import shared as decoding
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
-from ccm.decoding.results import Completions, Shard, Work, merge
+from ccm.decoding.engines import Engine
+from ccm.decoding.results import Completions, Shard
 from ccm.experiment.folder import ShardStore
 from ccm.method.ablation import Ablation
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.sources import SOURCES, Source, knowledge_sources
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
-
-# How to decode one set; both give the same texts, tokens and sources.
-ENGINES: dict[str, Callable[..., Completions]] = {"shared": decoding.decode, "hooked": hooked.decode}
 
 
 class CellReader:
@@ -74,61 +69,8 @@ class CellReader:
         )
 
 
-def decode_hooked(
-    model: LoadedModel,
-    tokens: Sequence[Tokens],
-    ablations: Sequence[Ablation],
-    objects: Int[np.ndarray, "prompt 2"],
-) -> Iterator[Completions]:
-    """Decode the plain run, then each ablation when it is asked for, one pass each."""
-    plain = hooked.decode(model, tokens, targets=torch.from_numpy(objects))
-    yield plain
-    # Any answer token of the plain run is an object's first token or one of its top tokens.
-    asked = torch.from_numpy(np.concatenate([objects, plain.first.top_tokens], axis=1))
-    for ablation in tqdm(ablations, desc="ablations", unit="set"):
-        yield hooked.decode(model, tokens, ablation, targets=asked)
-
-
-def decode_shared(
-    model: LoadedModel,
-    tokens: Sequence[Tokens],
-    ablations: Sequence[Ablation],
-    objects: Int[np.ndarray, "prompt 2"],
-    *,
-    full: Sequence[bool] | None = None,
-    own_top: bool = False,
-    memory_budget: int | None = None,
-    work: Work | None = None,
-) -> Iterator[Completions]:
-    """Decode the plain run and all ablations in one pass, then hand them out one by one.
-
-    Args:
-        model: The model.
-        tokens: Prompts.
-        ablations: Neuron sets with their values.
-        objects: Tokens whose log-probabilities are wanted, with the plain run's top ones.
-        full: See `ccm.decoding.shared.decode_sets`.
-        own_top: Likewise.
-        memory_budget: Likewise.
-        work: Counts are added here.
-    """
-    decoded = merge(
-        decode_stored(
-            model,
-            tokens,
-            ablations,
-            targets=torch.from_numpy(objects),
-            full=full,
-            own_top=own_top,
-            memory_budget=memory_budget,
-            work=work,
-        )
-    )
-    for index in range(1 + len(ablations)):
-        yield decoded.completions(index)
-
-
 def decode_stored(
+    engine: Engine,
     model: LoadedModel,
     tokens: Sequence[Tokens],
     ablations: Sequence[Ablation] = (),
@@ -141,18 +83,19 @@ def decode_stored(
     """Decode with a progress bar, keeping every finished shard, and go on from those that are there.
 
     Args:
+        engine: What decodes.
         model: The model.
         tokens: Prompts.
         ablations: Neuron sets with their values.
         store: Where finished shards are kept; those already there are not computed again.
         label: Of the progress bar.
         on_shard: Called after each shard.
-        options: For `ccm.decoding.shared.decode_sets`.
+        options: For the engine's `decode_sets`.
     """
     shards = [] if store is None else store.read()
     done = {int(i) for shard in shards for i in shard.prompts}
     with tqdm(total=len(tokens), initial=len(done), desc=label, unit="prompt") as bar:
-        for shard in decoding.decode_sets(model, tokens, ablations, done=done, **options):
+        for shard in engine.decode_sets(model, tokens, ablations, done=done, **options):
             if store is not None:
                 store.write(shard)
             shards.append(shard)

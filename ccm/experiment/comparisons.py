@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from ccm.decoding.engines import ENGINES, Engine
 from ccm.experiment.effects import EFFECTS, Effects, measure_effects
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
@@ -67,7 +68,7 @@ def effects_step(
     model: LoadedModel,
     tokens: Sequence[Sequence[int]],
     planned: Mapping[str, Sequence[Ablation]],
-    engine: str = "shared",
+    engine: Engine = ENGINES["shared"],
 ) -> None:
     """Split every ablation's effect on the first token's entropy, unless that is done.
 

@@ -1,261 +1,363 @@
-"""What a run is: all that its results depend on, checked before any weights are loaded."""
+"""The options of a run: one row each, from which all else that knows them is derived.
 
-import hashlib
-import platform
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from math import comb
+A field of `RunConfig` carries its help, its checks and how it is read and written. The command line's
+options, a run's identity, its manifest and the command that does it again follow from the fields, so a
+new option is a new field and nothing else. Nothing heavy is imported: `ccm --help` reads this, too.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ccm.errors import BadInput, one_of
-from ccm.experiment.cells import ENGINES
-from ccm.experiment.folder import to_json
-from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
-from ccm.method.ablation import AblationValue, ablation_values, check_neurons
-from ccm.method.facts import FactSet, load_pararel, read_fact_folder
-from ccm.method.prompts import TEMPLATES
-from ccm.models.specs import ModelSpec, device_for, dtype_for, spec_for
-from ccm.models.tokenizer import Bos, parse_bos
-from ccm.models.weights import check_weights, file_hashes
+from ccm.method.protocol import PROTOCOLS
+
+DTYPES = ("float32", "bfloat16", "float16")
+STATISTICS_FROM = ("own", "released")
+PUBLISHED = "published"  # instead of neurons: those that the paper's authors picked
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Which of the released code's behaviours a run follows; the defaults are right."""
+class Option:
+    """What is known of an option beside its value."""
 
-    name: str
-    lower_case_objects: bool = False  # defect 11
-    controls_overlap: bool = False  # defect 6
-    float16_sigma: bool = False  # defect 3
-    released_tokens: bool = False  # defect 7
-    nd_ratio_of_pk: bool = False  # defect 1
-    counter_first: bool = False  # CK where an answer names both objects, even if PK is the longer
+    told: str | Callable[[], str]  # help: what it is, and what may be given
+    flag: str
+    default: Any
+    read: Callable[[Any], Any] = str  # from the command line's text
+    shown: Callable[[Any], str] = str  # back to it
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    least: int | float | None = None
+    most: int | float | None = None
+    result: bool = True  # whether results depend on it, so that it tells runs apart
+    always: bool = False  # said by "run it again" even where it is the default
+    switch: bool = False  # given without a value
+    repeated: bool = False  # may be given several times
+
+    @property
+    def help(self) -> str:
+        """What the option is, and its default where the text does not say it."""
+        told = self.told if isinstance(self.told, str) else self.told()
+        if self.switch or self.default in (None, {}):
+            return told
+        return f"{told} (default: {self.shown(self.default)})"
+
+    def is_default(self, value: Any) -> bool:
+        """Whether a value is what is taken where none is given."""
+        return bool(value == self.default)
+
+    def value_of(self, given: Any) -> Any:
+        """Read a value where it is text or a list, as the command line and a manifest have it.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+        if isinstance(given, str) or self.repeated:
+            try:
+                return self.read(given)
+            except BadInput:
+                raise
+            except ValueError as error:
+                raise BadInput(f"{self.flag} {given!r}: {error}.") from error
+        return tuple(given) if isinstance(given, list) else given
+
+    def check(self, value: Any) -> None:
+        """Hold a value to what is allowed, as far as that does not depend on the model.
+
+        Raises:
+            BadInput: it is not.
+        """
+        if value is None or isinstance(value, bool):
+            return
+        name = self.flag.lstrip("-").replace("-", " ")
+        if self.choices:
+            one_of(name, value, self.choices)
+        low, high = self.least, self.most
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            extent = f"{low:g} and more" if high is None else f"{low:g} to {high:.10g}"
+            raise BadInput(f"{name} {value}: out of range. Allowed: {extent}, for {self.flag}.")
 
 
-PROTOCOLS = {
-    "corrected": Protocol("corrected"),
-    "released": Protocol("released", True, True, True, True, True, True),
-}
+def option(default: Any, told: str | Callable[[], str], flag: str = "", **more: Any) -> Any:
+    """Declare a field of `RunConfig`; `more` are fields of `Option`."""
+    metadata = {"option": Option(told, flag, default, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-STATISTICS_FROM = ("own", "released")
+def option_of(f: "dataclasses.Field[Any]") -> Option:
+    """What a field of a configuration says of itself; its flag is its name unless it has another."""
+    found: Option = f.metadata["option"]
+    return found if found.flag else replace(found, flag="--" + f.name.replace("_", "-"))
+
+
+# --- how values are written on the command line -----------------------------------------------------
+# Each reads text, or says in a ValueError what it should have been.
+
+
+def whole(text: str) -> int:
+    """Read a whole number."""
+    # Not so many digits that it takes long to read; and `int` alone would take 1_000, too.
+    if not re.fullmatch("-?[0-9]{1,40}", text.strip()):
+        raise ValueError("not a whole number. Give one, like 100")
+    return int(text)
+
+
+def real(text: str) -> float:
+    """Read a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("not a number. Give one, like 0.9") from None
+
+
+def size_in_bytes(text: str) -> int:
+    """Read a size: `500M`, `8G` or plain bytes.
+
+    >>> size_in_bytes("8G") == 8 * 2**30
+    True
+    """
+    units = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    try:
+        size = float(number) * unit
+    except ValueError:
+        size = math.nan
+    if not (1 << 20) <= size < math.inf:
+        raise ValueError("no size. Give 1M or more, like 500M or 8G")
+    return int(size)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Read `2/8`."""
+    if not re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", text):
+        raise ValueError("no shard. Give I/N, like 2/8")
+    i, n = text.split("/")
+    return int(i), int(n)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read names with commas between them."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def neuron_numbers(text: str) -> tuple[int, ...]:
+    """Read `1,2,3`."""
+    numbers = []
+    for part in map(str.strip, text.split(",")):
+        if not re.fullmatch("-?[0-9]{1,9}", part):
+            raise ValueError(f"{part!r} is not a neuron number. Give 1,2,3")
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def neurons_or_published(text: str) -> tuple[int, ...] | str:
+    """Read `1,2,3`, or leave `published` as it is."""
+    return text if text == PUBLISHED else neuron_numbers(text)
+
+
+def model_folders(entries: str | Iterable[str] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Read `NAME=DIR` entries, or take folders by name.
+
+    Raises:
+        BadInput: an entry without `=`, or a folder that is not there.
+    """
+    if isinstance(entries, Mapping):
+        entries = [f"{name}={folder}" for name, folder in entries.items()]
+    paths = {}
+    for entry in [entries] if isinstance(entries, str) else entries:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise BadInput(f"--model-path {entry!r}: not NAME=DIR. Give gpt2-small=/path/to/folder.")
+        if not Path(folder).is_dir():
+            raise BadInput(f"--model-path {entry!r}: no such folder {folder!r}.")
+        paths[name] = Path(folder)
+    return paths
+
+
+def _joined(values: Sequence[object] | str) -> str:
+    return values if isinstance(values, str) else ",".join(map(str, values))
+
+
+def _ablation_values() -> Iterable[str]:
+    from ccm.method.ablation import ABLATION_VALUES
+
+    return ABLATION_VALUES
+
+
+# --- the options ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run's results depend on, apart from the weights and facts themselves."""
-
-    model: str = "organism"
-    ablation_value: tuple[str, ...] = ("mean_ablation",)
-    controls: int = 100
-    matched_controls: int = 0  # sets that match the entropy set in norm and spread (Method 13)
-    device: str = "cpu"
-    device_map: str | None = None  # auto: layers over all GPUs, for a model that fits no single one
-    dtype: str = "float32"
-    seed: int = 123
-    protocol: str = "corrected"
-    facts: str | None = None  # None: the model's own
-    template: str | None = None
-    bos: str = "own"  # own: the tokenizer's BOS token before every prompt; none; or a token id
-    k: int | None = None
-    min_rho: float | None = None
-    null_space_dims: int | None = None
-    neurons: tuple[int, ...] | None = None  # a fixed entropy set instead of the selection rule
-    max_prompts: int | None = None
-    engine: str = "shared"
-    full_texts: bool = False  # decode controls to the end too, not only their answers
-    memory_budget: int | None = None  # bytes; None: from what is free. Changes no text or source
-    stats: str = "own"  # activation statistics: own, or released by the paper's authors
-    share: tuple[int, int] | None = None  # (i, n): decode the i-th of n shares, for `ccm merge`
-    model_paths: dict[str, Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A `RunConfig` after every name in it was looked up and every number checked."""
-
-    config: RunConfig
-    spec: ModelSpec
-    facts: FactSet
-    template: str
-    bos: Bos
-    protocol: Protocol
-    values: tuple[AblationValue, ...]
-    k: int
-    min_rho: float
-    null_space_dims: int
-    device: torch.device
-
-
-def make_plan(config: RunConfig) -> Plan:
-    """Check a configuration without loading any weights.
+    """Everything a run's results depend on, apart from the weights and facts themselves.
 
     Raises:
-        BadInput: any name, number or file that cannot be used.
-        NotAvailable: a device or data that are not here.
+        BadInput: a value that can be seen to be wrong without the model (`ccm.experiment.plan` sees to
+            the rest).
     """
-    protocol = PROTOCOLS[one_of("protocol", config.protocol, PROTOCOLS)]
-    values = tuple(ablation_values(config.ablation_value))
-    spec = check_weights(spec_for(config.model, config.model_paths))
-    one_of("engine", config.engine, ENGINES)
-    if config.memory_budget is not None and config.memory_budget < 1 << 20:
-        raise BadInput(
-            f"memory budget {config.memory_budget} bytes: too small. Allowed: 1 MiB and more."
-        )
-    check_share(config)
-    check_device_map(config)
-    one_of("stats", config.stats, STATISTICS_FROM)
-    if config.stats == "released":
-        read_released_statistics(spec, finite=protocol.name != "released")
-    device = device_for(config.device)
-    dtype_for(config.dtype)
-    template = config.template or spec.template
-    one_of("template", template, TEMPLATES)
-    bos = parse_bos(config.bos)
-    if isinstance(bos, int) and bos >= spec.d_vocab:
-        raise BadInput(
-            f"--bos {bos}: no token of {spec.name}. Allowed: own, none, 0 to {spec.d_vocab - 1}."
-        )
-    if config.neurons is not None:
-        check_neurons(config.neurons, spec.d_mlp)
-    k = len(config.neurons) if config.neurons is not None else config.k or spec.n_entropy_neurons
-    if not 1 <= k <= spec.d_mlp or config.k == 0:
-        raise BadInput(
-            f"k={config.k if config.k is not None else k} entropy neurons: out of range. Allowed: 1 "
-            f"to {spec.d_mlp} (d_mlp of {spec.name})."
-        )
-    pool = spec.d_mlp if protocol.controls_overlap else spec.d_mlp - k
-    exist = comb(pool, k) - int(protocol.controls_overlap)
-    if not 0 <= config.controls <= exist:
-        raise BadInput(
-            f"{config.controls} controls: out of range. Allowed: 0 to {exist}, the distinct sets of "
-            f"{k} of {pool} neurons. Lower --controls."
-        )
-    exist = comb(spec.d_mlp - k, k)
-    if not 0 <= config.matched_controls <= exist:
-        raise BadInput(
-            f"{config.matched_controls} matched controls: out of range. Allowed: 0 to {exist}, the "
-            f"distinct sets of {k} of {spec.d_mlp - k} neurons. Lower --matched-controls."
-        )
-    if not 0 <= config.seed < 2**32:
-        raise BadInput(f"seed {config.seed}: out of range. Allowed: 0 to {2**32 - 1}.")
-    if config.max_prompts is not None and config.max_prompts < 1:
-        raise BadInput(f"max prompts {config.max_prompts}: out of range. Allowed: 1 and more.")
-    dims = spec.null_space_dims if config.null_space_dims is None else config.null_space_dims
-    if not 1 <= dims <= spec.d_model:
-        raise BadInput(
-            f"null-space dimensions {dims}: out of range. Allowed: 1 to {spec.d_model} (d_model)."
-        )
-    min_rho = spec.min_rho if config.min_rho is None else config.min_rho
-    if not 0 <= min_rho <= 1:
-        raise BadInput(f"least rho {min_rho}: out of range. Allowed: 0 to 1, for --min-rho.")
-    return Plan(
-        config=config,
-        spec=spec,
-        facts=find_facts(config.facts, spec),
-        template=template,
-        bos=bos,
-        protocol=protocol,
-        values=values,
-        k=k,
-        min_rho=min_rho,
-        null_space_dims=dims,
-        device=device,
+
+    model: str = option(
+        "organism", "a name of `ccm models`, or a checkpoint folder", always=True, result=False
+    )
+    model_paths: Mapping[str, Path] = option(
+        {},
+        "checkpoint folder of a named model; may be repeated",
+        "--model-path",
+        metavar="NAME=DIR",
+        read=model_folders,
+        repeated=True,
+        result=False,
+    )
+    device: str = option("cpu", "cpu, cuda, cuda:N, auto", always=True)
+    dtype: str = option("float32", "float32, bfloat16 or float16", choices=DTYPES)
+    protocol: str = option(
+        "corrected",
+        "corrected, or released: with the released code's behaviours",
+        choices=tuple(PROTOCOLS),
+    )
+    bos: str = option(
+        "own",
+        "token before every prompt: own (the tokenizer's BOS), none, or an id",
+        metavar="none|ID",
+    )
+    facts: str | None = option(
+        None,
+        "pararel, or a folder with facts.csv and relations.csv (default: the model's own)",
+        result=False,
+    )
+    template: str | None = option(None, "bare, instruction or chat (default: the model's)")
+    ablation_values: tuple[str, ...] = option(
+        ("mean_ablation",),
+        lambda: f"{', '.join(_ablation_values())}, several with commas, or all",
+        "--ablation-value",
+        read=names,
+        shown=_joined,
+        always=True,
+    )
+    controls: int = option(100, "random sets", read=whole, least=0, always=True)
+    matched_controls: int | None = option(
+        None,
+        "sets of neurons near the entropy neurons in weight norm and spread (default: as many as "
+        "--controls)",
+        metavar="N",
+        read=whole,
+        least=0,
+    )
+    seed: int = option(123, "of the controls", read=whole, least=0, most=2**32 - 1, always=True)
+    k: int | None = option(
+        None, "entropy neurons to select (default: the model's)", "-k", read=whole, least=1
+    )
+    min_rho: float | None = option(
+        None, "least rho to select (default: the model's)", read=real, least=0, most=1
+    )
+    null_space_dims: int | None = option(
+        None, "directions of V0 (default: the model's)", read=whole, least=1
+    )
+    neurons: tuple[int, ...] | str | None = option(
+        None,
+        "fix the entropy set: 1,2,3, or published",
+        read=neurons_or_published,
+        shown=_joined,
+    )
+    max_prompts: int | None = option(
+        None, "use only so many prompts, evenly chosen", read=whole, least=1
+    )
+    engine: str = option(
+        "shared",
+        "shared: one decode for all sets; hooked: the slow reference, one pass per set",
+        choices=("shared", "hooked"),
+    )
+    device_map: str | None = option(
+        None,
+        "auto: lay the layers over all GPUs, for a model that fits no single one",
+        choices=("auto",),
+    )
+    full_texts: bool = option(
+        False, "decode controls to 10 tokens, not only to their answer", switch=True
+    )
+    stats: str = option(
+        "own",
+        "activation statistics: own, or released, those of the paper's authors",
+        choices=STATISTICS_FROM,
+    )
+    memory_budget: int | None = option(
+        None,
+        "what is decoded at once may take so much, like 500M or 8G (default: half of what is free)",
+        metavar="SIZE",
+        read=size_in_bytes,
+        least=1 << 20,
+        result=False,  # it changes no text and no source
+    )
+    shard: tuple[int, int] | None = option(
+        None,
+        "decode only the I-th of N shards of the prompts; `ccm merge` joins them",
+        metavar="I/N",
+        read=shard,
+        shown=lambda value: "{}/{}".format(*value),
+        result=False,  # noted apart: shards of one run are one run
     )
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            option_of(f).check(getattr(self, f.name))
+        if self.k is not None and self.neurons is not None:
+            raise BadInput(f"-k {self.k}: --neurons says how many there are. Drop one of the two.")
+        values = self.ablation_values
+        if len(values) > 1 and "all" in values:
+            raise BadInput(f"--ablation-value {_joined(values)!r}: all are more than these. Drop one.")
+        if self.shard is not None:
+            i, n = self.shard
+            if not 1 <= i <= n:
+                raise BadInput(f"shard {i}/{n}: out of range. Allowed: 1/{n} to {n}/{n}, n at least 1.")
 
-def check_share(config: RunConfig) -> None:
-    """Check which share of a run is asked for."""
-    if config.share is None:
-        return
-    i, n = config.share
-    if not 1 <= i <= n:
-        raise BadInput(f"shard {i}/{n}: out of range. Allowed: 1/{n} to {n}/{n}, n at least 1.")
-    if config.engine != "shared":
-        raise BadInput(f"shard {i}/{n}: the {config.engine} engine has none. Use --engine shared.")
+    @classmethod
+    def read(cls, **given: Any) -> "RunConfig":
+        """Make one of values as the command line has them, or of what they stand for.
 
+        Raises:
+            BadInput: a name that is no option, or a value that cannot be read or is not allowed.
 
-def check_device_map(config: RunConfig) -> None:
-    """Check whether, and on what, a model is to be laid over several devices."""
-    if config.device_map is None:
-        return
-    one_of("device map", config.device_map, ["auto"])
-    if config.device != "cuda":
-        raise BadInput(f"device map auto: not with device {config.device!r}. Use --device cuda.")
-    if config.engine != "shared":
-        raise BadInput(f"device map auto: not with engine {config.engine!r}. Use --engine shared.")
-
-
-def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
-    """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
-    if name == "pararel":
-        return load_pararel()
-    if name is not None:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise BadInput(
-                f"facts {name!r}: no such folder. Allowed: pararel, or a folder with facts.csv and "
-                "relations.csv."
-            )
-        return read_fact_folder(folder, name=folder.resolve().name)
-    if spec.folder is not None and (spec.folder / "relations.csv").is_file():
-        return read_fact_folder(spec.folder, name=spec.name)
-    return load_pararel()
+        >>> RunConfig.read(ablation_values="all", shard="2/8", memory_budget="8G").shard
+        (2, 8)
+        """
+        known = {f.name: option_of(f) for f in fields(cls)}
+        for name in given:
+            one_of("option", name, known)
+        return cls(**{name: known[name].value_of(value) for name, value in given.items()})
 
 
-def asked(config: RunConfig) -> dict[str, Any]:
-    """Where things were looked for: no result depends on it, but it takes that to run again."""
-    paths = {name: str(path) for name, path in config.model_paths.items()}
-    return {"model": config.model, "facts": config.facts, "model_paths": paths}
-
-
-# What computes a result: the model, its tokens, names that are alike, intervals.
-PACKAGES = (
-    *("ccm", "torch", "transformers", "transformer_lens", "tokenizers", "numpy", "scipy", "rapidfuzz"),
-)
-
-
-def identity(plan_: Plan) -> dict[str, Any]:
-    """Everything a result depends on: two starts with the same identity give the same bytes."""
-    config = plan_.config
-    facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
+def given(config: RunConfig) -> dict[str, Any]:
+    """What differs from the defaults, for a manifest: `RunConfig.read(**...)` makes the same of it."""
     return {
-        "model": plan_.spec.name,
-        **file_hashes(plan_.spec),
-        "facts": plan_.facts.name,
-        "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
-        "ablation_values": [v.name for v in plan_.values],
-        "controls": config.controls,
-        "matched_controls": config.matched_controls,
-        "seed": config.seed,
-        "protocol": plan_.protocol.name,
-        "device": plan_.device.type,
-        "device_name": (
-            torch.cuda.get_device_name(plan_.device)
-            if plan_.device.type == "cuda"
-            else platform.machine()
-        ),
-        "device_map": config.device_map,
-        "dtype": config.dtype,
-        "template": plan_.template,
-        "bos": config.bos,
-        "k": plan_.k,
-        "min_rho": plan_.min_rho,
-        "null_space_dims": plan_.null_space_dims,
-        "neurons": config.neurons,
-        "max_prompts": config.max_prompts,
-        "engine": config.engine,
-        "full_texts": config.full_texts,
-        "stats": config.stats,
-        "statistics_sha256": (
-            released_statistics_hash(plan_.spec) if config.stats == "released" else None
-        ),
-        "shard": None if config.share is None else "{}/{}".format(*config.share),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-        },
+        f.name: value
+        for f in fields(config)
+        if not option_of(f).is_default(value := getattr(config, f.name))
     }
+
+
+def command_line(config: RunConfig) -> list[str]:
+    """Options of `ccm run` that give this configuration.
+
+    >>> command_line(RunConfig(seed=7))[-2:]
+    ['--seed', '7']
+    """
+    words = list[str]()
+    for f in fields(config):
+        option_, value = option_of(f), getattr(config, f.name)
+        if option_.is_default(value) and not option_.always:
+            continue
+        if option_.switch:
+            words.append(option_.flag)
+        elif isinstance(value, Mapping):
+            for name, folder in value.items():
+                words += [option_.flag, f"{name}={folder}"]
+        else:
+            words += [option_.flag, option_.shown(value)]
+    return words

@@ -22,10 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ccm.decoding import hooked
 from ccm.decoding.certificate import Nodes, Screen, build_screen, dense_changes, read_nodes
+from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.decoding.shared import read_last_positions
 from ccm.experiment.folder import PartStore
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
@@ -120,7 +119,7 @@ def measure_effects(
     *,
     store: PartStore | None = None,
     memory_budget: int | None = None,
-    engine: str = "shared",
+    engine: Engine = ENGINES["shared"],
 ) -> Effects:
     """Run every prompt up to its last position once, and take all sets' entropies there.
 
@@ -131,13 +130,12 @@ def measure_effects(
         others: Sets to read at `SAMPLED` of them, evenly spaced.
         store: Where finished parts are kept; those already there are not computed again.
         memory_budget: As for `ccm.decoding.shared.decode_sets`.
-        engine: What runs them, shared or hooked.
+        engine: What runs them.
 
     Returns:
         Entropies in the order of prompts and of sets.
     """
     sampled = evenly_spaced(len(prompts), SAMPLED)
-    run = hooked.read_last_positions if engine == "hooked" else read_last_positions
     # Nothing is chosen here, so no rounding is reckoned with.
     screen, sizes = build_screen(model, [*own, *others], u=0.0), at_once(model)
     parts = [] if store is None else list(store.read_arrays())
@@ -155,7 +153,7 @@ def measure_effects(
             "others": _by_node(ablated_entropies(screen, few, sizes, rest)),
         }
 
-    found = run(model, prompts, read, memory_budget=memory_budget, done=done)
+    found = engine.read_last_positions(model, prompts, read, memory_budget=memory_budget, done=done)
     with tqdm(total=len(prompts), initial=len(done), desc="effects", unit="prompt") as bar:
         for part in found:
             if store is not None:

@@ -31,6 +31,7 @@ PROMPT_EFFECTS = "effects.parquet"  # one in the folder of each ablation value
 SET_EFFECTS = "set_effects.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
+SCORE_TABLE = "scores.parquet"
 SHARDS = "shards"
 # What a run makes before anything is decoded under an ablation, and beside it.
 FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
@@ -281,7 +282,11 @@ class RunFolder:
         cells += [
             self.cell(v, name) for v in values for name in self.manifest.get("sets", ("entropy",))
         ]
-        return [path for path in [*shared, *cells, self.path / SCORES] if not path.is_file()]
+        return [
+            path
+            for path in [*shared, *cells, self.path / SCORE_TABLE, self.path / SCORES]
+            if not path.is_file()
+        ]
 
     def cell(self, ablation_value: str, set_name: str) -> Path:
         """Path of one cell's completions; the plain run belongs to no ablation value."""

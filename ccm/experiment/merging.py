@@ -8,7 +8,6 @@ from typing import Any
 
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
-from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.folder import (
     FILES,
     MANIFEST,
@@ -24,6 +23,7 @@ from ccm.experiment.folder import (
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.probing import table_prompts
 from ccm.experiment.run import Clock, finish, read_scores
+from ccm.method.protocol import PROTOCOLS
 
 # What every share was told or made for itself, and must have made alike.
 NOTES = (

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Completions
 from ccm.errors import BadInput
-from ccm.experiment.cells import ENGINES
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     ParametricAnswer,
@@ -39,7 +39,7 @@ def build_prompts(
     template: str,
     *,
     lower_case: bool = False,
-    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"],
+    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"].decode,
 ) -> PromptSet:
     """Ask for every parametric object, filter, and contradict what is left (Method 4).
 
@@ -48,7 +48,7 @@ def build_prompts(
         facts: Facts and relations.
         template: A key of `ccm.method.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
-        decoder: Gives an engine for each of two stages, `answers` and `first_tokens`.
+        decoder: Gives what decodes each of two stages, `answers` and `first_tokens`.
 
     Raises:
         BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int8
 
 from ccm.decoding.activations import float16_sigma
 from ccm.errors import BadInput
-from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.effects import EFFECTS
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
@@ -29,6 +28,7 @@ from ccm.experiment.folder import (
     read_table,
 )
 from ccm.method.ablation import ABLATION_VALUES, ActivationStatistics
+from ccm.method.protocol import PROTOCOLS
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from jaxtyping import Int
 
 from ccm.decoding.activations import collect, float16_sigma
 from ccm.decoding.answer_tokens import object_tokens
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Completions, Work, merge
-from ccm.decoding.trial import check_engine
-from ccm.experiment.cells import ENGINES, CellReader, decode_hooked, decode_stored
+from ccm.experiment.cells import CellReader, decode_stored
 from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
-from ccm.experiment.config import Plan, Protocol, RunConfig, asked, identity, make_plan
+from ccm.experiment.config import RunConfig, given
 from ccm.experiment.effects import evenly_spaced
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
@@ -41,14 +42,14 @@ from ccm.experiment.folder import (
     read_json,
     read_statistics,
     read_table,
-    write_json,
     write_statistics,
     write_table,
 )
 from ccm.experiment.locking import locked, refuse_if_locked
+from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import build_prompts, prompt_table, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
-from ccm.experiment.scoring import scores_of_run
+from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import (
     CONTROL,
     PLAIN,
@@ -64,6 +65,7 @@ from ccm.method.prompts import (
     never_recalled,
     split_objects,
 )
+from ccm.method.protocol import Protocol
 from ccm.method.sources import nested_objects
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import download, load
@@ -90,7 +92,7 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
     Raises:
         CcmError: before any long work starts; nothing is overwritten.
     """
-    if config.share is not None:
+    if config.shard is not None:
         raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
     with open_folder(config, out) as (folder, plan_):
         clock = Clock(folder)
@@ -104,8 +106,22 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
         return read_scores(folder)
 
 
+def new_folder(config: RunConfig) -> Path:
+    """Name a run folder that says what and when, once what is asked for was checked.
+
+    Raises:
+        CcmError: bad input, before a folder is announced.
+    """
+    make_plan(config)
+    values = config.ablation_values
+    what = "all_ablation_values" if values == ("all",) else ",".join(values)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    shard = "" if config.shard is None else "-shard-{}-of-{}".format(*config.shard)
+    return Path("runs") / f"{Path(config.model).name}-{what}-{stamp}{shard}"
+
+
 def run_share(config: RunConfig, out: Path) -> RunFolder:
-    """Decode the share of a run that `config.share` names; `merging` puts all shares together.
+    """Decode the share of a run that `config.shard` names; `merging` puts all shares together.
 
     Every share prepares prompts, measures and statistics for itself, and to the same bytes.
     """
@@ -147,7 +163,7 @@ def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]
         if "memory_budget" not in folder.manifest:
             # Kept, because parts cut otherwise would round otherwise when the run is resumed.
             budget = config.memory_budget or default_budget(plan_.device)
-            folder.note(memory_budget=budget, work=Work(), asked=asked(config))
+            folder.note(memory_budget=budget, work=Work(), asked=given(config))
         yield folder, plan_
 
 
@@ -158,7 +174,8 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
         model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
     else:
         model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
-    check_engine(model, config.engine)
+    engine = ENGINES[config.engine]
+    engine.check(model)
     weights = {
         "source": model.source,
         "revision": revision(plan_.spec),
@@ -182,7 +199,7 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
     }
     ablations_step(folder, plan_, model, prompts, tokens, planned)
     clock("ablations")
-    effects_step(folder, model, tokens, planned, config.engine)
+    effects_step(folder, model, tokens, planned, engine)
     if model.noise is not None:  # lower precisions measure none, nor does reading back what is there
         folder.note(batch_noise=model.noise)
     clock("effects")
@@ -192,7 +209,7 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[Pr
 def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
     """Turn what was decoded into cells, and cells into scores."""
     cells_step(folder, protocol, prompts)
-    write_json(folder.path / SCORES, scores_of_run(folder, protocol.nd_ratio_of_pk))
+    write_scores(folder, protocol.nd_ratio_of_pk)
 
 
 def read_scores(folder: RunFolder) -> dict[str, Any]:
@@ -251,14 +268,15 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
 
 
 def _decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """An engine that goes on where an earlier start of this stage stopped."""
-    if plan_.config.engine != "shared":
-        return ENGINES[plan_.config.engine]
+    """What decodes a stage, and goes on where an earlier start of it stopped."""
 
     def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
         budget = folder.manifest["memory_budget"]
         store = ShardStore(folder.path, stage)
-        shards = decode_stored(model, tokens, store=store, label=stage, memory_budget=budget, **options)
+        engine = ENGINES[plan_.config.engine]
+        shards = decode_stored(
+            engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
+        )
         return merge(shards).completions(0)
 
     return decode
@@ -272,7 +290,7 @@ def neurons_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> tuple[in
     tables = (SINGULAR_VALUES, RHO_BY_LAYER, MEASURES)
     if "entropy_neurons" not in folder.manifest or not all(folder.has(name) for name in tables):
         measures = measure(model.W_U, model.W_out, model.final_norm, plan_.null_space_dims)
-        chosen = plan_.config.neurons or select(measures, plan_.k, plan_.min_rho)
+        chosen = plan_.neurons or select(measures, plan_.k, plan_.min_rho)
         table = measures.table()
         table["entropy_neuron"] = table["neuron_idx"].isin(chosen)
         spectrum = pd.DataFrame({"singular_value": measures.singular_values})
@@ -294,10 +312,9 @@ def statistics_step(
         write_statistics(folder.path / ACTIVATION_STATS, released, positions=0)
         return released  # sigma as it was summed in float16
     if not folder.has(ACTIVATION_STATS):
-        decode = ENGINES[plan_.config.engine]
-        if plan_.config.engine == "shared":
-            decode = partial(decode, memory_budget=folder.manifest["memory_budget"])
-        statistics, positions = collect(model, tokens, decode)
+        decode = ENGINES[plan_.config.engine].decode
+        budget = folder.manifest["memory_budget"]
+        statistics, positions = collect(model, tokens, partial(decode, memory_budget=budget))
         write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
     statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics
@@ -319,7 +336,7 @@ def sets_step(
         overlap=plan_.protocol.controls_overlap,
     )
     sets = {"entropy": tuple(entropy_neurons), **numbered(CONTROL, drawn)}
-    sets |= draw_matched(folder, config.matched_controls, entropy_neurons, config.seed)
+    sets |= draw_matched(folder, plan_.matched_controls, entropy_neurons, config.seed)
     folder.note(sets=sets)
     return sets
 
@@ -335,18 +352,12 @@ def ablations_step(
     """Decode the plain run and every cell (ablation value x set) that is not there yet."""
     cells = [(PLAIN, folder.cell("", "plain"))]
     cells += [(a, folder.cell(value, a.name)) for value, sets in planned.items() for a in sets]
-    missing = {path for _, path in cells if not path.is_file()}
-    if not missing:
+    if all(path.is_file() for _, path in cells):
         return
     objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
-    if plan_.config.engine == "hooked":
-        # One pass a set: only the missing ones, after the plain run that all are read against.
-        cells = [c for c in cells if c[0] is PLAIN or c[1] in missing]
-        runs = decode_hooked(model, tokens, [a for a, _ in cells[1:]], objects)
-        write_cells(runs, [path for _, path in cells], prompts, objects, plan_.protocol)
-        return
     work = Work(**folder.manifest["work"])
     decode_stored(
+        ENGINES[plan_.config.engine],
         model,
         tokens,
         [a for a, _ in cells[1:]],
@@ -356,7 +367,7 @@ def ablations_step(
         own_top=plan_.protocol.released_tokens,
         memory_budget=folder.manifest["memory_budget"],
         store=ShardStore(folder.path),
-        share=plan_.config.share or (1, 1),
+        share=plan_.config.shard or (1, 1),
         work=work,
         on_shard=lambda: folder.note(work=work),
     )

@@ -1,168 +1,270 @@
-"""From the cells of a run folder to its `scores.json`."""
+"""From the cells of a run folder to its scores: one tidy table, and `scores.json` made of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ccm.experiment.folder import PROMPTS, RunFolder, read_table
-from ccm.method.ablation import CONTROL, MATCHED, kind_of
+from ccm.experiment.folder import (
+    PROMPTS,
+    SCORE_TABLE,
+    SCORES,
+    RunFolder,
+    read_table,
+    write_json,
+    write_table,
+)
+from ccm.method.ablation import CONTROL, MATCHED, PLAIN, kind_of
 from ccm.method.scores import (
+    ControlSummary,
+    Ratio,
     conversion_ratio,
     global_transition_score,
-    invariant_share,
     mean_by_transition,
     permutation_p,
     q_value,
     ratio,
     summarise,
     transition_counts,
-    transition_scores,
 )
 from ccm.method.sources import RATIOS, SOURCES, Source, log_ratios
 
+ENTROPY = "entropy"  # the set that the others are compared with
+ALL = ""  # in place of a source: of all prompts; in place of an ablation value: before any
 
-def scores_of_run(folder: RunFolder, released: bool) -> dict[str, Any]:
-    """Score every ablation value of a run (Method 8), reading only what is in the folder.
+
+@dataclass(frozen=True)
+class Score:
+    """One number about one neuron set under one ablation value."""
+
+    ablation_value: str  # "" before ablation
+    set: str  # "plain", "entropy", "control_000", ...
+    quantity: str
+    source_from: str = ALL  # before ablation
+    source_to: str = ALL  # after it
+    count: int | None = None  # of prompts, where the number is a share of them ...
+    n: int | None = None  # ... out of so many
+    value: float | None = None  # percent, nats, or a rank; None where there is nothing to divide by
+    low: float | None = None  # exact 95 % interval; of transition scores for the entropy set alone
+    high: float | None = None
+
+    @classmethod
+    def share(cls, *key: str, of: Ratio, source_from: str = ALL, source_to: str = ALL) -> "Score":
+        """A share of prompts, percent."""
+        value, name, quantity = key
+        numbers = (of.count, of.total, of.percent, of.low, of.high)
+        return cls(value, name, quantity, source_from, source_to, *numbers)
+
+
+def write_scores(folder: RunFolder, released: bool) -> None:
+    """Score a run whose cells are all there: `scores.parquet`, and `scores.json` made of it."""
+    table = score_table(folder, released)
+    n_prompts = len(read_table(folder.path / PROMPTS, columns=["rel_lemma"]))
+    if not folder.has(SCORE_TABLE):
+        write_table(folder.path / SCORE_TABLE, table)
+    write_json(folder.path / SCORES, scores_json(table, folder.manifest, n_prompts))
+
+
+def score_table(folder: RunFolder, released: bool) -> pd.DataFrame:
+    """Score every set of a run under every ablation value (Method 8).
 
     Args:
         folder: A folder whose cells are all there.
         released: Score CR(ND) with the PK function (defect 1).
+
+    Returns:
+        A row per `Score`, columns named like its fields.
     """
-    identity, sets = folder.manifest["identity"], folder.manifest["sets"]
-    plain = read_table(folder.cell("", "plain"))
-    facts = folder.manifest["facts"]
+    plain, sets = read_table(folder.cell("", PLAIN.name)), folder.manifest["sets"]
+    scores = list(_before(plain, folder.manifest["facts"]))
+    for value in folder.manifest["identity"]["ablation_values"]:
+        for name in sets:
+            scores += _of_set(value, name, plain, read_table(folder.cell(value, name)), released)
+    table = pd.DataFrame([vars(score) for score in scores])
+    return table.astype({"count": "Int64", "n": "Int64", "value": float, "low": float, "high": float})
+
+
+def _before(plain: pd.DataFrame, facts: Mapping[str, int]) -> Iterator[Score]:
+    """What is known before any ablation."""
+    key, source = (ALL, PLAIN.name), plain["source"]
+    yield Score.share(*key, "parametric_recall", of=ratio(facts["recalled"], facts["facts"]))
+    for s in SOURCES:
+        yield Score.share(*key, "source", of=ratio(int((source == s).sum()), len(plain)), source_to=s)
+    for name, values in _ratios(plain).items():
+        for s in SOURCES:
+            yield Score(*key, f"log_ratio {name}", s, value=_mean(values[source == s]))
+
+
+def _of_set(
+    value: str, name: str, plain: pd.DataFrame, cell: pd.DataFrame, released: bool
+) -> Iterator[Score]:
+    """Score one set under one ablation value."""
+    key, own = (value, name), name == ENTROPY
+    before, after = plain["source"].tolist(), cell["source"].tolist()
+    counts = transition_counts(before, after)
+    change = mean_by_transition(before, after, (plain["entropy"] - cell["entropy"]).to_numpy())
+    for i, k in enumerate(SOURCES):
+        total = int(counts[i].sum())
+        for j, k2 in enumerate(SOURCES):
+            # Of a thousand controls, the intervals would take longer than all else.
+            of = ratio(int(counts[i, j]), total) if own else _bare(int(counts[i, j]), total)
+            yield Score.share(*key, "transition_score", of=of, source_from=k, source_to=k2)
+            yield Score(*key, "entropy_difference", k, k2, value=change[k][k2])
+    for k in SOURCES:
+        found = conversion_ratio(counts, k, released=released)
+        yield Score.share(*key, "conversion_ratio", of=found, source_to=k)
+    yield Score.share(*key, "gts", of=global_transition_score(counts))
+    if own:
+        source, changed = np.asarray(before), _difference(_ratios(plain), _ratios(cell))
+        for k in SOURCES:
+            for pair, values in changed.items():
+                mean = _mean(values[source == k])
+                yield Score(*key, f"log_ratio_difference {pair}", k, value=mean)
+
+
+def _bare(count: int, total: int) -> Ratio:
+    """A share without its interval."""
+    return Ratio(count, total, 100 * count / total if total else None, None, None)
+
+
+# --- scores.json ------------------------------------------------------------------------------------
+
+
+def scores_json(table: pd.DataFrame, manifest: Mapping[str, Any], n_prompts: int) -> dict[str, Any]:
+    """Arrange a score table as `scores.json` has it.
+
+    Args:
+        table: Of `score_table`.
+        manifest: Of its run folder.
+        n_prompts: Probing prompts.
+    """
+    identity, sets, look = manifest["identity"], manifest["sets"], _Table(table)
+    plain = (ALL, PLAIN.name)
     return {
         "model": identity["model"],
         "protocol": identity["protocol"],
-        "n_prompts": len(read_table(folder.path / PROMPTS, columns=["rel_lemma"])),
-        "parametric_recall": ratio(facts["recalled"], facts["facts"]),
-        "sources": {s: ratio(int((plain["source"] == s).sum()), len(plain)) for s in SOURCES},
-        "log_ratios": {
-            s: {name: _mean(values[plain["source"] == s]) for name, values in _ratios(plain).items()}
-            for s in SOURCES
-        },
+        "n_prompts": n_prompts,
+        "parametric_recall": look.ratio(*plain, "parametric_recall"),
+        "sources": {s: look.ratio(*plain, "source", ALL, s) for s in SOURCES},
+        "log_ratios": look.log_ratios(*plain, "log_ratio"),
         "ablations": {
-            value: _scores_of_value(
-                plain,
-                {name: read_table(folder.cell(value, name)) for name in sets},
-                sets,
-                released,
-            )
-            for value in identity["ablation_values"]
+            value: _json_of_value(look, value, sets) for value in identity["ablation_values"]
         },
     }
 
 
-def _scores_of_value(
-    plain: pd.DataFrame,
-    cells: dict[str, pd.DataFrame],
-    sets: dict[str, list[int]],
-    released: bool,
-) -> dict[str, Any]:
-    """Score the entropy set and both kinds of controls under one ablation value."""
-    scored = _Scored(plain, cells, sets, released)
-    controls, matched = ([n for n in cells if kind_of(n) == kind] for kind in (CONTROL, MATCHED))
-    own = scored.counts["entropy"]
-    changed = _difference(_ratios(plain), _ratios(cells["entropy"]))
-    source = np.asarray(scored.before)
+def _json_of_value(look: "_Table", value: str, sets: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The entropy set and both kinds of controls under one ablation value."""
+    own = (value, ENTROPY)
+    controls, matched = ([n for n in sets if kind_of(n) == kind] for kind in (CONTROL, MATCHED))
     found = {
         "entropy": {
-            "neurons": sets["entropy"],
-            "transition_counts": _square(lambda i, j: int(own[i, j])),
-            "transition_scores": _square(lambda i, j: ratio(int(own[i, j]), int(own[i].sum()))),
-            "conversion_ratios": scored.cr["entropy"],
-            "gts": scored.gts["entropy"],
-            **scored.rank(controls),
-            "entropy_difference": scored.entropy_change["entropy"],
-            "log_ratio_difference": {
-                k: {name: _mean(values[source == k]) for name, values in changed.items()}
-                for k in SOURCES
-            },
+            "neurons": sets[ENTROPY],
+            "transition_counts": _square(lambda k, k2: look.count(*own, "transition_score", k, k2)),
+            "transition_scores": _square(lambda k, k2: look.ratio(*own, "transition_score", k, k2)),
+            "conversion_ratios": {k: look.ratio(*own, "conversion_ratio", ALL, k) for k in SOURCES},
+            "gts": look.ratio(*own, "gts"),
+            **_rank(look, value, controls),
+            "entropy_difference": _square(lambda k, k2: look.value(*own, "entropy_difference", k, k2)),
+            "log_ratio_difference": look.log_ratios(*own, "log_ratio_difference"),
         },
-        "controls": scored.summary(controls),
+        "controls": _summary(look, value, controls, sets),
     }
     if matched:  # Method 13
-        found["matched_controls"] = {**scored.rank(matched), **scored.summary(matched)}
+        found["matched_controls"] = {
+            **_rank(look, value, matched),
+            **_summary(look, value, matched, sets),
+        }
     return found
 
 
-class _Scored:
-    """Every set's scores under one ablation value, and what some of them say of the entropy set."""
+def _rank(look: "_Table", value: str, others: Sequence[str]) -> dict[str, float | None]:
+    """Q-value and permutation p of the entropy set's GTS among that of other sets."""
+    if not others:
+        return {"q_value": None, "permutation_p": None}
 
-    def __init__(
-        self,
-        plain: pd.DataFrame,
-        cells: dict[str, pd.DataFrame],
-        sets: dict[str, list[int]],
-        released: bool,
-    ) -> None:
-        self.sets = sets
-        self.before = plain["source"].tolist()
-        self.counts = {
-            name: transition_counts(self.before, cell["source"].tolist())
-            for name, cell in cells.items()
-        }
-        self.entropy_change = {
-            name: mean_by_transition(
-                self.before, cell["source"].tolist(), (plain["entropy"] - cell["entropy"]).to_numpy()
-            )
-            for name, cell in cells.items()
-        }
-        # Percent arrays per set; NaN in rows without prompts.
-        self.ts = {name: transition_scores(c) for name, c in self.counts.items()}
-        self.cr = {
-            name: {k: conversion_ratio(c, k, released=released) for k in SOURCES}
-            for name, c in self.counts.items()
-        }
-        self.gts = {name: global_transition_score(c) for name, c in self.counts.items()}
+    def invariant(name: str) -> float:
+        gts = look.ratio(value, name, "gts")
+        return float((gts.total - gts.count) / gts.total)
 
-    def rank(self, others: Sequence[str]) -> dict[str, float | None]:
-        """Q-value and permutation p of the entropy set's GTS among that of other sets."""
-        if not others:
-            return {"q_value": None, "permutation_p": None}
-        own, counts, gts = self.counts["entropy"], self.counts, self.gts
+    def changed(name: str) -> int:
+        return look.count(value, name, "gts")
+
+    return {
+        "q_value": q_value(invariant(ENTROPY), [invariant(n) for n in others]),
+        "permutation_p": permutation_p(changed(ENTROPY), [changed(n) for n in others]),
+    }
+
+
+def _summary(
+    look: "_Table", value: str, others: Sequence[str], sets: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Summarise other sets, and hold the entropy set against them."""
+
+    def over(quantity: str, *sources: str) -> ControlSummary:
+        own, *rest = (_number(look.value(value, n, quantity, *sources)) for n in (ENTROPY, *others))
+        return summarise(own, rest)
+
+    return {
+        "n": len(others),
+        "gts": over("gts"),
+        "transition_scores": _square(lambda k, k2: over("transition_score", k, k2)),
+        "conversion_ratios": {k: over("conversion_ratio", ALL, k) for k in SOURCES},
+        "entropy_difference": _square(lambda k, k2: over("entropy_difference", k, k2)),
+        "sets": [
+            {
+                "name": n,
+                "neurons": sets[n],
+                "transition_counts": _square(
+                    lambda k, k2, n=n: look.count(value, n, "transition_score", k, k2)
+                ),
+                "gts": look.value(value, n, "gts"),
+                "conversion_ratios": {
+                    k: look.value(value, n, "conversion_ratio", ALL, k) for k in SOURCES
+                },
+            }
+            for n in others
+        ],
+    }
+
+
+class _Table:
+    """Looks scores up by ablation value, set, quantity and sources."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.rows = {
+            row[:5]: row[5:]
+            for row in table.astype(object)
+            .where(table.notna(), None)
+            .itertuples(index=False, name=None)
+        }
+
+    def ratio(self, value: str, name: str, quantity: str, k: str = ALL, k2: str = ALL) -> Ratio:
+        """A share with all that is known of it."""
+        return Ratio(*self.rows[value, name, quantity, k, k2])
+
+    def count(self, *key: str) -> int:
+        """Of prompts."""
+        return self.ratio(*key).count
+
+    def value(self, value: str, name: str, quantity: str, k: str = ALL, k2: str = ALL) -> float | None:
+        """The number itself."""
+        number: float | None = self.rows[value, name, quantity, k, k2][2]
+        return number
+
+    def log_ratios(self, value: str, name: str, quantity: str) -> dict[Source, dict[str, float | None]]:
+        """Means by source before ablation."""
         return {
-            "q_value": q_value(invariant_share(own), [invariant_share(counts[n]) for n in others]),
-            "permutation_p": permutation_p(gts["entropy"].count, [gts[n].count for n in others]),
-        }
-
-    def summary(self, others: Sequence[str]) -> dict[str, Any]:
-        """Summarise other sets, and hold the entropy set against them."""
-        counts, ts, cr, gts, change = self.counts, self.ts, self.cr, self.gts, self.entropy_change
-        return {
-            "n": len(others),
-            "gts": summarise(_percent(gts["entropy"]), [_percent(gts[n]) for n in others]),
-            "transition_scores": _square(
-                lambda i, j: summarise(float(ts["entropy"][i, j]), [float(ts[n][i, j]) for n in others])
-            ),
-            "conversion_ratios": {
-                k: summarise(_percent(cr["entropy"][k]), [_percent(cr[n][k]) for n in others])
-                for k in SOURCES
-            },
-            "entropy_difference": _square(
-                lambda i, j: summarise(
-                    _number(change["entropy"][SOURCES[i]][SOURCES[j]]),
-                    [_number(change[n][SOURCES[i]][SOURCES[j]]) for n in others],
-                )
-            ),
-            "sets": [
-                {
-                    "name": n,
-                    "neurons": self.sets[n],
-                    "transition_counts": _square(lambda i, j, n=n: int(counts[n][i, j])),
-                    "gts": gts[n].percent,
-                    "conversion_ratios": {k: cr[n][k].percent for k in SOURCES},
-                }
-                for n in others
-            ],
+            k: {f"{a}/{b}": self.value(value, name, f"{quantity} {a}/{b}", k) for a, b in RATIOS}
+            for k in SOURCES
         }
 
 
-def _square(entry: Any) -> dict[Source, dict[Source, Any]]:
+def _square(entry: Callable[..., Any]) -> dict[Source, dict[Source, Any]]:
     """Build a from -> to table."""
-    return {k: {k2: entry(i, j) for j, k2 in enumerate(SOURCES)} for i, k in enumerate(SOURCES)}
+    return {k: {k2: entry(k, k2) for k2 in SOURCES} for k in SOURCES}
 
 
 def _ratios(cell: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -176,10 +278,6 @@ def _difference(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> 
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-def _percent(r: Any) -> float:
-    return _number(r.percent)
 
 
 def _number(value: float | None) -> float:

@@ -77,6 +77,17 @@ def ablation_values(names: str | Sequence[str]) -> list[AblationValue]:
     return [ABLATION_VALUES[name] for name in dict.fromkeys(names)]
 
 
+def one_ablation_value(name: str) -> AblationValue:
+    """Look up one ablation value by name.
+
+    Raises:
+        BadInput: an unknown name, or `all`.
+    """
+    if name == "all":
+        raise BadInput(f"ablation value 'all': one is needed. {allowed(ABLATION_VALUES)}.")
+    return ablation_values(name)[0]
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A neuron set with its replacement values; the empty set is the plain run."""

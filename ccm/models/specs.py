@@ -116,7 +116,7 @@ def _collected(name: str) -> dict[str, Path]:
 
 
 def spec_of_folder(name: str, folder: Path) -> ModelSpec:
-    """Read dimensions from config.json; null space and neuron count get the paper's proportions."""
+    """Read dimensions from config.json."""
     text = read_object(folder / CONFIG)
     for key, way_out in REFUSED.items():
         if text.get(key):
@@ -135,11 +135,29 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
         ) from error
+    return _unpublished(Path(name).resolve().name, str(kind), sizes, folder)
+
+
+def spec_of_config(name: str, config: Any) -> ModelSpec:
+    """Read dimensions off a configuration of transformers, for a model that is in memory.
+
+    Raises:
+        BadInput: transformers has no decoder for it.
+    """
+    try:
+        sizes = dimensions(config)
+    except (AttributeError, ValueError, TypeError) as error:
+        raise BadInput(f"{name}: not a decoder-only language model ({error}).") from error
+    return _unpublished(Path(name).name, str(config.model_type), sizes, None)
+
+
+def _unpublished(name: str, kind: str, sizes: Mapping[str, Any], folder: Path | None) -> ModelSpec:
+    """The null space and the number of neurons get the paper's proportions."""
     return ModelSpec(
-        name=Path(name).resolve().name,
-        display_name=Path(name).resolve().name,
+        name=name,
+        display_name=name,
         hub_id=None,
-        architecture=str(kind),
+        architecture=kind,
         null_space_dims=max(1, round(0.025 * sizes["d_model"])),
         n_entropy_neurons=6,
         min_rho=0.0,

@@ -75,7 +75,7 @@ def evaluate(folder: Path, world: World, planted: Sequence[int], null_dims: int)
         null_dims: Null-space dimensions, the all-ones direction included.
     """
     config = RunConfig(
-        ablation_value=("all",), null_space_dims=null_dims, model_paths={"organism": folder}
+        ablation_values=("all",), null_space_dims=null_dims, model_paths={"organism": folder}
     )
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "run"

@@ -11,10 +11,10 @@ from urllib.parse import quote
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from ccm.errors import BadInput
-from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.folder import locked_for, write_atomically
 from ccm.experiment.results import RunResults
 from ccm.method.prompts import never_recalled
+from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import MODELS
 from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
 from ccm.reporting.figures.canvas import SINGLE, VALUE_LABELS

@@ -12,12 +12,11 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 
-from ccm.cli.commands import new_file
+from ccm.cli.commands import new_file, read_neurons
 from ccm.cli.console import summary
-from ccm.cli.options import parse_model_paths
 from ccm.cli.parser import main
 from ccm.errors import BadInput
-from ccm.experiment.ablate_io import parse_neurons
+from ccm.experiment.config import RunConfig, model_folders
 from ccm.method.ablation import STATISTICS
 from ccm.method.scores import ratio
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
@@ -165,9 +164,7 @@ def test_values_are_separated_by_commas_and_blanks(
     ("text", "size"), [("1M", 1 << 20), ("1.5G", 3 << 29), ("2T", 2 << 40), ("1048576", 1 << 20)]
 )
 def test_sizes(text: str, size: int) -> None:
-    from ccm.cli.parser import parser
-
-    assert parser().parse_args(["run", "--model", "x", "--memory-budget", text]).memory_budget == size
+    assert RunConfig.read(memory_budget=text).memory_budget == size
 
 
 def test_a_full_disk_is_no_traceback(
@@ -280,7 +277,7 @@ def test_measure_needs_no_facts(
     def no_facts() -> None:
         raise AssertionError("facts are not needed for weights")
 
-    monkeypatch.setattr("ccm.experiment.config.load_pararel", no_facts)
+    monkeypatch.setattr("ccm.experiment.plan.load_pararel", no_facts)
     toy = toy_folder(ToyConfig("llama"))
     assert main(["measure", "--model", str(toy)]) == 0
     assert f"{toy.name}: 48 last-layer neurons" in capsys.readouterr().out
@@ -345,21 +342,21 @@ def test_ablate_one_set_by_its_numbers(inputs: dict[str, Path], tmp_path: Path) 
 
 
 def test_model_paths(tmp_path: Path) -> None:
-    assert parse_model_paths([f"a={tmp_path}", f"b={tmp_path}"]) == {"a": tmp_path, "b": tmp_path}
+    assert model_folders([f"a={tmp_path}", f"b={tmp_path}"]) == {"a": tmp_path, "b": tmp_path}
     (tmp_path / "x=y").mkdir()
-    assert parse_model_paths([f"a={tmp_path}/x=y"]) == {"a": tmp_path / "x=y"}
+    assert model_folders([f"a={tmp_path}/x=y"]) == {"a": tmp_path / "x=y"}
     for wrong in ("a", "=a", "a=", ""):
         with pytest.raises(BadInput, match=f"^--model-path '{wrong}': not NAME=DIR"):
-            parse_model_paths([wrong])
+            model_folders([wrong])
 
 
 def test_neuron_numbers() -> None:
-    assert parse_neurons("3,1, 2") == (3, 1, 2)
-    assert parse_neurons("-1") == (-1,)  # a number, if out of range: `check_neurons` says so
+    assert read_neurons("3,1, 2") == (3, 1, 2)
+    assert read_neurons("-1") == (-1,)  # a number, if out of range: `check_neurons` says so
     for wrong, part in {"1,,2": "", "1;2": "1;2", "1.0": "1.0", "1_0": "1_0"}.items():
         with pytest.raises(BadInput) as caught:
-            parse_neurons(wrong, "set 'a'")
-        assert str(caught.value) == f"set 'a' {wrong!r}: {part!r} is not a neuron number. Give 1,2,3."
+            read_neurons(wrong)
+        assert str(caught.value) == f"--neurons {wrong!r}: {part!r} is not a neuron number. Give 1,2,3."
 
 
 def test_a_new_file_is_new_and_can_be_written(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ccm.decoding.prefill import MAX_SHARERS, prefill, shared_prefixes
 from ccm.decoding.results import Completions, Decoded, Shard, Work, merge
 from ccm.decoding.shared import decode, decode_sets
 from ccm.errors import CcmError
-from ccm.experiment.config import find_facts
+from ccm.experiment.plan import find_facts
 from ccm.experiment.probing import build_prompts
 from ccm.method.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
 from ccm.method.neurons import controls, measure, select

@@ -20,7 +20,7 @@ import safetensors.numpy
 import ccm.experiment.run
 from ccm.cli.parser import main
 from ccm.decoding.activations import float16_sigma
-from ccm.experiment.config import RunConfig, make_plan
+from ccm.experiment.config import RunConfig
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MANIFEST,
@@ -28,6 +28,7 @@ from ccm.experiment.folder import (
     PROMPT_EFFECTS,
     PROMPTS,
     RHO_BY_LAYER,
+    SCORE_TABLE,
     SCORES,
     SET_EFFECTS,
     SHARDS,
@@ -35,6 +36,7 @@ from ccm.experiment.folder import (
     RunFolder,
     read_statistics,
 )
+from ccm.experiment.plan import make_plan
 from ccm.experiment.run import statistics_step
 from ccm.method.ablation import ABLATION_VALUES, STATISTICS
 from ccm.method.neurons import matched_controls
@@ -130,7 +132,7 @@ def test_a_run_leaves_the_whole_folder_and_nothing_else(whole: Run, engine: str)
     cells = {f"{value}/{name}.parquet" for value in VALUES for name in SETS}
     cells |= {f"{value}/{PROMPT_EFFECTS}" for value in VALUES}
     fixed = {MANIFEST, PROMPTS, MEASURES, SINGULAR_VALUES, ACTIVATION_STATS, SCORES, "plain.parquet"}
-    fixed |= {RHO_BY_LAYER, SET_EFFECTS}
+    fixed |= {RHO_BY_LAYER, SET_EFFECTS, SCORE_TABLE}
     assert names(whole("--engine", engine)) == fixed | cells
 
 
@@ -376,11 +378,11 @@ def test_controls_of_both_kinds_end_with_their_answer(
     decoded: dict[str, bool] = {}
     whole_decode = ccm.experiment.run.decode_stored
 
-    def spied(model: LoadedModel, tokens: Any, ablations: Any = (), **options: Any) -> Any:
+    def spied(engine: Any, model: Any, tokens: Any, ablations: Any = (), **options: Any) -> Any:
         if "full" in options:
             names = ["plain", *(a.name for a in ablations)]
             decoded.update(zip(names, options["full"], strict=True))
-        return whole_decode(model, tokens, ablations, **options)
+        return whole_decode(engine, model, tokens, ablations, **options)
 
     monkeypatch.setattr(ccm.experiment.run, "decode_stored", spied)
     more = ["--full-texts"] if full else []

@@ -118,7 +118,7 @@ def config(quick: None, facts: Path) -> RunConfig:
         max_prompts=12,
         controls=1,
         matched_controls=1,
-        ablation_value=VALUES,
+        ablation_values=VALUES,
     )
 
 
@@ -199,7 +199,7 @@ def shares(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[
     """The same run in two shares; read-only."""
     folders = [tmp_path_factory.mktemp("shares") / f"share_{i}" for i in (1, 2)]
     for i, folder in enumerate(folders, 1):
-        run_share(replace(config, share=(i, 2)), folder)
+        run_share(replace(config, shard=(i, 2)), folder)
     return folders
 
 
@@ -222,7 +222,7 @@ def test_a_share_stopped_at_its_end_goes_on_to_the_same_bytes(
     config: RunConfig, shares: list[Path], whole: Path, tmp_path: Path
 ) -> None:
     """Its beginning is that of a run."""
-    second = replace(config, share=(2, 2))
+    second = replace(config, shard=(2, 2))
     out, states = tmp_path / "run", tmp_path / "states"
     with recorded(out, states) as operations:
         run_share(second, out)
@@ -268,7 +268,7 @@ def test_what_a_finished_share_lost_is_made_again_by_its_command(
     else:
         assert re.search(r"Run (its command|the commands of all shares) again", str(caught.value))
     assert not (tmp_path / "merged").exists()
-    run_share(replace(config, share=(2, 2)), torn)
+    run_share(replace(config, shard=(2, 2)), torn)
     assert files(torn) == files(shares[1])
     merge_shares([shares[0], torn], tmp_path / "merged")
     check_same(tmp_path / "merged", whole)

@@ -17,13 +17,13 @@ from ccm.cli.parser import main
 from ccm.decoding.results import Completions, read_first_token
 from ccm.decoding.shared import decode
 from ccm.experiment.ablate_io import PROMPT_COLUMNS, TOKEN_COLUMNS
-from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.folder import MANIFEST, read_json
 from ccm.experiment.probing import build_prompts
 from ccm.experiment.results import read_results
 from ccm.experiment.run import write_cells
 from ccm.method.ablation import STATISTICS
 from ccm.method.prompts import ProbingPrompt, answer_object
+from ccm.method.protocol import PROTOCOLS
 from ccm.models.load import load
 from ccm.models.specs import CHECKPOINT, spec_for
 from ccm.reporting import report

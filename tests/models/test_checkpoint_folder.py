@@ -20,7 +20,8 @@ from ccm.cli.parser import main
 from ccm.decoding.hooked import decode as hooked_decode
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput, CcmError, NotAvailable
-from ccm.experiment.config import RunConfig, identity, make_plan
+from ccm.experiment.config import RunConfig
+from ccm.experiment.plan import identity, make_plan
 from ccm.models.load import download, load
 from ccm.models.specs import MODELS, spec_for
 from ccm.models.tokenizer import PROBES, parse_bos, read_tokenizer

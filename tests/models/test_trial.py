@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from ccm.decoding import trial as decoding_trial
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.forward import run_body
 from ccm.decoding.shared import decode_sets
-from ccm.decoding.trial import check_engine, check_shared
+from ccm.decoding.trial import check_shared
 from ccm.errors import PremiseBroken
 from ccm.models import load as checkpoint
 from ccm.models import trial
@@ -152,12 +154,12 @@ def test_what_transformers_itself_cannot_run_is_refused(monkeypatch: pytest.Monk
         toy("bfloat16")
 
 
-@pytest.mark.parametrize("where", ["checkpoint.plain_log_probs", "trial.next_logits"])
+@pytest.mark.parametrize("where", ["load.plain_log_probs", "trial.next_logits"])
 def test_memory_that_runs_out_is_no_premise(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"ccm.{where}", full)
+    monkeypatch.setattr(f"ccm.models.{where}", full)
     with pytest.raises(torch.OutOfMemoryError):
         toy()
 
@@ -257,13 +259,13 @@ def test_a_fast_path_that_computes_another_model_is_refused(
     fault: str, size: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = toy()
-    monkeypatch.setattr(trial, "run_body", wrong_body(fault, size))
-    check_engine(model, "hooked")
+    monkeypatch.setattr(decoding_trial, "run_body", wrong_body(fault, size))
+    ENGINES["hooked"].check(model)
     for _ in range(2):  # it is not forgotten
         with pytest.raises(
             PremiseBroken, match=rf"cannot run it \({message}.*\. Use --engine hooked\.$"
         ):
-            check_engine(model, "shared")
+            ENGINES["shared"].check(model)
     with pytest.raises(PremiseBroken, match="the shared engine cannot run it"):
         list(decode_sets(model, token_prompts(3, TOY), []))
 
@@ -271,13 +273,13 @@ def test_a_fast_path_that_computes_another_model_is_refused(
 @pytest.mark.parametrize("fault", ["x", "a", "steps", "prefixes", "watching", "one row"])
 def test_rounding_is_no_fault_of_the_fast_path(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy()
-    monkeypatch.setattr(trial, "run_body", wrong_body(fault, 2e-7))
+    monkeypatch.setattr(decoding_trial, "run_body", wrong_body(fault, 2e-7))
     check_shared(model)
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy()
-    monkeypatch.setattr(trial, "run_body", wrong_body("memory", 0.0))
+    monkeypatch.setattr(decoding_trial, "run_body", wrong_body("memory", 0.0))
     with pytest.raises(torch.OutOfMemoryError):
         check_shared(model)
 

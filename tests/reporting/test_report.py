@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +19,10 @@ import pytest
 from ccm.cli.parser import main
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
-from ccm.experiment.config import RunConfig, asked, identity, make_plan
+from ccm.experiment.config import RunConfig, given
 from ccm.experiment.folder import MANIFEST, read_json, to_json, write_json
+from ccm.experiment.plan import identity, make_plan
 from ccm.experiment.results import read_results
-from ccm.method.facts import read_fact_folder
 from ccm.models.specs import CHECKPOINT, MODELS
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
 from ccm.paper.held import JSON, ROW_HEADER
@@ -324,7 +324,7 @@ def test_a_tolerance_report_of_another_run(tmp_path: Path) -> None:
 # --- run it again -----------------------------------------------------------------------------------
 
 MANY = {
-    "ablation_value": VALUES,
+    "ablation_values": VALUES,
     "controls": 7,
     "matched_controls": 4,
     "seed": 5,
@@ -341,7 +341,9 @@ MANY = {
     "config",
     [
         RunConfig(),
-        RunConfig(ablation_value=("all",), facts=str(CHECKPOINT), k=4, min_rho=0.25, null_space_dims=9),
+        RunConfig(
+            ablation_values=("all",), facts=str(CHECKPOINT), k=4, min_rho=0.25, null_space_dims=9
+        ),
         RunConfig(neurons=(3, 1, 2), **MANY),
         RunConfig(model=str(CHECKPOINT), k=3),
         # A stand-in, of whose own dimensions follow other defaults.
@@ -359,7 +361,7 @@ def test_the_command_does_the_same_run_again(
 ) -> None:
     monkeypatch.setenv(OTHER_DIMENSIONS_VARIABLE, "1")
     was = json.loads(to_json(identity(make_plan(config))))
-    command = command_of({"identity": was, "asked": json.loads(to_json(asked(config)))})
+    command = command_of({"asked": json.loads(to_json(given(config)))})
     caught = []
 
     def run(config: RunConfig, out: Path) -> None:
@@ -371,23 +373,13 @@ def test_the_command_does_the_same_run_again(
     assert program == "ccm"
     assert main([*words, "--out", str(tmp_path)]) == 2
     assert json.loads(to_json(identity(make_plan(caught[0])))) == was
-    assert asked(caught[0]) == asked(config)
+    assert caught[0] == config
 
 
 def test_defaults_need_not_be_said() -> None:
-    manifest = {"identity": identity(make_plan(RunConfig(matched_controls=RunConfig().controls)))}
-    assert command_of(manifest) == (
+    assert command_of({"asked": given(RunConfig())}) == (
         "ccm run --model organism --ablation-value mean_ablation --controls 100 --device cpu --seed 123"
     )
-
-
-def test_an_older_manifest_says_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No released data needed: of facts only the name is told.
-    monkeypatch.setattr(
-        "ccm.experiment.config.load_pararel", lambda: read_fact_folder(CHECKPOINT, "pararel")
-    )
-    was = identity(make_plan(replace(RunConfig(), facts="pararel")))
-    assert command_of({"identity": was}).endswith("--facts pararel")
 
 
 # --- bad input --------------------------------------------------------------------------------------

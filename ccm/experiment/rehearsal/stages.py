@@ -15,16 +15,17 @@ from ccm.decoding import hooked
 from ccm.decoding.activations import collect
 from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.certificate import build_screen
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode, decode_sets
 from ccm.experiment.cells import CellReader, decode_stored
 from ccm.experiment.comparisons import rho_by_layer
 from ccm.experiment.effects import SAMPLED, evenly_spaced, measure_effects
-from ccm.experiment.folder import PROMPTS, SCORES, RunFolder, ShardStore, write_json, write_table
+from ccm.experiment.folder import PROMPTS, RunFolder, ShardStore, write_table
 from ccm.experiment.probing import prompt_table
 from ccm.experiment.rehearsal.profiler import Meter
 from ccm.experiment.rehearsal.projection import PUBLISHED_PROMPTS
-from ccm.experiment.scoring import scores_of_run
+from ccm.experiment.scoring import write_scores as score
 from ccm.method.ablation import (
     CONTROL,
     PLAIN,
@@ -193,6 +194,7 @@ class Stages:
         store = ShardStore(self.folder.path)
         with self.meter.stage("ablation grid", "prompt", len(self.tokens)):
             shards = decode_stored(
+                ENGINES["shared"],
                 model,
                 self.tokens,
                 ablations,
@@ -280,7 +282,7 @@ def write_scores(
     cells = [folder.cell("", "plain"), *(folder.cell(v.name, name) for v in values for name in sets)]
     for path, done in zip(cells, runs, strict=True):
         write_table(path, reader.table(done))
-    write_json(folder.path / SCORES, scores_of_run(folder, released=False))
+    score(folder, released=False)
 
 
 def repeat(done: Completions, times: int) -> Completions:

@@ -1,0 +1,54 @@
+"""The ways to decode, behind one interface: each engine is a module that has these functions."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from ccm.decoding import hooked, shared
+from ccm.decoding.results import Completions, Shard, Work
+from ccm.method.ablation import Ablation
+from ccm.models.bridge import Tokens
+from ccm.models.model import LoadedModel
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What an engine offers; all give the same texts, tokens, sources and counts."""
+
+    @property
+    def TAKES(self) -> Collection[str]:
+        """Options of a run that not every engine can follow, and this one can."""
+
+    @property
+    def check(self) -> Callable[[LoadedModel], None]:
+        """See, before any work, that it computes the model at hand; raises `PremiseBroken`."""
+
+    @property
+    def decode(self) -> Callable[..., Completions]:
+        """Decode greedily under one neuron set (`ccm.decoding.hooked.decode`)."""
+
+    def decode_sets(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Tokens],
+        ablations: Sequence[Ablation] = (),
+        *,
+        targets: Int[Tensor, "prompt target"] | None = None,
+        max_new_tokens: int = ...,
+        full: Sequence[bool] | None = None,
+        own_top: bool = False,
+        memory_budget: int | None = None,
+        work: Work | None = None,
+        done: Collection[int] = (),
+        share: tuple[int, int] = (1, 1),
+    ) -> Iterator[Shard]:
+        """Decode under the plain run and every ablation (`ccm.decoding.shared.decode_sets`)."""
+
+    @property
+    def read_last_positions(self) -> Callable[..., Iterator[Any]]:
+        """Run prompts up to their last positions (`ccm.decoding.shared.read_last_positions`)."""
+
+
+ENGINES: Mapping[str, Engine] = {"shared": shared, "hooked": hooked}

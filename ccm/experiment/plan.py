@@ -1,0 +1,215 @@
+"""A run's configuration held to its model, before any weights are loaded, and the run's identity."""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccm.decoding.engines import ENGINES
+from ccm.errors import BadInput, allowed, one_of
+from ccm.experiment.config import PUBLISHED, RunConfig, option_of
+from ccm.experiment.folder import to_json
+from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
+from ccm.method.ablation import AblationValue, ablation_values, check_neurons
+from ccm.method.facts import FactSet, load_pararel, read_fact_folder
+from ccm.method.prompts import TEMPLATES
+from ccm.method.protocol import PROTOCOLS, Protocol
+from ccm.models.specs import MODELS, ModelSpec, device_for, spec_for
+from ccm.models.tokenizer import Bos, parse_bos
+from ccm.models.weights import check_weights, file_hashes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A `RunConfig` after every name in it was looked up and every number checked."""
+
+    config: RunConfig  # with what the model decides where it was not said
+    spec: ModelSpec
+    facts: FactSet
+    template: str
+    bos: Bos
+    protocol: Protocol
+    values: tuple[AblationValue, ...]
+    neurons: tuple[int, ...] | None  # a fixed entropy set instead of the selection rule
+    k: int
+    min_rho: float
+    null_space_dims: int
+    matched_controls: int
+    device: torch.device
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check a configuration without loading any weights.
+
+    Raises:
+        BadInput: any name, number or file that cannot be used.
+        NotAvailable: a device or data that are not here.
+    """
+    protocol = PROTOCOLS[config.protocol]
+    values = tuple(ablation_values(config.ablation_values))
+    spec = check_weights(spec_for(config.model, model_paths(config)))
+    _check_engine(config)
+    if config.stats == "released":
+        read_released_statistics(spec, finite=protocol.name != "released")
+    device = device_for(config.device)
+    template = one_of("template", config.template or spec.template, TEMPLATES)
+    bos = parse_bos(config.bos)
+    if isinstance(bos, int) and bos >= spec.d_vocab:
+        raise BadInput(
+            f"--bos {bos}: no token of {spec.name}. Allowed: own, none, 0 to {spec.d_vocab - 1}."
+        )
+    neurons, rule = _neurons(config, spec), check_measures(config, spec)
+    k = rule["k"] if neurons is None else len(neurons)
+    matched = config.controls if config.matched_controls is None else config.matched_controls
+    _check_controls(config.controls, matched, k, spec.d_mlp, protocol)
+    return Plan(
+        config=config,
+        spec=spec,
+        facts=find_facts(config.facts, spec),
+        template=template,
+        bos=bos,
+        protocol=protocol,
+        values=values,
+        neurons=neurons,
+        k=k,
+        min_rho=rule["min_rho"],
+        null_space_dims=rule["null_space_dims"],
+        matched_controls=matched,
+        device=device,
+    )
+
+
+def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
+    """What selects entropy neurons, held to the model: `k`, `min_rho` and `null_space_dims`.
+
+    Raises:
+        BadInput: more neurons or directions than the model has.
+    """
+    k = config.k or spec.n_entropy_neurons
+    if k > spec.d_mlp:
+        raise BadInput(
+            f"k={k} entropy neurons: out of range. Allowed: 1 to {spec.d_mlp} (d_mlp of {spec.name})."
+        )
+    dims = spec.null_space_dims if config.null_space_dims is None else config.null_space_dims
+    if dims > spec.d_model:
+        raise BadInput(
+            f"null-space dimensions {dims}: out of range. Allowed: 1 to {spec.d_model} (d_model)."
+        )
+    min_rho = spec.min_rho if config.min_rho is None else config.min_rho
+    return {"k": k, "min_rho": min_rho, "null_space_dims": dims}
+
+
+def model_paths(config: RunConfig) -> Mapping[str, Path]:
+    """Folders of named models; a name that nothing would ever look up is refused.
+
+    Raises:
+        BadInput: such a name.
+    """
+    for name in config.model_paths:
+        if name not in (*MODELS, config.model):
+            raise BadInput(
+                f"--model-path {name}=...: no model of that name is run. {allowed(MODELS)}, or the "
+                "name that --model gives."
+            )
+    return config.model_paths
+
+
+def _neurons(config: RunConfig, spec: ModelSpec) -> tuple[int, ...] | None:
+    """The fixed entropy set, if one is asked for."""
+    if config.neurons is None:
+        return None
+    if config.neurons == PUBLISHED:
+        if not spec.published_neurons:
+            raise BadInput(f"--neurons published: none are published for {spec.name}. Give 1,2,3.")
+        return spec.published_neurons
+    return check_neurons(tuple(map(int, config.neurons)), spec.d_mlp)
+
+
+def _check_controls(controls: int, matched: int, k: int, d_mlp: int, protocol: Protocol) -> None:
+    """Check that so many distinct sets of either kind exist."""
+    pool = d_mlp if protocol.controls_overlap else d_mlp - k
+    plain = comb(pool, k) - int(protocol.controls_overlap)
+    for what, n, of, exist in (
+        ("controls", controls, pool, plain),
+        ("matched controls", matched, d_mlp - k, comb(d_mlp - k, k)),
+    ):
+        if n > exist:
+            raise BadInput(
+                f"{n} {what}: out of range. Allowed: 0 to {exist}, the distinct sets of {k} of {of} "
+                f"neurons. Lower --{what.replace(' ', '-')}."
+            )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Check that the engine can do what is asked of it, and the device of a device map."""
+    for name in ("shard", "device_map"):
+        value = getattr(config, name)
+        if value is not None and name not in ENGINES[config.engine].TAKES:
+            able = [engine for engine in ENGINES if name in ENGINES[engine].TAKES]
+            raise BadInput(
+                f"{name.replace('_', ' ')} {value}: not with engine {config.engine!r}. Use --engine "
+                f"{' or '.join(able)}."
+            )
+    if config.device_map is not None and config.device != "cuda":
+        raise BadInput(f"device map auto: not with device {config.device!r}. Use --device cuda.")
+
+
+def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
+    """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
+    if name == "pararel":
+        return load_pararel()
+    if name is not None:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise BadInput(
+                f"facts {name!r}: no such folder. Allowed: pararel, or a folder with facts.csv and "
+                "relations.csv."
+            )
+        return read_fact_folder(folder, name=folder.resolve().name)
+    if spec.folder is not None and (spec.folder / "relations.csv").is_file():
+        return read_fact_folder(spec.folder, name=spec.name)
+    return load_pararel()
+
+
+# What computes a result: the model, its tokens, names that are alike, intervals.
+PACKAGES = (
+    *("ccm", "torch", "transformers", "transformer_lens", "tokenizers", "numpy", "scipy", "rapidfuzz"),
+)
+
+
+def identity(plan_: Plan) -> dict[str, Any]:
+    """Everything a result depends on: two starts with the same identity give the same bytes."""
+    config = plan_.config
+    facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
+    options = {f.name: getattr(config, f.name) for f in fields(config) if option_of(f).result}
+    decided = {
+        "ablation_values": [v.name for v in plan_.values],
+        **{name: getattr(plan_, name) for name in ("template", "neurons", "k", "min_rho")},
+        **{name: getattr(plan_, name) for name in ("null_space_dims", "matched_controls")},
+    }
+    released = config.stats == "released"
+    return {
+        "model": plan_.spec.name,
+        **file_hashes(plan_.spec),
+        "facts": plan_.facts.name,
+        "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
+        "statistics_sha256": released_statistics_hash(plan_.spec) if released else None,
+        **{name: decided.get(name, value) for name, value in options.items()},
+        "device": plan_.device.type,
+        "device_name": (
+            torch.cuda.get_device_name(plan_.device)
+            if plan_.device.type == "cuda"
+            else platform.machine()
+        ),
+        "shard": None if config.shard is None else "{}/{}".format(*config.shard),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+    }
