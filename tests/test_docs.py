@@ -1,8 +1,9 @@
 """The pages hang together: what they link, show and name is there. `tox -e docs` builds them."""
 
 import configparser
-import importlib.util
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,7 +125,8 @@ def test_environments_of_tox_that_are_named_are_there(document: Path) -> None:
 
 
 def test_the_api_names_modules_that_are_there() -> None:
-    named = re.findall(r"^::: (ccm[\w.]*)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: (ccm[\w.]*)$", text, flags=re.MULTILINE)
     assert named[0] == "ccm", "what a user calls comes first"
     for name in named:
         path = ROOT / name.replace(".", "/")
@@ -157,20 +159,42 @@ def test_an_image_is_small_shown_and_described(image: Path) -> None:
     assert any(shown.search(document.read_text(encoding="utf-8")) for document in DOCUMENTS)
 
 
-def test_on_the_api_page_such_a_reference_is_a_link() -> None:
-    """The hook of mkdocs; pages that are written by hand are left alone."""
-    spec = importlib.util.spec_from_file_location("docs_links", ROOT / ".ci" / "docs_links.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
+def test_the_api_page_gets_links_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    extension = runpy.run_path(str(ROOT / ".ci" / "docs_docstrings.py"))
+    docstring = SimpleNamespace(
+        value="""One sentence (Method 4.3c, Method 13), Method 14.
 
-    def page(name: str) -> Any:
-        return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+1. First,
+   going on:
 
-    text = "<p>(Method 4.3c, Method 13) Method 14</p>"
-    assert hook.on_page_content(text, page("api.md")) == (
-        '<p>(<a href="method.html#section-4">Method 4</a>.3c, '
-        '<a href="method.html#section-13">Method 13</a>) Method 14</p>'
+       a formula
+
+   and after it.
+2. Second.
+
+Args:
+    x: A number.
+"""
     )
-    assert hook.on_page_content(text, page("method.md")) == text
+    extension["Docstrings"]().on_instance(obj=SimpleNamespace(docstring=docstring), node=None)
+    extension["Docstrings"]().on_instance(obj=SimpleNamespace(docstring=None), node=None)
+    link = "[Method 4](method.md#section-4).3c, [Method 13](method.md#section-13)"
+    assert (
+        docstring.value
+        == f"""One sentence ({link}), Method 14.
+
+
+1. First,
+    going on:
+
+        a formula
+
+    and after it.
+
+2. Second.
+
+Args:
+    x: A number.
+"""
+    )
