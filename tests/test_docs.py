@@ -116,6 +116,22 @@ def test_files_that_are_named_are_there(document: Path) -> None:
 
 
 @EVERY_DOCUMENT
+def test_what_is_said_to_be_in_a_file_is_there(document: Path) -> None:
+    said = re.findall(r"`(\w+)`\s+(?:in|of)\s+`(ccm/[\w/]+\.py)`", document.read_text(encoding="utf-8"))
+    for name, path in said:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:class |def )?{name}\b", source, flags=re.MULTILINE), (name, path)
+
+
+def test_the_house_has_the_rooms_that_are_told() -> None:
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "ccm").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE)) == rooms
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    assert f"`ccm/` holds {words[len(rooms) - 1]} rooms and `errors`" in text
+
+
+@EVERY_DOCUMENT
 def test_environments_of_tox_that_are_named_are_there(document: Path) -> None:
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini", encoding="utf-8")
