@@ -124,11 +124,11 @@ def test_what_is_said_to_be_in_a_file_is_there(document: Path) -> None:
 
 
 def test_the_house_has_the_rooms_that_are_told() -> None:
-    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    text, *_ = (DOCS / "contributing.md").read_text(encoding="utf-8").partition("### ")
     rooms = {path.parent.name for path in (ROOT / "ccm").glob("*/__init__.py")}
     assert set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE)) == rooms
-    words = "one two three four five six seven eight nine ten eleven twelve".split()
-    assert f"`ccm/` holds {words[len(rooms) - 1]} rooms and `errors`" in text
+    count = {7: "seven", 8: "eight", 9: "nine"}[len(rooms)]
+    assert f"`ccm/` holds {count} rooms and `errors`" in text
 
 
 @EVERY_DOCUMENT
