@@ -1,4 +1,4 @@
-"""The defects of the released code (listed in the README): each one shown, and ours without it."""
+"""The defects of the released code (docs/defects.md): each one shown, and ours without it."""
 
 import ast
 import shutil
