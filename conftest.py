@@ -17,7 +17,8 @@ from ccm.errors import BadInput, CcmError, allowed
 from ccm.experiment.config import model_folders
 from ccm.method.ablation import ablation_values
 from ccm.method.facts import DATA_VARIABLE, pararel_folder
-from ccm.models.specs import MODELS, device_for, dtype_for, spec_for
+from ccm.models.devices import device_for, dtype_for
+from ccm.models.specs import MODELS, spec_for
 from ccm.models.weights import check_weights, weight_files
 from tests.needs import NEEDS
 

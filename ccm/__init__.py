@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ccm.method.prompts import ProbingPrompt
     from ccm.models.model import LoadedModel
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BadInput",
     "CcmError",

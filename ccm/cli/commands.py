@@ -218,8 +218,9 @@ def measure(options: argparse.Namespace) -> None:
 
     from ccm.experiment.plan import check_measures, model_paths
     from ccm.experiment.writing import write_atomically
+    from ccm.models.devices import device_for
     from ccm.models.load import load
-    from ccm.models.specs import device_for, spec_for
+    from ccm.models.specs import spec_for
     from ccm.models.weights import check_weights
 
     _limit_threads()
@@ -249,8 +250,9 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.experiment.plan import model_paths
     from ccm.method.ablation import check_neurons, check_statistics
     from ccm.method.prompts import never_matched
+    from ccm.models.devices import device_for
     from ccm.models.load import load
-    from ccm.models.specs import device_for, spec_for
+    from ccm.models.specs import spec_for
     from ccm.models.tokenizer import parse_bos
     from ccm.models.weights import check_weights
 

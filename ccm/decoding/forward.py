@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ccm.decoding.bounded import Room
 from ccm.models.model import LoadedModel
-
-PREPARED = ("gpt2", "gpt_neox", "phi", "mistral", "llama")
+from ccm.models.specs import FAMILIES
 
 
 def run_body(
@@ -85,7 +84,7 @@ def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:
     config = model.body.config
     window = getattr(config, "sliding_window", None)
     return (
-        config.model_type in PREPARED
+        config.model_type in FAMILIES
         and config._attn_implementation == "sdpa"
         and (window is None or slots <= window)
     )

@@ -15,8 +15,8 @@ from typing import Any
 
 from ccm.errors import BadInput, one_of
 from ccm.method.protocol import PROTOCOLS
+from ccm.models.specs import DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
 STATISTICS_FROM = ("own", "released")
 PUBLISHED = "published"  # instead of neurons: those that the paper's authors picked
 

@@ -20,7 +20,8 @@ from ccm.method.ablation import AblationValue, ablation_values, check_neurons
 from ccm.method.facts import FactSet, load_pararel, read_fact_folder
 from ccm.method.prompts import TEMPLATES
 from ccm.method.protocol import PROTOCOLS, Protocol
-from ccm.models.specs import MODELS, ModelSpec, device_for, spec_for
+from ccm.models.devices import device_for
+from ccm.models.specs import MODELS, ModelSpec, spec_for
 from ccm.models.tokenizer import Bos, parse_bos
 from ccm.models.weights import check_weights, file_hashes
 

@@ -68,10 +68,10 @@ from ccm.method.prompts import (
 from ccm.method.protocol import Protocol
 from ccm.method.sources import nested_objects
 from ccm.models.device_map import spread_over_devices
+from ccm.models.devices import dtype_for
 from ccm.models.load import download, load
 from ccm.models.memory import check_memory, default_budget, needed_bytes
 from ccm.models.model import LoadedModel
-from ccm.models.specs import dtype_for
 from ccm.models.weights import n_parameters, revision, unfinished, weight_files
 
 _log = logging.getLogger(__name__)

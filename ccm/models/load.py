@@ -14,9 +14,10 @@ import torch
 
 from ccm.errors import BadInput, NotAvailable, PremiseBroken
 from ccm.models.assumptions import check_parts, check_premise
+from ccm.models.devices import device_for, dtype_for
 from ccm.models.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models.model import LoadedModel
-from ccm.models.specs import ModelSpec, device_for, dtype_for
+from ccm.models.specs import ModelSpec
 from ccm.models.tokenizer import Bos, read_tokenizer, special_tokens
 from ccm.models.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
 from ccm.models.weights import (

@@ -7,11 +7,10 @@ import torch
 from ccm.errors import NotAvailable
 from ccm.method.neurons import VOCAB_CHUNK
 from ccm.models import limits
-from ccm.models.specs import ModelSpec
+from ccm.models.specs import FAMILIES, ModelSpec
 
 GIB = 1 << 30
 MOST_TO_PLAN_WITH = 4 * GIB  # more would make no step faster: that much keeps any processor busy
-JOINT_QKV = ("gpt2", "gpt_neox")  # architectures with one matrix of queries, keys and values
 
 
 def free_bytes(device: torch.device) -> int:
@@ -55,7 +54,8 @@ def shares_of_devices() -> dict[int | str, int]:
 def weight_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
     """Bytes that a loaded model takes; the bridge splits a joint matrix of GPT-2 and NeoX in copies."""
     split = 3 * spec.d_model * (spec.d_model + 1) * spec.n_layers
-    copied = split if spec.architecture in JOINT_QKV else 0
+    family = FAMILIES.get(spec.architecture)
+    copied = split if family is not None and family.joint_qkv else 0
     return (parameters + copied) * dtype.itemsize
 
 

@@ -16,7 +16,7 @@ import torch
 from ccm.errors import BadInput, allowed
 from ccm.models.load import assemble, check_precision
 from ccm.models.model import LoadedModel
-from ccm.models.specs import CHECKPOINT, MODELS
+from ccm.models.specs import CHECKPOINT, FAMILIES, MODELS, PUBLISHED
 from ccm.models.tokenizer import Bos, read_tokenizer
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
@@ -43,51 +43,20 @@ class Architecture:
         return getattr(transformers, self.kind)(**self.options)
 
 
-def _rope(theta: float, part: float = 1.0) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}
-
-
-# fmt: off
-# Dimensions from the public model cards and their config.json; weights are drawn at each
-# architecture's default `initializer_range`.
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "gpt2-small": Architecture("GPT2Config", {
-        "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024,
-        "bos_token_id": 50256, "eos_token_id": 50256}),
-    "EleutherAI_pythia-1.4b": Architecture("GPTNeoXConfig", {
-        "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "intermediate_size": 8192, "vocab_size": 50304, "max_position_embeddings": 2048,
-        "use_parallel_residual": True, "rope_parameters": _rope(1e4, 0.25),
-        "bos_token_id": 0, "eos_token_id": 0}),
-    "Phi-1_5": Architecture("PhiConfig", {
-        "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "intermediate_size": 8192, "vocab_size": 51200, "max_position_embeddings": 2048,
-        "rope_parameters": _rope(1e4, 0.5), "bos_token_id": 50256, "eos_token_id": 50256}),
-    "Mistral-7B-v0.1": Architecture("MistralConfig", {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000,
-        "max_position_embeddings": 32768, "sliding_window": 4096, "rope_parameters": _rope(1e4),
-        "bos_token_id": 1, "eos_token_id": 2}),
-    "Meta-Llama-3-8B": Architecture("LlamaConfig", {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_parameters": _rope(5e5),
-        "bos_token_id": 128000, "eos_token_id": 128001}),
-}
-# fmt: on
-
-
 def architecture_of(name: str) -> Architecture:
-    """Find a published model's architecture.
+    """A published model's architecture; weights are drawn at its default `initializer_range`.
 
     Raises:
         BadInput: the organism, a folder, or no model at all.
     """
-    if name not in ARCHITECTURES:
+    if name not in PUBLISHED:
         known = name in MODELS or Path(name).is_dir()
         what = "has no published architecture, and its weights are here: use `ccm run`"
-        raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(ARCHITECTURES)}.")
-    return ARCHITECTURES[name]
+        raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(PUBLISHED)}.")
+    spec = MODELS[name]
+    family = FAMILIES[spec.architecture]
+    named = {getattr(family, what): getattr(spec, what) for what in ("d_model", "n_layers", "d_mlp")}
+    return Architecture(family.config, {**named, "vocab_size": spec.d_vocab, **spec.config})
 
 
 def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -2,23 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ccm.errors import BadInput, NotAvailable, allowed, one_of
+from ccm.errors import BadInput, allowed
 from ccm.models.checkpoint_folder import CONFIG, check_folder, read_object
 
 MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
 CHECKPOINT = Path(__file__).resolve().parents[1] / "organism" / "checkpoint"
 MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 MLP_NAMES = ("mlp", "ffn", "feed_forward", "ff.", "fc")  # what transformers calls them
 # What a configuration may not ask for, and the way out.
 REFUSED: Mapping[str, str] = {
@@ -31,13 +25,34 @@ REFUSED: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class Family:
+    """A published architecture, as transformers has it."""
+
+    config: str  # its configuration class
+    d_model: str = "hidden_size"  # what that calls our dimensions
+    n_layers: str = "num_hidden_layers"
+    d_mlp: str = "intermediate_size"
+    joint_qkv: bool = False  # one matrix of queries, keys and values
+
+
+# By transformers' `model_type`. Layers of these take their mask as it is handed to them.
+FAMILIES: Mapping[str, Family] = {
+    "gpt2": Family("GPT2Config", "n_embd", "n_layer", "n_inner", joint_qkv=True),
+    "gpt_neox": Family("GPTNeoXConfig", joint_qkv=True),
+    "phi": Family("PhiConfig"),
+    "mistral": Family("MistralConfig"),
+    "llama": Family("LlamaConfig"),
+}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """What is known of a model before it is loaded (Method 2)."""
+    """What is known of a model before it is loaded (Method 2): a row of `MODELS`, or a folder's."""
 
     name: str
     display_name: str
     hub_id: str | None  # None: only by folder
-    architecture: str  # transformers' name of it, `model_type`
+    architecture: str  # transformers' `model_type`, a key of `FAMILIES` for those in `MODELS`
     n_layers: int
     d_model: int
     d_mlp: int
@@ -50,6 +65,13 @@ class ModelSpec:
     folder: Path | None = None
     # The neurons the paper's authors picked (released lists; Method 5).
     published_neurons: tuple[int, ...] = ()
+    published_prompts: int = 0  # probing prompts of the published run: its class sizes (Figure 5)
+    # What else its configuration says, from the public model card: enough to build it at random.
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _rope(theta: float, part: float = 1.0) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}
 
 
 # fmt: off
@@ -58,20 +80,38 @@ _SPECS = (
               folder=CHECKPOINT),
     ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", "gpt2",
               12, 768, 3072, 50257, 40, 6, 0.96, "instruction",
-              published_neurons=(584, 1611, 2123, 2378, 2870, 2910)),
+              published_neurons=(584, 1611, 2123, 2378, 2870, 2910), published_prompts=10684,
+              config={"n_head": 12, "n_positions": 1024, "bos_token_id": 50256, "eos_token_id": 50256}),
     ModelSpec("EleutherAI_pythia-1.4b", "Pythia-1.4B", "EleutherAI/pythia-1.4b", "gpt_neox",
               24, 2048, 8192, 50304, 48, 9, 0.87, "chat",
-              published_neurons=(192, 435, 3972, 4132, 5104, 5265, 6368, 7385, 7756)),
+              published_neurons=(192, 435, 3972, 4132, 5104, 5265, 6368, 7385, 7756),
+              published_prompts=6735,
+              config={"num_attention_heads": 16, "max_position_embeddings": 2048,
+                      "use_parallel_residual": True, "rope_parameters": _rope(1e4, 0.25),
+                      "bos_token_id": 0, "eos_token_id": 0}),
     ModelSpec("Phi-1_5", "Phi-1.5", "microsoft/phi-1_5", "phi",
               24, 2048, 8192, 51200, 48, 12, 0.90, "chat",
-              published_neurons=(430, 473, 833, 1121, 1422, 1509, 2072, 2333, 3052, 3601, 7335, 7489)),
+              published_neurons=(430, 473, 833, 1121, 1422, 1509, 2072, 2333, 3052, 3601, 7335, 7489),
+              published_prompts=6510,
+              config={"num_attention_heads": 32, "max_position_embeddings": 2048,
+                      "rope_parameters": _rope(1e4, 0.5), "bos_token_id": 50256,
+                      "eos_token_id": 50256}),
     ModelSpec("Mistral-7B-v0.1", "Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", "mistral",
               32, 4096, 14336, 32000, 96, 14, 0.86, "chat",
               published_neurons=(1226, 3686, 5326, 7694, 8035, 8824, 9216, 9449, 9943, 10188, 11001,
-                                 11152, 12033, 12579)),
+                                 11152, 12033, 12579),
+              published_prompts=3135,
+              config={"num_attention_heads": 32, "num_key_value_heads": 8,
+                      "max_position_embeddings": 32768, "sliding_window": 4096,
+                      "rope_parameters": _rope(1e4), "bos_token_id": 1, "eos_token_id": 2}),
     ModelSpec("Meta-Llama-3-8B", "Llama3-8B", "meta-llama/Meta-Llama-3-8B", "llama",
               32, 4096, 14336, 128256, 96, 10, 0.88, "chat", gated=True,
-              published_neurons=(1159, 1674, 2564, 2799, 4097, 5021, 5311, 11680, 12111, 12514)),
+              published_neurons=(1159, 1674, 2564, 2799, 4097, 5021, 5311, 11680, 12111, 12514),
+              published_prompts=9586,
+              config={"num_attention_heads": 32, "num_key_value_heads": 8,
+                      "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+                      "rope_parameters": _rope(5e5), "bos_token_id": 128000,
+                      "eos_token_id": 128001}),
 )
 # fmt: on
 MODELS: Mapping[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
@@ -178,7 +218,7 @@ def dimensions(config: Any) -> dict[str, Any]:
     """
     text = config.get_text_config()
     d_model, n_layers = int(text.hidden_size), int(text.num_hidden_layers)
-    if config.model_type in {spec.architecture for spec in MODELS.values()}:
+    if config.model_type in FAMILIES:
         n_inner = getattr(config, "n_inner", None)  # GPT-2's word for it; None means 4 d_model
         d_mlp = int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model)
     else:
@@ -193,6 +233,7 @@ def dimensions(config: Any) -> dict[str, Any]:
 
 def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
     """Inputs of the last layer's last map to the residual stream; of an MLP, where one is named so."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -208,39 +249,3 @@ def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
         if sizes[1] == d_model:
             found[any(word in name for word in MLP_NAMES)] = int(sizes[0])
     return found.get(True, found.get(False))
-
-
-def device_for(name: str) -> torch.device:
-    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device that is there.
-
-    Raises:
-        BadInput: not a device name.
-        NotAvailable: CUDA asked for where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"device {name!r}: unknown. Allowed: auto, cpu, cuda, cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"device {name!r}: not supported. Allowed: auto, cpu, cuda, cuda:N.")
-    if device.type == "cpu" and device.index:
-        raise BadInput(f"device {name!r}: there is one CPU. Allowed: auto, cpu, cuda, cuda:N.")
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            raise NotAvailable(
-                f"device {name!r}: {found} CUDA devices found. Use --device cpu, or a machine and a "
-                "torch build with CUDA."
-            )
-    return device
-
-
-def dtype_for(name: str) -> torch.dtype:
-    """Turn a dtype name into a torch dtype.
-
-    Raises:
-        BadInput: not one of `DTYPES`.
-    """
-    return DTYPES[one_of("dtype", name, DTYPES)]

@@ -41,7 +41,6 @@ from ccm.models import memory
 from ccm.models import random as stand_in
 from ccm.models.load import assemble, load
 from ccm.models.random import (
-    ARCHITECTURES,
     Architecture,
     StandInTokenizer,
     n_parameters,
@@ -66,7 +65,7 @@ IN_RUN = (*IN_RUN, "effects, entropy set", "effects, controls", "tables and scor
 
 def small(name: str) -> Architecture:
     """A published architecture with 2 layers of 4 heads, and d_model 32."""
-    architecture = ARCHITECTURES[name]
+    architecture = architecture_of(name)
     if architecture.kind == "GPT2Config":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
     else:
@@ -101,17 +100,17 @@ def done(facts: FactSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rehe
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_architectures_have_the_published_number_of_parameters(name: str) -> None:
-    assert n_parameters(ARCHITECTURES[name].config()) == PARAMETERS[name]
+    assert n_parameters(architecture_of(name).config()) == PARAMETERS[name]
 
 
 def test_an_architecture_of_another_size_is_counted_otherwise() -> None:
-    one_more = ARCHITECTURES["gpt2-small"].with_options(n_positions=1025)
+    one_more = architecture_of("gpt2-small").with_options(n_positions=1025)
     assert n_parameters(one_more.config()) == PARAMETERS["gpt2-small"] + 768
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_architectures_agree_with_the_table_of_models(name: str) -> None:
-    spec, found = MODELS[name], ARCHITECTURES[name].config()
+    spec, found = MODELS[name], architecture_of(name).config()
     d_mlp = getattr(found, "intermediate_size", None) or 4 * found.hidden_size
     assert (found.num_hidden_layers, found.hidden_size, d_mlp, found.vocab_size) == (
         spec.n_layers,
@@ -131,7 +130,7 @@ def test_architectures_agree_with_the_table_of_models(name: str) -> None:
     ],
 )
 def test_positions_are_rotated_as_published(name: str, theta: float, part: float, n_ctx: int) -> None:
-    found = ARCHITECTURES[name].config()
+    found = architecture_of(name).config()
     rope = found.rope_parameters
     assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (theta, part)
     assert found.max_position_embeddings == n_ctx
@@ -546,7 +545,8 @@ def test_the_command_prints_a_table_and_writes_a_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CCM_DATA_DIR", raising=False)
-    monkeypatch.setattr(stand_in, "ARCHITECTURES", {"Phi-1_5": small("Phi-1_5")})
+    small_one = small("Phi-1_5")
+    monkeypatch.setattr(rehearsal, "architecture_of", lambda name: small_one)
     out = tmp_path / "report.json"
     few = ["--prompts", "3", "--controls", "0", "--ablation-value", "mean_ablation", "--device", "cpu"]
     assert main(["rehearse", "--model", "Phi-1_5", *few, "--out", str(out)]) == 0

@@ -34,6 +34,7 @@ from ccm.method.prompts import (
     filter_answers,
 )
 from ccm.models.bridge import Tokens
+from ccm.models.devices import device_for, dtype_for
 from ccm.models.memory import check_memory, needed_bytes
 from ccm.models.random import (
     LETTERS,
@@ -42,7 +43,7 @@ from ccm.models.random import (
     build,
     n_parameters,
 )
-from ccm.models.specs import CHECKPOINT, MODELS, device_for, dimensions, dtype_for
+from ccm.models.specs import CHECKPOINT, MODELS, dimensions
 from ccm.models.tokenizer import read_tokenizer
 
 
