@@ -10,12 +10,12 @@ import torch
 
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.models.load import load
-from ccm.models.specs import FAMILIES, MODELS, spec_for
+from ccm.models.specs import MODELS, spec_for
 from conftest import is_numeric
 from tests.decoding.test_shared import near_ties  # noqa: F401  (a fixture)
 from tests.exact import clear, forward, lead, margins, margins_from, margins_of
 from tests.tolerance import ENTROPY, FLOOR, LOG_PROBABILITY, TIMES, of_rounding
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 EPS = torch.finfo(torch.float32).eps

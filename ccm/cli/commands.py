@@ -14,7 +14,6 @@ from ccm.errors import BadInput, CannotWrite
 from ccm.experiment.config import RunConfig, neuron_numbers
 from ccm.experiment.locking import refuse_if_locked
 from ccm.experiment.writing import try_writing
-from ccm.method.ablation import ablation_values, one_ablation_value
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.limits import cores
 
@@ -77,6 +76,8 @@ def _try_writing(folder: Path, trouble: str, other: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the experiment, or the shard of one that was asked for."""
+    from ccm.method.ablation import ablation_values
+
     config = RunConfig.read(**given_options(options))
     ablation_values(config.ablation_values)
     if options.out is not None:
@@ -240,6 +241,8 @@ def measure(options: argparse.Namespace) -> None:
 def ablate(options: argparse.Namespace) -> None:
     """Ablate neurons for prompts of the user's own."""
     out = new_file(options.out)
+    from ccm.method.ablation import one_ablation_value
+
     config = RunConfig.read(**given_options(options))
     value = one_ablation_value(options.ablation_value)
     neurons = () if options.neurons is None else read_neurons(options.neurons)

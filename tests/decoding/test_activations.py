@@ -25,12 +25,12 @@ from ccm.decoding.results import Completions
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, ActivationStatistics
 from ccm.models.load import load
-from ccm.models.specs import FAMILIES, spec_for
+from ccm.models.specs import spec_for
 from tests.decoding.test_hooked import fed_back, naive
 from tests.exact import clear, margins
 from tests.strategies import activation_matrices, chunkings
 from tests.tolerance import STATISTIC
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 Matrix = npt.NDArray[np.float32]
 some = settings(max_examples=80, deadline=None)

@@ -12,11 +12,11 @@ from ccm.decoding.forward import run_body
 from ccm.decoding.shared import decode_sets
 from ccm.errors import PremiseBroken
 from ccm.models.load import load
-from ccm.models.specs import FAMILIES, MODELS, spec_for
+from ccm.models.specs import MODELS, spec_for
 from tests.decoding.test_shared import random_sets, run
 from tests.exact import margins
 from tests.pretended_gpu import pretended_gpus
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 FLOAT32 = LEAST[torch.float32]

@@ -16,8 +16,8 @@ from ccm.decoding.forward import plan_rows
 from ccm.decoding.results import Shard, Work
 from ccm.method.ablation import Ablation
 from ccm.models.load import load
-from ccm.models.specs import FAMILIES, spec_for
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from ccm.models.specs import spec_for
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 from tests.without_data import Finished, InventedLengths, no_data
 
 masks = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)

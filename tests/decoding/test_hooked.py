@@ -24,10 +24,10 @@ from ccm.method.ablation import (
 )
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import FAMILIES, MAX_NEW_TOKENS, spec_for
+from ccm.models.specs import MAX_NEW_TOKENS, spec_for
 from tests.exact import clear, down_projection, margins, plain_transformers
 from tests.strategies import neuron_sets, ragged_prompts, toy_configs
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 few = settings(max_examples=12, deadline=None)

@@ -21,12 +21,12 @@ from ccm.method.ablation import PLAIN
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import FAMILIES, spec_for
+from ccm.models.specs import spec_for
 from tests.decoding.test_shared import Run, random_sets, run, some_targets
 from tests.exact import clear, margins_of
 from tests.experiment.test_run import command
 from tests.pretended_gpu import OnGpu, Waits, pretended_gpus
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 N_PROMPTS = 9

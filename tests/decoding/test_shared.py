@@ -36,10 +36,10 @@ from ccm.method.prompts import SPLITTER, answer_object
 from ccm.method.sources import SOURCES, knowledge_source
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import FAMILIES, MAX_NEW_TOKENS, MODELS, spec_for
+from ccm.models.specs import MAX_NEW_TOKENS, MODELS, spec_for
 from tests.exact import clear, forward, lead, margins, margins_from, margins_of
 from tests.strategies import toy_configs
-from tests.toys import GROUPED, ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, GROUPED, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 each_family = pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)

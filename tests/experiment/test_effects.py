@@ -25,11 +25,11 @@ from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, process
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import FAMILIES, spec_for
+from ccm.models.specs import spec_for
 from tests.decoding.test_shared import random_sets
 from tests.exact import margins
 from tests.tolerance import MEASURE
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 TOTAL, DIRECT, NORM_ONLY = range(3)

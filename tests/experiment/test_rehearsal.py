@@ -38,11 +38,11 @@ from ccm.method.ablation import ABLATION_VALUES
 from ccm.method.facts import FactSet, read_fact_folder
 from ccm.method.prompts import same_name
 from ccm.models import memory
-from ccm.models import random as stand_in
 from ccm.models.load import assemble, load
 from ccm.models.random import (
     Architecture,
     StandInTokenizer,
+    architecture_of,
     n_parameters,
     random_model,
     read_tokenizer,

@@ -23,11 +23,11 @@ from ccm.errors import BadInput, CcmError, NotAvailable
 from ccm.experiment.config import RunConfig
 from ccm.experiment.plan import identity, make_plan
 from ccm.models.load import download, load
-from ccm.models.specs import FAMILIES, MODELS, spec_for
+from ccm.models.specs import MODELS, spec_for
 from ccm.models.tokenizer import PROBES, parse_bos, read_tokenizer
 from ccm.models.weights import check_weights, unfinished, weight_files
 from tests.models.test_weights import split
-from tests.toys import TEXT, ToyConfig, toy_folder
+from tests.toys import FAMILIES, TEXT, ToyConfig, toy_folder
 
 TOY = ToyConfig("llama", tied=True)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"

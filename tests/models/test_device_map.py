@@ -12,11 +12,11 @@ from ccm.errors import NotAvailable
 from ccm.method.ablation import PLAIN
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import load
-from ccm.models.specs import FAMILIES, spec_for
+from ccm.models.specs import spec_for
 from tests.decoding.test_shared import assert_same, random_sets
 from tests.exact import clear
 from tests.pretended_gpu import pretended_gpus
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)

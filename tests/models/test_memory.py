@@ -23,14 +23,14 @@ from ccm.models.memory import (
     shares_of_devices,
     weight_bytes,
 )
-from ccm.models.specs import FAMILIES, MODELS, spec_for
+from ccm.models.specs import MODELS, spec_for
 from ccm.models.weights import n_parameters, weight_files
 from tests.decoding.test_pretended_gpu import on_gpu
 from tests.decoding.test_shared import random_sets
 from tests.exact import margins
 from tests.experiment.test_run import command
 from tests.pretended_gpu import pretended_gpus
-from tests.toys import ToyConfig, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)

@@ -15,10 +15,11 @@ from ccm.models.assumptions import check_premise
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.load import check_precision, download, load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import DTYPES, FAMILIES, MAX_NEW_TOKENS, MODELS, PUBLISHED, spec_for
+from ccm.models.specs import DTYPES, MAX_NEW_TOKENS, MODELS, PUBLISHED, spec_for
 from tests.exact import margins
 from tests.tolerance import MEASURE
 from tests.toys import (
+    FAMILIES,
     GROUPED,
     MERGED_WORDS,
     ToyConfig,

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ccm.models.specs import FAMILIES
 from tests.strategies import (
     activation_matrices,
     chunkings,
@@ -22,7 +21,7 @@ from tests.strategies import (
     sources,
     toy_configs,
 )
-from tests.toys import GROUPED, ToyConfig, save_toy, token_prompts, toy_folder, word_prompts
+from tests.toys import FAMILIES, GROUPED, ToyConfig, save_toy, token_prompts, toy_folder, word_prompts
 
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 SPLITTER = re.compile(r'"|\.|\n|\\n|,|\(|\[|\]|<')

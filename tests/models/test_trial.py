@@ -18,9 +18,9 @@ from ccm.models import load as checkpoint
 from ccm.models import trial
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import FAMILIES, MODELS, spec_for
+from ccm.models.specs import MODELS, spec_for
 from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, LONG, ordinary_tokens, plain_log_probs
-from tests.toys import ToyConfig, save_toy, token_prompts, toy_folder
+from tests.toys import FAMILIES, ToyConfig, save_toy, token_prompts, toy_folder
 
 TOY = FAMILIES[0]
 Change = Callable[[torch.Tensor], torch.Tensor]
