@@ -59,10 +59,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.decoding.batch_noise import slack
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import VOCAB_CHUNK
-from ccm.models.model import LoadedModel
+from ccm.models.model import LastLayer
 
 SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
 
@@ -116,15 +115,29 @@ class Nodes:
     slack: Float[Tensor, "node"]  # tau_0
 
 
-def build_screen(model: LoadedModel, ablations: Sequence[Ablation], u: float | None = None) -> Screen:
+@dataclass(frozen=True)
+class Pairs:
+    """(node, set) pairs, and what each set does to its node."""
+
+    screen: Screen
+    nodes: Nodes
+    node: Int[Tensor, "pair"]
+    sets: Int[Tensor, "pair"]
+    c: Float[Tensor, "pair k"]  # activation changes
+    scale: Float[Tensor, "pair"]  # s'
+    tau: Float[Tensor, "pair"]  # of paragraph 4: a lead that is smaller is a near tie
+
+
+def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Screen:
     """Plan the screening of neuron sets; sets of several sizes are filled up with absent neurons.
 
     Args:
-        model: The model.
+        last: What stands between the last MLP's activations and the logits.
         ablations: Neuron sets with their values.
-        u: Of paragraph 6; by default as measured. Whoever chooses no token needs none.
+        u: Of paragraph 6, as `ccm.decoding.batch_noise.slack` measures it; 0 for whoever chooses no
+            token.
     """
-    device = model.device
+    device = last.W_out.device
     neurons = sorted({i for ablation in ablations for i in ablation.neurons}) or [0]
     slot = {neuron: i for i, neuron in enumerate(neurons)}
     k = max([1, *(len(a.neurons) for a in ablations)])
@@ -134,14 +147,14 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation], u: float | N
         n = len(ablation.neurons)
         slots[row, :n] = torch.tensor([slot[i] for i in ablation.neurons], dtype=torch.long)
         # In the model's dtype first: that is the constant a hook would write.
-        values[row, :n] = torch.tensor(ablation.values, dtype=model.dtype).float()
+        values[row, :n] = torch.tensor(ablation.values, dtype=last.W_out.dtype).float()
         present[row, :n] = 1.0
-    norm = model.final_norm
+    norm = last.norm
     selected = torch.tensor(neurons, device=device)
-    W = model.W_out[selected].float()
+    W = last.W_out[selected].float()
     W = W - W.mean(1, keepdim=True) if norm.centred else W
-    W_U = model.W_U.float()
-    beta = norm.bias @ W_U + model.b_U
+    W_U = last.W_U.float()
+    beta = norm.bias @ W_U + last.b_U
     P = (W * norm.gain) @ W_U
     longest = max(
         float((chunk * norm.gain[:, None]).norm(dim=0).max())
@@ -149,7 +162,6 @@ def build_screen(model: LoadedModel, ablations: Sequence[Ablation], u: float | N
     )
     norms = W.norm(dim=1)
     reach = norms / W.shape[1] ** 0.5
-    u = slack(model) if u is None else u
     noise, offset_noise = u * longest, u * float(beta.abs().max())
     half = (P.amax(1) - P.amin(1)) / 2
     slots, W = slots.to(device), W.double()
@@ -283,30 +295,24 @@ def pair_slack(
     return lengths * screen.noise / scale + screen.offset_noise
 
 
-def shortlisted(
-    screen: Screen,
-    nodes: Nodes,
-    node: Int[Tensor, "pair"],
-    sets: Int[Tensor, "pair"],
-    c: Float[Tensor, "pair k"],
-    scale: Float[Tensor, "pair"],
-    tau: Float[Tensor, "pair"],
-) -> tuple[Bool[Tensor, "pair"], Int[Tensor, "pair"]]:
+def read_pairs(
+    screen: Screen, nodes: Nodes, node: Int[Tensor, "pair"], sets: Int[Tensor, "pair"]
+) -> Pairs:
+    """Work out what each set does to its node."""
+    c = changes(screen, nodes, node, sets)
+    scale = ablated_scale(screen, nodes, node, sets, c)
+    return Pairs(screen, nodes, node, sets, c, scale, pair_slack(screen, nodes, node, sets, c, scale))
+
+
+def shortlisted(pairs: Pairs) -> tuple[Bool[Tensor, "pair"], Int[Tensor, "pair"]]:
     """Ablated argmax among the m likely tokens, and where it is proved to be the argmax of all.
 
-    Args:
-        screen: The plan.
-        nodes: Plain readings.
-        node: Node of each pair.
-        sets: Set of each pair.
-        c: Activation changes.
-        scale: s' of each pair.
-        tau: `pair_slack` of each pair.
-
     Returns:
-        Whether it is proved (paragraph 5, and no near tie within the shortlist), and the token.
+        Of each pair, whether it is proved (paragraph 5, and no near tie within the shortlist), and the
+        token.
     """
-    slots, likely = screen.slots[sets], nodes.likely[node]
+    screen, nodes, node, c, scale = pairs.screen, pairs.nodes, pairs.node, pairs.c, pairs.scale
+    slots, likely = screen.slots[pairs.sets], nodes.likely[node]
     d_vocab = screen.P.shape[1]
     P = screen.P.take(slots[:, :, None] * d_vocab + likely[:, None])  # (pair, k, m)
     exact = _at(nodes.sz, node, likely) + torch.bmm(c[:, None], P)[:, 0]
@@ -318,7 +324,7 @@ def shortlisted(
     tilt = torch.maximum((scale - s) * screen.beta.max(), (scale - s) * screen.beta.min())
     bound = (s * nodes.beyond[node] + spread + tilt) / scale
     lead = best.values[:, 0] - torch.maximum(best.values[:, -1], bound)
-    return lead > tau, likely.gather(1, best.indices[:, :1])[:, 0]
+    return lead > pairs.tau, likely.gather(1, best.indices[:, :1])[:, 0]
 
 
 def dense_changes(

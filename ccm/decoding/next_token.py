@@ -16,12 +16,12 @@ from ccm.decoding.bounded import Room
 from ccm.decoding.certificate import (
     Nodes,
     Screen,
-    ablated_scale,
     certified,
     changes,
     dense_changes,
     low_rank_rows,
     pair_slack,
+    read_pairs,
     shortlisted,
 )
 from ccm.decoding.forward import run_body
@@ -126,13 +126,11 @@ def choose(
     at, of = _with_spare(node)[unsure], _with_spare(sets)[unsure]
     proved, taus = list[Tensor](), list[Tensor]()
     for part in slices(len(unsure), sizes.pairs):
-        c = changes(screen, nodes, at[part], of[part])
-        scale = ablated_scale(screen, nodes, at[part], of[part], c)
-        tau = pair_slack(screen, nodes, at[part], of[part], c, scale)
-        settled, token = shortlisted(screen, nodes, at[part], of[part], c, scale, tau)
+        pairs = read_pairs(screen, nodes, at[part], of[part])
+        settled, token = shortlisted(pairs)
         chosen[unsure[part]] = token
         proved.append(settled)
-        taus.append(tau)
+        taus.append(pairs.tau)
     if not proved:
         return chosen[:-1]
     whole = room.places("whole", ~torch.cat(proved) & (unsure < len(node)), least=WHOLE)
@@ -140,12 +138,12 @@ def choose(
     at, of, tau = (_with_spare(values)[whole] for values in (at, of, torch.cat(taus)))
     close = list[Tensor]()
     for part in slices(len(whole), sizes.rows(2 + screen.slots.shape[1])):
-        c = changes(screen, nodes, at[part], of[part])
+        pairs = read_pairs(screen, nodes, at[part], of[part])
         rows = low_rank_rows(
             screen.beta,
             nodes.sz[at[part]][:, None],
-            c[:, None],
-            ablated_scale(screen, nodes, at[part], of[part], c)[:, None],
+            pairs.c[:, None],
+            pairs.scale[:, None],
             screen.P[screen.slots[of[part]]],
         )[:, 0]
         best = rows.topk(2)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ccm.decoding.batch_noise import slack
 from ccm.decoding.bounded import Room
 from ccm.decoding.certificate import build_screen
 from ccm.decoding.engine import Engine
@@ -192,7 +193,7 @@ def _engine(
     check_shared(model)
     return Engine(
         model=model,
-        screen=build_screen(model, sets),
+        screen=build_screen(model.last_layer, sets, slack(model)),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
         splits=_splitting_tokens(model),
         at_once=at_once(model),

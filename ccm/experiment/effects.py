@@ -137,7 +137,7 @@ def measure_effects(
     """
     sampled = evenly_spaced(len(prompts), SAMPLED)
     # Nothing is chosen here, so no rounding is reckoned with.
-    screen, sizes = build_screen(model, [*own, *others], u=0.0), at_once(model)
+    screen, sizes = build_screen(model.last_layer, [*own, *others], u=0.0), at_once(model)
     parts = [] if store is None else list(store.read_arrays())
     done = {int(i) for part in parts for i in part["prompts"]}
 

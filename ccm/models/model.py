@@ -14,6 +14,16 @@ from ccm.method.neurons import FinalNorm
 from ccm.models.specs import MAX_NEW_TOKENS, ModelSpec
 
 
+@dataclass(frozen=True)
+class LastLayer:
+    """What stands between the last MLP's activations and the logits, as it is stored."""
+
+    W_out: Float[Tensor, "d_mlp d_model"]
+    norm: FinalNorm
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, "d_vocab"]
+
+
 @dataclass
 class LoadedModel:
     """A checkpoint ready to run, with what the method reads off it."""
@@ -57,6 +67,11 @@ class LoadedModel:
             gain=gain,
             bias=torch.zeros_like(gain) if bias is None else bias.detach().float().to(self.device),
         )
+
+    @cached_property
+    def last_layer(self) -> LastLayer:
+        """From the last MLP's activations to the logits."""
+        return LastLayer(self.W_out, self.final_norm, self.W_U, self.b_U)
 
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -50,9 +50,9 @@ def test_noise_is_found_and_leads_are_held_to_it(
     assert batch_noise(model) == pytest.approx(size, abs=own)
     assert slack(model) == pytest.approx(max(FLOAT32, ROOM * size), abs=ROOM * own)
     (ablation,) = random_sets(384, [6], 1.0)
-    with_noise = screening.build_screen(model, [ablation])
+    with_noise = screening.build_screen(model.last_layer, [ablation], rounding.slack(model))
     model.noise = 0.0
-    without = screening.build_screen(model, [ablation])
+    without = screening.build_screen(model.last_layer, [ablation], rounding.slack(model))
     assert with_noise.noise / without.noise == pytest.approx(
         max(1, ROOM * size / FLOAT32), abs=ROOM * own / FLOAT32
     )
@@ -104,7 +104,7 @@ def test_noise_is_measured_where_the_model_is() -> None:
         on_gpu = load(spec_for(str(toy_folder(FAMILIES[0]))), "cuda")
         waits.clear()
         assert batch_noise(on_gpu) == batch_noise(model)
-    assert waits["rounding.batch_noise"] == 3, "of either length the prompts, and what was found"
+    assert waits["batch_noise.batch_noise"] == 3, "of either length the prompts, and what was found"
 
 
 def test_short_contexts_are_kept_to() -> None:

@@ -14,6 +14,7 @@ from ccm.decoding.batch_noise import LEAST
 from ccm.decoding.certificate import (
     SHORTLIST,
     Nodes,
+    Pairs,
     Screen,
     ablated_scale,
     build_screen,
@@ -83,12 +84,12 @@ class Layer:
 
     def certified(self) -> Tensor:
         """Whether each pair is certified."""
-        screen = build_screen(self.model, self.sets)
+        screen = build_screen(self.model.last_layer, self.sets, slack_of(self.model))
         return certified(screen, read_nodes(screen, self.x, self.a)).reshape(-1)
 
     def screened(self) -> tuple[Screen, Nodes, Tensor, Tensor, Tensor, Tensor]:
         """Screen, nodes, then node, set, change and scale of every pair."""
-        screen = build_screen(self.model, self.sets)
+        screen = build_screen(self.model.last_layer, self.sets, slack_of(self.model))
         nodes = read_nodes(screen, self.x, self.a)
         node, sets = self.pairs
         c = changes(screen, nodes, node, sets)
@@ -100,7 +101,7 @@ def proved(
 ) -> tuple[Tensor, Tensor]:
     """What the shortlist proves of pairs, and their tokens."""
     tau = pair_slack(screen, nodes, node, sets, c, scale)
-    return shortlisted(screen, nodes, node, sets, c, scale, tau)
+    return shortlisted(Pairs(screen, nodes, node, sets, c, scale, tau))
 
 
 def a_model(
@@ -252,7 +253,7 @@ def flip_and_limit(layer: Layer, direction: Tensor) -> tuple[float, float] | Non
 
     Both by bisection in float32 steps; the certificate's region is one interval from 0.
     """
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     token = nodes.likely[:, 0]
     W = layer.model.W_out[list(layer.sets[0].neurons)].double()
@@ -309,7 +310,7 @@ def test_what_lifts_the_winner_alone_is_certified_at_any_size(centred: bool, sig
         if flip_and_limit(layer, direction) is not None:
             continue
         lifted += 1
-        screen = build_screen(layer.model, layer.sets)
+        screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
         nodes = read_nodes(screen, layer.x, layer.a)
         for size in (1.0, 10.0, 100.0):
             assert certified(screen, replace(nodes, a=-size * direction)).all(), (seed, size)
@@ -356,7 +357,7 @@ def with_rival(layer: Layer, by: float) -> Layer:
 
     Its unembedding is another one: it differs by as much as any two do, off the residual.
     """
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     best, s = int(nodes.likely[0, 0]), float(nodes.scale[0])
     norm, W_U = layer.model.final_norm, layer.model.W_U.clone()
@@ -427,7 +428,7 @@ def changing_nothing(layer: Layer) -> Layer:
 @some
 def test_a_gap_is_certified_above_the_slack_and_not_below(shape: Shape) -> None:
     layer = changing_nothing(make(replace(shape, n_nodes=1)))
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     edge = tau_0(layer)
     for times, sure in ((0.99, False), (1.01, True)):
@@ -481,7 +482,7 @@ def test_a_neuron_that_moves_all_tokens_alike_is_reckoned_with_its_rounding(offs
     layer = make(Shape(d_vocab=12, centred=False))
     W_U, m = layer.model.W_U[:, :1].repeat(1, 12), layer.model
     layer = replace(layer, model=a_model(W_U, m.W_out, m.final_norm, torch.full((12,), offset)))
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     (M, B), size = lengths_multiplied(layer), layer.model.W_out[screen.selected].double().norm(dim=-1)
     wanted = U * B * size / 16**0.5 + U * M * size
     torch.testing.assert_close((screen.q - screen.half).double(), wanted, rtol=1e-2, atol=0.0)
@@ -491,7 +492,7 @@ def test_a_neuron_that_moves_all_tokens_alike_is_reckoned_with_its_rounding(offs
 def test_the_slack_is_three_times_what_batches_do_and_at_least_four_millionths(noise: float) -> None:
     layer = changing_nothing(make(Shape(n_nodes=1)))
     layer.model.noise = noise
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     edge = tau_0(layer, u=max(4e-6, 3 * noise))
     torch.testing.assert_close(nodes.slack.double(), edge, rtol=1e-4, atol=0.0)
@@ -517,7 +518,7 @@ def test_the_shortlist_proves_a_lead_above_the_slack_and_none_below(shape: Shape
     sizes = nodes.sz[node].abs().amax(-1) + (c[:, :, None] * screen.P[neurons]).abs().sum(1).amax(-1)
     margin = 1e-5 * ((sizes.double() + s * beta.abs().max()) / after + beta.abs().max() + 1e-3)
     for by, sure in ((-margin, True), (margin, False)):
-        found, _ = shortlisted(screen, nodes, node, sets, c, scale, (lead + by).float())
+        found, _ = shortlisted(Pairs(screen, nodes, node, sets, c, scale, (lead + by).float()))
         assert (found == sure).all()
 
 
@@ -654,7 +655,7 @@ def test_the_scale_moves_by_no_more_than_the_neurons_reach(shape: Shape) -> None
 @many
 def test_plain_readings_are_what_they_are_called(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     logits = exact_logits(layer.model, layer.x.double())
     ranked = logits.sort(-1, descending=True).values
@@ -692,7 +693,7 @@ def test_the_slack_covers_the_rounding_of_both_sides_and_no_more_than_it_must(sh
 @many
 def test_the_plan_knows_each_neurons_range_over_the_vocabulary(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model, layer.sets)
+    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
     norm, neurons = layer.model.final_norm, screen.selected.tolist()
     assert neurons == sorted({i for ablation in layer.sets for i in ablation.neurons})
     W = layer.model.W_out[neurons].double()
@@ -760,7 +761,10 @@ def test_a_constant_on_all_logits_loosens_and_tightens_nothing() -> None:
     layer = make(Shape(unembedding_bias=0.3))
     model = layer.model
     lifted = replace(layer, model=a_model(model.W_U, model.W_out, model.final_norm, model.b_U + 64.0))
-    a, b = build_screen(model, layer.sets), build_screen(lifted.model, layer.sets)
+    a, b = (
+        build_screen(model.last_layer, layer.sets, slack_of(model)),
+        build_screen(lifted.model.last_layer, layer.sets, slack_of(lifted.model)),
+    )
     rounding = (b.offset_noise - a.offset_noise) * a.reach  # of larger numbers
     LOGIT.assert_close(b.q, (a.q + rounding).double(), scale=a.q + 1, what="q")
     assert torch.equal(layer.certified(), lifted.certified())
@@ -770,7 +774,11 @@ def test_a_constant_on_all_logits_loosens_and_tightens_nothing() -> None:
 def test_replacement_values_are_what_a_hook_would_write(dtype: torch.dtype) -> None:
     layer = make(Shape())
     m = layer.model
-    screen = build_screen(a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype), layer.sets)
+    screen = build_screen(
+        a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype).last_layer,
+        layer.sets,
+        slack_of(a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype)),
+    )
     for row, ablation in enumerate(layer.sets):
         written = torch.tensor(ablation.values, dtype=dtype).float()
         np.testing.assert_array_equal(screen.values[row, : len(written)], written)

@@ -111,7 +111,8 @@ class Stages:
         """Run them all."""
         self.entropy = self.measures()
         # Every decode plans its screening once, however many prompts follow.
-        self.plan_seconds = self.meter.seconds(lambda: build_screen(self.model, [PLAIN]))
+        last = self.model.last_layer
+        self.plan_seconds = self.meter.seconds(lambda: build_screen(last, [PLAIN], 0.0))
         self.asked, recalled = self.parametric([a.fact for a in answers], candidates)
         self.folder.note(facts={"facts": len(answers), "recalled": recalled})
         prompts = build_prompts(
@@ -189,7 +190,7 @@ class Stages:
     ) -> list[Completions]:
         """One shared decode of the plain run and of every set under every ablation value."""
         model = self.model
-        seconds = self.meter.seconds(lambda: build_screen(model, [PLAIN, *ablations]))
+        seconds = self.meter.seconds(lambda: build_screen(model.last_layer, [PLAIN, *ablations], 0.0))
         work = self.work["ablation grid"] = Work()
         store = ShardStore(self.folder.path)
         with self.meter.stage("ablation grid", "prompt", len(self.tokens)):
@@ -218,7 +219,7 @@ class Stages:
         with self.meter.stage("effects, entropy set", "prompt", len(self.tokens)):
             measure_effects(self.model, self.tokens, own, [], memory_budget=budget)
         self.meter.fix(2 * self.plan_seconds)
-        seconds = self.meter.seconds(lambda: build_screen(self.model, others)) if others else 0.0
+        seconds = self.meter.seconds(lambda: build_screen(last, others, 0.0)) if others else 0.0
         few = [self.tokens[i] for i in evenly_spaced(len(self.tokens), SAMPLED)]
         with self.meter.stage("effects, controls", "prompt", len(few), most=SAMPLED):
             measure_effects(self.model, few, [], others, memory_budget=budget)
