@@ -12,13 +12,13 @@ from jinja2 import FileSystemLoader
 from ccm.experiment.folder import read_json, write_atomically
 from ccm.experiment.results import RunResults, read_results
 from ccm.models.specs import PUBLISHED
+from ccm.paper.report import write
 from ccm.reporting.figures.gallery import FOLDER, Entry, figures_across, figures_of_run
 from ccm.reporting.report import FIGURES, HTML, MARKDOWN, html_environment, write_report
 from ccm.reporting.tables import FOLDER as TABLES
 from conftest import Options
 from reproduction.pairs import Pair
 from reproduction.runs import Run, comparison_of
-from reproduction.tolerance_report import write
 
 REPORTS = "reports"  # apart from run folders, which the models' names are taken by
 INDEX = "index.html"

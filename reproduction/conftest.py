@@ -9,13 +9,13 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.models.specs import PUBLISHED
+from ccm.paper.report import Comparison, from_text, one_line, to_text, write
 from conftest import OPTIONS, Options, artifact_root
 from reproduction.artifacts import Artifacts, Left, artifacts_of, write_index
 from reproduction.goldens import GoldenExtension, NotHeld
 from reproduction.pairs import Pair, pairs, rehearsal
 from reproduction.provenance import write_provenance
 from reproduction.runs import Run, Runs, comparison_of
-from reproduction.tolerance_report import Comparison, from_text, one_line, to_text, write
 
 COMPARISONS = pytest.StashKey[dict[str, Comparison]]()
 REPORT_FOLDER = pytest.StashKey[Path]()

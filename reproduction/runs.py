@@ -16,12 +16,12 @@ from ccm.experiment.run import run
 from ccm.method.ablation import ablation_values
 from ccm.method.neurons import NeuronMeasures, select
 from ccm.models.specs import PUBLISHED, ModelSpec
+from ccm.paper.agreement import Found, compare
+from ccm.paper.claims import claims
+from ccm.paper.report import Comparison
+from ccm.paper.values import printed
 from conftest import SEED, Options
-from reproduction.agreement import Found, compare
-from reproduction.claims import claims
 from reproduction.pairs import Pair, device_of, is_stand_in, missing, rehearsal, spec_of
-from reproduction.printed import printed
-from reproduction.tolerance_report import Comparison
 
 N_CONTROLS = 100
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from ccm.method.sources import SOURCES, Source
 from ccm.models.specs import PUBLISHED
-from reproduction.agreement import (
+from ccm.paper.agreement import (
     CONFIDENCE,
     MEAN,
     RULES,
@@ -35,7 +35,7 @@ from reproduction.agreement import (
     verdict,
     wilson,
 )
-from reproduction.printed import NEURON_MEASURES, Printed, PrintedModel, printed
+from ccm.paper.values import NEURON_MEASURES, Printed, PrintedModel, printed
 
 GPT2 = "gpt2-small"
 Counts = dict[Source, dict[Source, int]]

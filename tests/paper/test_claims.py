@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from ccm.models.specs import PUBLISHED
-from reproduction.agreement import MEAN, RULES, Row
-from reproduction.claims import Claim, claims
-from reproduction.printed import printed
-from reproduction.tolerance_report import (
+from ccm.paper.agreement import MEAN, RULES, Row
+from ccm.paper.claims import Claim, claims
+from ccm.paper.report import (
     ROW_HEADER,
     Comparison,
     claims_line,
@@ -20,6 +19,7 @@ from reproduction.tolerance_report import (
     verdict_counts,
     write,
 )
+from ccm.paper.values import printed
 
 
 def scores(

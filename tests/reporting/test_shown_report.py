@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from ccm.experiment.results import read_results
+from ccm.paper.agreement import Row
+from ccm.paper.claims import Claim
 from ccm.paper.held import (
     CLAIM_HEADER,
     HOW_TO_READ,
@@ -20,13 +22,11 @@ from ccm.paper.held import (
     read_held,
     row_cells,
 )
+from ccm.paper.report import Comparison, write
+from ccm.paper.report import markdown as tolerance_markdown
 from ccm.reporting import report
 from ccm.reporting.figures.gallery import Drawn, Entry, figures_across, figures_of_run
 from ccm.reporting.report import HTML, MARKDOWN, WORK, write_report
-from reproduction.agreement import Row
-from reproduction.claims import Claim
-from reproduction.tolerance_report import Comparison, write
-from reproduction.tolerance_report import markdown as tolerance_markdown
 from tests.counted import Counted, Others, Part
 from tests.distinct_run import CONTROLS, MATCHED, distinct_runs
 from tests.made_runs import make_run

@@ -16,12 +16,12 @@ from ccm.experiment.folder import MANIFEST, MEASURES, SINGULAR_VALUES, write_jso
 from ccm.method.ablation import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED, spec_for
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights
+from ccm.paper.agreement import complaints
+from ccm.paper.values import NEURON_MEASURES, printed
 from conftest import Options
 from reproduction import goldens
-from reproduction.agreement import complaints
 from reproduction.goldens import NotHeld
 from reproduction.pairs import Pair, is_stand_in, missing, pairs, rehearsal
-from reproduction.printed import NEURON_MEASURES, printed
 from reproduction.provenance import command_line, write_provenance
 from reproduction.runs import Run, Runs, comparison_of, config_of, found_in
 from tests.needs import NO_GPU

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ccm.experiment.folder import to_json, write_atomically, write_json
+from ccm.paper.agreement import RULES, Row, Verdict
+from ccm.paper.claims import Claim
 from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, claim_cells, row_cells
-from reproduction.agreement import RULES, Row, Verdict
-from reproduction.claims import Claim
 
 MARKDOWN = "tolerance_report.md"
 

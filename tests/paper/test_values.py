@@ -9,8 +9,8 @@ from ccm.method.ablation import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
 from ccm.paper.printed import FILE, Printed, printed_share
+from ccm.paper.values import NEURON_MEASURES, SETS, CountRange, printed
 from reproduction.goldens import GOLDEN
-from reproduction.printed import NEURON_MEASURES, SETS, CountRange, printed
 
 # Of the published neurons, how many have an infinite released sigma (defect 3).
 INFINITE_SIGMAS = {

@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ccm.method.sources import SOURCES, Source
 from ccm.paper.printed import Printed
-from reproduction.goldens import GOLDEN
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 NEURON_MEASURES = ("logit_var", "norm", "rho")
 SETS = ("entropy", "random_mean", "random_3se")

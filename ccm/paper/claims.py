@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.method.sources import Source
-from reproduction.agreement import MEAN
-from reproduction.printed import PrintedModel
+from ccm.paper.agreement import MEAN
+from ccm.paper.values import PrintedModel
 
 MOST = 95  # percent of the controls: one random set in twenty may do as much
 

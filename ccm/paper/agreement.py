@@ -23,7 +23,8 @@ import pandas as pd
 from scipy import stats
 
 from ccm.method.sources import SOURCES, Source
-from reproduction.printed import NEURON_MEASURES, CountRange, Printed, PrintedModel
+from ccm.paper.printed import Printed
+from ccm.paper.values import NEURON_MEASURES, CountRange, PrintedModel
 
 Verdict = Literal["agrees", "differs", "differs, as expected", "agrees, though an artefact", "not run"]
 # Of one comparison. Some 30 are made of a model, so one model in three will show a miss by chance.
