@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import pytest
 
 from ccm.method.sources import SOURCES
-from ccm.paper.agreement import MEAN, RULES, Row, complaints
 from ccm.paper.claims import claims
-from ccm.paper.report import Comparison
-from ccm.paper.values import NEURON_MEASURES, printed
+from ccm.paper.comparison import Comparison
+from ccm.paper.values import MEAN, NEURON_MEASURES, printed
+from ccm.paper.verdicts import RULES, Row, complaints
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 

@@ -193,14 +193,27 @@ def report(options: argparse.Namespace) -> None:
     """Write the report of finished runs."""
     out = _folder_of(options, "")
 
-    from ccm.paper.held import held_of
+    from ccm.paper.report import read_report
     from ccm.reporting.report import write_report
 
     runs = _finished(options.runs, out)
     if options.tolerance is not None:
-        held_of(options.tolerance, [run.model for run in runs])
+        read_report(options.tolerance, [run.model for run in runs])
     html, markdown, *_ = write_report(runs, out, options.tolerance, cores())
     print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Hold finished runs of published models against the paper."""
+    out = _folder_of(options, "")
+
+    from ccm.paper.report import compare_with_paper, one_line
+
+    comparisons, paths = compare_with_paper(_read(options.runs, out), out)
+    for comparison in comparisons:
+        print(one_line(comparison))
+    for path in paths:
+        print(f"report: {path}")
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
@@ -214,7 +227,19 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     """Read finished runs, and see that what is made of them can be written.
 
     Raises:
-        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
+        BadInput: as `_read`, or `out` cannot be written to.
+        InUse: another process is writing there.
+    """
+    runs = _read(paths, out)
+    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
+    return runs
+
+
+def _read(paths: Sequence[Path], out: Path) -> Any:
+    """Read finished runs.
+
+    Raises:
+        BadInput: a folder that is no finished run, the same run twice, or `out` is a file.
         InUse: another process is writing there.
     """
     from ccm.experiment.folder import folder_to_lock
@@ -224,9 +249,7 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     refuse_if_locked(folder_to_lock(out))
-    runs = told_apart([read_results(path) for path in paths])
-    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
-    return runs
+    return told_apart([read_results(path) for path in paths])
 
 
 def models(options: argparse.Namespace) -> None:

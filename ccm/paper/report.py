@@ -1,44 +1,73 @@
-"""The tolerance report: every comparison of a session with the paper, as Markdown and as JSON."""
+"""The tolerance report: finished runs held against the paper, written and read back.
+
+`ccm compare` writes it, as Markdown for people and as JSON for `ccm report`.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ccm.experiment.folder import to_json, write_atomically, write_json
-from ccm.paper.agreement import RULES, Row, Verdict
+from ccm.errors import BadInput, allowed
+from ccm.experiment.folder import locked_for, read_json, to_json, write_atomically, write_json
+from ccm.experiment.results import RunResults
 from ccm.paper.claims import Claim
-from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, claim_cells, row_cells
+from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison, comparison_of
+from ccm.paper.markdown import escape_markdown, markdown_table
+from ccm.paper.verdicts import RULES, Row, Verdict
 
-MARKDOWN = "tolerance_report.md"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One model's run held against the paper."""
-
-    model: str
-    display_name: str
-    what_ran: str  # prompts, device, dtype; a rehearsal says so
-    provenance: dict[str, Any]
-    rows: tuple[Row, ...]
-    claims: tuple[Claim, ...]
+JSON, MARKDOWN = "tolerance_report.json", "tolerance_report.md"
+HOW_TO_READ = (
+    "Margin: ours - printed. Interval: the differences that the tolerance leaves open; a row "
+    "agrees if it holds 0. Percentages and their differences in percent and percentage points."
+)
 
 
-def to_text(comparison: Comparison) -> str:
-    """Serialise a comparison, to send it from one process to another."""
-    return to_json(comparison)
+def compare_with_paper(runs: Sequence[RunResults], out: Path) -> tuple[list[Comparison], list[Path]]:
+    """Hold finished runs against the paper and write the tolerance report.
+
+    Args:
+        runs: Runs of published models, one per model.
+        out: The folder: `tolerance_report.md` and `tolerance_report.json` are made in it.
+
+    Returns:
+        The comparisons, in the order of the runs, and the paths written.
+
+    Raises:
+        BadInput: a model that the paper printed nothing of, or two runs of one model.
+        InUse: another process is writing there.
+    """
+    comparisons = comparisons_of(runs)
+    with locked_for(out):
+        return comparisons, write(comparisons, out)
 
 
-def from_text(text: str) -> Comparison:
-    """Read back what `to_text` wrote."""
-    held = json.loads(text)
-    for row in held["rows"]:
-        row["interval"] = None if row["interval"] is None else tuple(row["interval"])
-    rows, told = (Row(**r) for r in held.pop("rows")), (Claim(**c) for c in held.pop("claims"))
-    return Comparison(**held, rows=tuple(rows), claims=tuple(told))
+def comparisons_of(runs: Sequence[RunResults]) -> list[Comparison]:
+    """Hold finished runs against the paper, one per model.
+
+    Raises:
+        BadInput: a model that the paper printed nothing of, or two runs of one model.
+    """
+    seen: dict[str, RunResults] = {}
+    for run in runs:
+        if run.model in seen:
+            raise BadInput(
+                f"{run.path}: a run of {run.model}, as {seen[run.model].path} is. A report holds one "
+                "run per model: compare the other one into a folder of its own (--out)."
+            )
+        seen[run.model] = run
+    return [_comparison(run) for run in runs]
+
+
+def _comparison(run: RunResults) -> Comparison:
+    try:
+        return comparison_of(run)
+    except BadInput as error:
+        raise BadInput(f"{run.path}: a run of {error} Give a run of one of these.") from error
+
+
+# --- summed up ---------------------------------------------------------------------------------------
 
 
 def verdict_counts(rows: Sequence[Row]) -> str:
@@ -55,32 +84,23 @@ def claims_line(claims: Sequence[Claim]) -> str:
 
 
 def one_line(comparison: Comparison) -> str:
-    """Sum up a model in a line, for the terminal and the head of the report."""
+    """Sum up one model in a line, for the terminal and the head of the report."""
     what = f"{comparison.model} ({comparison.what_ran}): {verdict_counts(comparison.rows)}."
     return f"{what} Claims: {claims_line(comparison.claims)}."
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+# --- written -----------------------------------------------------------------------------------------
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Write the report: a line a model, then per model its claims and every row, then the rules."""
+    """Write the report: one line per model, then the claims and rows of each, then the rules."""
     lines = ["# Held against the paper", ""]
-    lines += [f"- {one_line(c)}" for c in comparisons]
-    lines += [
-        "",
-        HOW_TO_READ,
-    ]
+    lines += [f"- {escape_markdown(one_line(c))}" for c in comparisons]
+    lines += ["", HOW_TO_READ]
     for c in comparisons:
-        told = [claim_cells(asdict(k)) for k in c.claims]
-        lines += ["", f"## {c.display_name}", "", *_table(CLAIM_HEADER, told), ""]
-        lines += _table(ROW_HEADER, [row_cells(asdict(r)) for r in c.rows])
+        lines += ["", f"## {escape_markdown(c.display_name)}"]
+        lines += ["", markdown_table(CLAIM_HEADER, c.claim_cells)]
+        lines += ["", markdown_table(ROW_HEADER, c.row_cells)]
     lines += ["", "## Tolerances", ""]
     lines += [f"- **{rule.name}**: {rule.reason}." for rule in RULES]
     return "\n".join(lines) + "\n"
@@ -96,3 +116,52 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     write_atomically(paths[0], lambda p: p.write_text(markdown(comparisons), encoding="utf-8"))
     write_json(paths[1], {"models": list(comparisons), "tolerances": list(RULES)})
     return paths
+
+
+def to_text(comparison: Comparison) -> str:
+    """Serialise a comparison, to send it from one process to another."""
+    return to_json(comparison)
+
+
+# --- read back ---------------------------------------------------------------------------------------
+
+
+def from_text(text: str) -> Comparison:
+    """Read back what `to_text` wrote."""
+    return _parsed(json.loads(text))
+
+
+def _parsed(entry: Mapping[str, Any]) -> Comparison:
+    intervals = [row["interval"] for row in entry["rows"]]
+    rows = (
+        Row(**{**row, "interval": None if interval is None else (interval[0], interval[1])})
+        for row, interval in zip(entry["rows"], intervals, strict=True)
+    )
+    told = (Claim(**claim) for claim in entry["claims"])
+    return Comparison(**{**entry, "rows": tuple(rows), "claims": tuple(told)})
+
+
+def read_report(path: Path, models: Sequence[str] | None = None) -> dict[str, Comparison]:
+    """Read a tolerance report in JSON, by model.
+
+    Args:
+        path: The file.
+        models: It must be of at least one of these; None: of any.
+
+    Raises:
+        BadInput: no such file, not a tolerance report, or one of other models.
+    """
+    give = f"Give the {JSON} that `ccm compare` writes."
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file. {give}")
+    found = read_json(path)
+    try:
+        comparisons = [_parsed(entry) for entry in found["models"]]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: not a tolerance report ({error!r}). {give}") from error
+    held = {c.model: c for c in comparisons}
+    if models is not None and not set(models) & held.keys():
+        raise BadInput(
+            f"{path}: holds no row of {', '.join(models)}. {allowed(held)}; give one of their runs."
+        )
+    return held
