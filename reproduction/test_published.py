@@ -1,6 +1,6 @@
 """The five published models against the printed numbers, under the released protocol.
 
-Each test takes its rows of the comparison (`ccm.paper.agreement`); the report at the end of the
+Each test takes its rows of the comparison (`ccm.paper.comparison`); the report at the end of the
 session holds all of them. An artefact (the list of defects in the README) need not agree.
 """
 

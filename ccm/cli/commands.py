@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -207,9 +207,9 @@ def compare(options: argparse.Namespace) -> None:
     """Hold finished runs of published models against the paper."""
     out = _folder_of(options, "")
 
-    from ccm.paper.report import compare_with_paper, one_line
+    from ccm.paper.report import check_comparable, compare_with_paper, one_line
 
-    comparisons, paths = compare_with_paper(_read(options.runs, out), out)
+    comparisons, paths = compare_with_paper(_finished(options.runs, out, check_comparable), out)
     for comparison in comparisons:
         print(one_line(comparison))
     for path in paths:
@@ -223,23 +223,16 @@ def _folder_of(options: argparse.Namespace, below: str) -> Path:
     return Path(options.runs[0] / below if options.out is None else options.out)
 
 
-def _finished(paths: Sequence[Path], out: Path) -> Any:
+def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | None = None) -> Any:
     """Read finished runs, and see that what is made of them can be written.
 
-    Raises:
-        BadInput: as `_read`, or `out` cannot be written to.
-        InUse: another process is writing there.
-    """
-    runs = _read(paths, out)
-    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
-    return runs
-
-
-def _read(paths: Sequence[Path], out: Path) -> Any:
-    """Read finished runs.
+    Args:
+        paths: Run folders.
+        out: The folder to write, which is made.
+        check: Refuses runs of which nothing can be made, before the folder is made.
 
     Raises:
-        BadInput: a folder that is no finished run, the same run twice, or `out` is a file.
+        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
         InUse: another process is writing there.
     """
     from ccm.experiment.folder import folder_to_lock
@@ -249,7 +242,11 @@ def _read(paths: Sequence[Path], out: Path) -> Any:
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     refuse_if_locked(folder_to_lock(out))
-    return told_apart([read_results(path) for path in paths])
+    runs = told_apart([read_results(path) for path in paths])
+    if check is not None:
+        check(runs)
+    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
+    return runs
 
 
 def models(options: argparse.Namespace) -> None:

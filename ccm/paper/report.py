@@ -15,6 +15,7 @@ from ccm.experiment.results import RunResults
 from ccm.paper.claims import Claim
 from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison, comparison_of
 from ccm.paper.markdown import escape_markdown, markdown_table
+from ccm.paper.values import printed_models
 from ccm.paper.verdicts import RULES, Row, Verdict
 
 JSON, MARKDOWN = "tolerance_report.json", "tolerance_report.md"
@@ -49,22 +50,29 @@ def comparisons_of(runs: Sequence[RunResults]) -> list[Comparison]:
     Raises:
         BadInput: a model that the paper printed nothing of, or two runs of one model.
     """
+    check_comparable(runs)
+    return [comparison_of(run) for run in runs]
+
+
+def check_comparable(runs: Sequence[RunResults]) -> None:
+    """Check that the paper printed numbers of every run's model, and that there is one run per model.
+
+    Raises:
+        BadInput: a model that the paper printed nothing of, or two runs of one model.
+    """
     seen: dict[str, RunResults] = {}
     for run in runs:
+        if run.model not in printed_models():
+            raise BadInput(
+                f"{run.path}: a run of {run.model}, of which the paper printed nothing. "
+                f"{allowed(printed_models())}; give a run of one of these."
+            )
         if run.model in seen:
             raise BadInput(
                 f"{run.path}: a run of {run.model}, as {seen[run.model].path} is. A report holds one "
                 "run per model: compare the other one into a folder of its own (--out)."
             )
         seen[run.model] = run
-    return [_comparison(run) for run in runs]
-
-
-def _comparison(run: RunResults) -> Comparison:
-    try:
-        return comparison_of(run)
-    except BadInput as error:
-        raise BadInput(f"{run.path}: a run of {error} Give a run of one of these.") from error
 
 
 # --- summed up ---------------------------------------------------------------------------------------

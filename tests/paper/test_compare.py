@@ -247,8 +247,8 @@ def bad(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NOTHING = (
-    "the paper printed no number of it. Allowed: EleutherAI_pythia-1.4b, Meta-Llama-3-8B, "
-    "Mistral-7B-v0.1, Phi-1_5, gpt2-small. Give a run of one of these."
+    "of which the paper printed nothing. Allowed: EleutherAI_pythia-1.4b, Meta-Llama-3-8B, "
+    "Mistral-7B-v0.1, Phi-1_5, gpt2-small; give a run of one of these."
 )
 
 
@@ -256,8 +256,8 @@ NOTHING = (
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["organism"], f"ccm: organism: a run of organism: {NOTHING}"),
-        (["run", "mine", "--out", "o"], f"ccm: mine: a run of mine: {NOTHING}"),
+        (["organism"], f"ccm: organism: a run of organism, {NOTHING}"),
+        (["run", "mine", "--out", "o"], f"ccm: mine: a run of mine, {NOTHING}"),
         (["run", "other", "--out", "o"], "ccm: other: a run of gpt2-small, as run is. A report holds"),
         (["run", "again", "--out", "o"], "the same run as run"),
         (["run", "again"], "2 runs: no folder is theirs alone. Give one with --out."),
@@ -266,7 +266,7 @@ NOTHING = (
         (["unfinished"], "the run is not finished"),
         (["share"], "has no scores"),
         (["run", "--out", "file"], "file: is a file"),
-        (["run", "--out", "file/o"], "file/o"),
+        (["run", "--out", "file/o"], "ccm: file/o: cannot be written to (Not a directory"),
     ],
 )
 def test_one_clear_error_and_nothing_written(
