@@ -4,7 +4,7 @@
     >>> model = ccm.load("organism")
     >>> table = ccm.measure(model)
     >>> table.loc[table["entropy_neuron"], "neuron_idx"].tolist()
-    [15, 74, 139, 177, 241, 338]
+    [29, 97, 168, 211, 307, 352]
 
 "Method N" in docstrings is section N of `docs/method.md`. Importing this imports nothing heavy: what a
 function needs is imported when it is called.
@@ -158,9 +158,9 @@ def ablate(
         BadInput: an unknown name, a neuron that the model does not have, no prompt.
         PremiseBroken: the engine does not compute this model.
 
-    >>> texts = ["Ada is the capital of", "The capital of"]
-    >>> ccm.ablate("organism", texts, [15, 74]).groupby("set", sort=False)["entropy"].count().to_dict()
-    {'plain': 2, 'set': 2}
+    >>> table = ablate("organism", ["Ada was born in", "Ada"], {"mine": [29, 97]})
+    >>> table[["set", "prompt"]].values.tolist()
+    [['plain', 0], ['plain', 1], ['mine', 0], ['mine', 1]]
     """
     import pandas as pd
 
@@ -272,3 +272,35 @@ def read_run(path: StrPath) -> Run:
     from ccm.experiment.results import read_results
 
     return Run(read_results(Path(path)))
+
+
+def compare(
+    runs: Run | StrPath | Sequence[Run | StrPath], other: str = "paper", *, out: StrPath | None = None
+) -> "pd.DataFrame":
+    """Hold finished runs of published models against what the paper printed.
+
+    Args:
+        runs: A run or its folder, or several of different models.
+        other: What they are compared with: the paper.
+        out: A folder to write the tolerance report to; by default nothing is written.
+
+    Returns:
+        A row per printed quantity: `model`, `ablation_value`, `quantity`, `paper`, `ours`, `margin`
+        (ours - paper), `interval` (the differences that the tolerance leaves open), `verdict`.
+
+    Raises:
+        BadInput: a model that the paper printed nothing of, or two runs of one model.
+    """
+    import pandas as pd
+
+    from ccm.errors import one_of
+    from ccm.paper.report import compare_with_paper, comparisons_of
+
+    one_of("other side of a comparison", other, ["paper"])
+    given = [runs] if isinstance(runs, (Run, str, PathLike)) else list(runs)
+    found = [(run if isinstance(run, Run) else read_run(run)).results for run in given]
+    if out is None:
+        comparisons = comparisons_of(found)
+    else:
+        comparisons, _ = compare_with_paper(found, Path(out))
+    return pd.DataFrame([vars(row) for comparison in comparisons for row in comparison.rows])

@@ -1,4 +1,4 @@
-"""What the tests leave for people: figures, tables and a report a model, and an index of all."""
+"""What the tests leave for people: figures, tables and one report per model, and an index of all."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +10,15 @@ from urllib.parse import quote
 from jinja2 import FileSystemLoader
 
 from ccm.experiment.folder import read_json, write_atomically
-from ccm.experiment.results import RunResults, read_results
+from ccm.experiment.results import RunResults
 from ccm.models.specs import PUBLISHED
+from ccm.paper.report import compare_with_paper
 from ccm.reporting.figures.gallery import FOLDER, Entry, figures_across, figures_of_run
 from ccm.reporting.report import FIGURES, HTML, MARKDOWN, html_environment, write_report
 from ccm.reporting.tables import FOLDER as TABLES
 from conftest import Options
 from reproduction.pairs import Pair
-from reproduction.runs import Run, comparison_of
-from reproduction.tolerance_report import write
+from reproduction.runs import Run
 
 REPORTS = "reports"  # apart from run folders, which the models' names are taken by
 INDEX = "index.html"
@@ -53,8 +53,8 @@ class Artifacts:
         if pair.model not in self.done:
             held = None
             if pair.model in PUBLISHED:
-                _, held = write([comparison_of(pair, run, self.options)], folder)
-            results = read_results(run.folder)
+                _, (_, held) = compare_with_paper([run.results], folder)
+            results = run.results
             self.done[pair.model] = results, write_report([results], folder, held)
         results, written = self.done[pair.model]
         figures = _figures(pair, [*figures_of_run(results), *figures_across([results])])
@@ -109,7 +109,7 @@ def write_index(tests: Sequence[Tested], root: Path, more: Iterable[Path] = ()) 
         relative = Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
         return relative, quote(relative)
 
-    # A set of links a test; a report is its model's, whichever test it was recorded with.
+    # Each test has its links; a report belongs to its model, whichever test it was recorded with.
     reports = sorted({path for test in tests for path in test.paths if path.name == HTML})
     content = {
         "reports": [(path.parent.name, *link(path)) for path in reports],

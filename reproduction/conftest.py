@@ -9,13 +9,14 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.models.specs import PUBLISHED
+from ccm.paper.comparison import Comparison, comparison_of
+from ccm.paper.report import from_text, one_line, to_text, write
 from conftest import OPTIONS, Options, artifact_root
 from reproduction.artifacts import Artifacts, Left, artifacts_of, write_index
 from reproduction.goldens import GoldenExtension, NotHeld
 from reproduction.pairs import Pair, pairs, rehearsal
 from reproduction.provenance import write_provenance
-from reproduction.runs import Run, Runs, comparison_of
-from reproduction.tolerance_report import Comparison, from_text, one_line, to_text, write
+from reproduction.runs import Run, Runs
 
 COMPARISONS = pytest.StashKey[dict[str, Comparison]]()
 REPORT_FOLDER = pytest.StashKey[Path]()
@@ -49,14 +50,12 @@ def scores(run: Run) -> Any:
 
 
 @pytest.fixture
-def comparison(
-    pair: Pair, run: Run, options: Options, run_root: Path, pytestconfig: pytest.Config
-) -> Comparison:
+def comparison(pair: Pair, run: Run, run_root: Path, pytestconfig: pytest.Config) -> Comparison:
     """The pair's model held against the paper, under all ablation values; kept for the report."""
     done = pytestconfig.stash.setdefault(COMPARISONS, {})
     pytestconfig.stash[REPORT_FOLDER] = run_root
     if pair.model not in done:
-        done[pair.model] = comparison_of(pair, run, options)
+        done[pair.model] = comparison_of(run.results)
     return done[pair.model]
 
 
@@ -120,7 +119,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Write the tolerance report, say in a line a model what it says, and index all artifacts."""
+    """Write the tolerance report, say in one line per model what it says, and index all artifacts."""
     comparisons = list(config.stash.get(COMPARISONS, {}).values())
     written = list[Path]()
     if comparisons:

@@ -8,6 +8,8 @@ import torch
 
 from ccm.models.specs import MODELS, PUBLISHED, ModelSpec, spec_for
 from ccm.models.weights import check_weights, weight_files
+from ccm.paper.comparison import FACTS
+from ccm.paper.comparison import rehearsal as why_rehearsal
 from conftest import Options
 
 
@@ -98,12 +100,11 @@ def is_stand_in(spec: ModelSpec) -> bool:
 
 
 def rehearsal(pair: Pair, options: Options) -> str | None:
-    """Why a run of this pair is no measurement of the model, if it is none."""
-    if options.max_prompts is not None:
-        return f"a rehearsal: --max-prompts {options.max_prompts}"
+    """Why a run of this pair will be no measurement of the model, if it will be none."""
     # ParaRel is what the published models are asked about anyway.
-    if options.facts is not None and (options.facts != "pararel" or pair.model not in PUBLISHED):
-        return "a rehearsal: other facts"
-    if is_stand_in(spec_of(pair, options)):
-        return "a rehearsal: a stand-in of other dimensions"
-    return None
+    own = (None, FACTS) if pair.model in PUBLISHED else (None,)
+    return why_rehearsal(
+        max_prompts=options.max_prompts,
+        other_facts=options.facts not in own,
+        stand_in=is_stand_in(spec_of(pair, options)),
+    )

@@ -1,26 +1,22 @@
-"""One run a model, whatever tests ask for it: its scores, its measures, and why there is none."""
+"""One run per model, whatever tests ask for it: its folder read back, and why there is none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 
 from ccm.errors import CcmError, NotAvailable
 from ccm.experiment.config import RunConfig
-from ccm.experiment.folder import MANIFEST, MEASURES, SINGULAR_VALUES, read_json, read_table
+from ccm.experiment.folder import MANIFEST, read_json
+from ccm.experiment.results import RunResults, read_results
 from ccm.experiment.run import run
-from ccm.method.neurons import NeuronMeasures, select
+from ccm.method.neurons import select
 from ccm.models.specs import PUBLISHED, ModelSpec
 from conftest import SEED, Options
-from reproduction.agreement import Found, compare
-from reproduction.claims import claims
-from reproduction.pairs import Pair, device_of, is_stand_in, missing, rehearsal, spec_of
-from reproduction.printed import printed
-from reproduction.tolerance_report import Comparison
+from reproduction.pairs import Pair, device_of, is_stand_in, missing, spec_of
 
 N_CONTROLS = 100
 
@@ -38,21 +34,14 @@ class Run:
         """What was run, on what, with what."""
         return dict(read_json(self.folder / MANIFEST))
 
-    def measures(self) -> pd.DataFrame:
-        """LogitVar, norm and rho of every last-layer neuron: `logit_var`, `norm`, `rho` by number."""
-        table = read_table(self.folder / MEASURES).set_index("neuron_idx")
-        return table.rename(columns={"logitvar": "logit_var"})
+    @cached_property
+    def results(self) -> RunResults:
+        """The folder, read back."""
+        return read_results(self.folder)
 
     def selected(self) -> tuple[int, ...]:
         """The neurons that the selection rule finds, whether or not the run ablated them."""
-        table = self.measures()
-        measures = NeuronMeasures(
-            logit_var=table["logit_var"].to_numpy(),
-            norm=table["norm"].to_numpy(),
-            rho=table["rho"].to_numpy(),
-            singular_values=np.asarray(read_table(self.folder / SINGULAR_VALUES)["singular_value"]),
-        )
-        return select(measures, self.spec.n_entropy_neurons, self.spec.min_rho)
+        return select(self.results.neuron_measures, self.spec.n_entropy_neurons, self.spec.min_rho)
 
 
 def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
@@ -120,26 +109,3 @@ class Runs:
             here = isinstance(error, NotAvailable) and not self.options.require_weights
             (pytest.skip if here else pytest.fail)(f"no run of {pair.model}: {message}")
         self.done[pair.model] = Run(spec, folder, scores)
-
-
-def found_in(result: Run) -> Found:
-    """Collect what a run measured of what the paper prints."""
-    if is_stand_in(result.spec):
-        why = f"{result.spec.name} is a stand-in of other dimensions, whose neurons are others"
-        return Found.of(result.scores, no_weights=why)
-    return Found.of(result.scores, measures=result.measures(), selected=result.selected())
-
-
-def comparison_of(pair: Pair, result: Run, options: Options) -> Comparison:
-    """Hold a published model's run against the paper."""
-    paper, identity = printed(pair.model), result.manifest["identity"]
-    what = [f"{result.scores['n_prompts']} prompts", identity["device_name"], identity["dtype"]]
-    what += [r for r in [rehearsal(pair, options)] if r is not None]
-    return Comparison(
-        model=pair.model,
-        display_name=result.spec.display_name,
-        what_ran=", ".join(what),
-        provenance=identity,
-        rows=tuple(compare(paper, found_in(result))),
-        claims=tuple(claims(paper, result.scores)),
-    )

@@ -1,6 +1,6 @@
 """The five published models against the printed numbers, under the released protocol.
 
-Each test takes its rows of the comparison (`reproduction.agreement`); the report at the end of the
+Each test takes its rows of the comparison (`ccm.paper.comparison`); the report at the end of the
 session holds all of them. An artefact (the list of defects in the README) need not agree.
 """
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 import pytest
 
 from ccm.method.sources import SOURCES
-from reproduction.agreement import MEAN, RULES, Row, complaints
-from reproduction.claims import claims
+from ccm.paper.claims import claims
+from ccm.paper.comparison import Comparison
+from ccm.paper.values import MEAN, NEURON_MEASURES, printed
+from ccm.paper.verdicts import RULES, Row, complaints
 from reproduction.pairs import Pair
-from reproduction.printed import NEURON_MEASURES, printed
 from reproduction.runs import Run
-from reproduction.tolerance_report import Comparison
 
 
 def rows_of(comparison: Comparison, value: str | None, *names: str) -> list[Row]:

@@ -71,7 +71,8 @@ CHECKOUT = Need(
     (Path(__file__).parent.parent / "pyproject.toml").is_file,
     "run it in a checkout of the repository",
 )
-NEEDS = (FACTS, STATISTICS, NO_GPU, PDFLATEX, PROC, XDIST, CHECKOUT)
+SETUPTOOLS = Need("setuptools", lambda: _importable("setuptools"), "pip install 'setuptools>=77'")
+NEEDS = (FACTS, STATISTICS, NO_GPU, PDFLATEX, PROC, XDIST, CHECKOUT, SETUPTOOLS)
 
 
 def _importable(name: str) -> bool:

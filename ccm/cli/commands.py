@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,27 @@ def report(options: argparse.Namespace) -> None:
     """Write the report of finished runs."""
     out = _folder_of(options, "")
 
-    from ccm.paper.held import held_of
+    from ccm.paper.report import read_report
     from ccm.reporting.report import write_report
 
     runs = _finished(options.runs, out)
     if options.tolerance is not None:
-        held_of(options.tolerance, [run.model for run in runs])
+        read_report(options.tolerance, [run.model for run in runs])
     html, markdown, *_ = write_report(runs, out, options.tolerance, cores())
     print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Hold finished runs of published models against the paper."""
+    out = _folder_of(options, "")
+
+    from ccm.paper.report import check_comparable, compare_with_paper, one_line
+
+    comparisons, paths = compare_with_paper(_finished(options.runs, out, check_comparable), out)
+    for comparison in comparisons:
+        print(one_line(comparison))
+    for path in paths:
+        print(f"report: {path}")
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
@@ -153,8 +166,13 @@ def _folder_of(options: argparse.Namespace, below: str) -> Path:
     return Path(options.runs[0] / below if options.out is None else options.out)
 
 
-def _finished(paths: Sequence[Path], out: Path) -> Any:
+def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | None = None) -> Any:
     """Read finished runs, and see that what is made of them can be written.
+
+    Args:
+        paths: Run folders.
+        out: The folder to write, which is made.
+        check: Refuses runs of which nothing can be made, before the folder is made.
 
     Raises:
         BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
@@ -168,6 +186,8 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     refuse_if_locked(folder_to_lock(out))
     runs = told_apart([read_results(path) for path in paths])
+    if check is not None:
+        check(runs)
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 

@@ -214,9 +214,16 @@ def parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=Path,
         metavar="FILE",
-        help="tolerance_report.json of a reproduction (default: the run's own beside its folder)",
+        help="tolerance_report.json of `ccm compare` (default: the run's own, in or beside its folder)",
     )
     report.set_defaults(run=subcommands.report)
+
+    compare = commands.add_parser(
+        "compare", help="runs of published models against the printed numbers"
+    )
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one per model")
+    compare.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
+    compare.set_defaults(run=subcommands.compare)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     add_options(models, "model_paths")

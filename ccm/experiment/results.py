@@ -28,6 +28,7 @@ from ccm.experiment.folder import (
     read_table,
 )
 from ccm.method.ablation import ABLATION_VALUES, ActivationStatistics
+from ccm.method.neurons import NeuronMeasures
 from ccm.method.protocol import PROTOCOLS
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS
@@ -74,6 +75,12 @@ class RunResults:
     def values(self) -> tuple[str, ...]:
         """Names of the ablation values that were run."""
         return tuple(self.ablated)
+
+    @property
+    def neuron_measures(self) -> NeuronMeasures:
+        """LogitVar, norm and rho, as `ccm.method.neurons.select` takes them."""
+        logit_var, norm, rho = (self.measures[c].to_numpy(float) for c in ("logitvar", "norm", "rho"))
+        return NeuronMeasures(logit_var, norm, rho, self.singular_values)
 
     @property
     def entropy_neurons(self) -> list[int]:

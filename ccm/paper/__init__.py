@@ -1,5 +1,5 @@
 """Does a run agree with what the paper printed?
 
-In: scores of a run. Out: every printed quantity with its margin and verdict.
-May import `experiment` and what that may.
+In: finished runs, and the printed numbers. Out: every printed quantity with its margin and verdict, the
+paper's claims, and the tolerance report. May import `experiment` and what that may.
 """

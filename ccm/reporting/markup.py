@@ -1,4 +1,4 @@
-"""Any text, safe inside LaTeX and Markdown."""
+"""Any text, safe inside LaTeX."""
 
 import unicodedata
 
@@ -95,14 +95,3 @@ def escape_latex(text: str) -> str:
             else:
                 out.append(f"{{[}}U+{ord(char):04X}{{]}}")
     return "".join(out)
-
-
-def escape_markdown(text: str) -> str:
-    r"""Make any text safe for a cell of a Markdown table.
-
-    >>> escape_markdown("a_b | c")
-    'a\\_b \\| c'
-    """
-    for char in "\\|*_`<>[]$":
-        text = text.replace(char, "\\" + char)
-    return " ".join(text.split())

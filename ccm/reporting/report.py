@@ -16,10 +16,11 @@ from ccm.experiment.results import RunResults
 from ccm.method.prompts import never_recalled
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import MODELS
-from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
+from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison
+from ccm.paper.markdown import escape_markdown, markdown_table
+from ccm.paper.report import HOW_TO_READ, JSON, read_report
 from ccm.reporting.figures.canvas import SINGLE, VALUE_LABELS
 from ccm.reporting.figures.gallery import Drawn, Entry, draw, figures_across, figures_of_run
-from ccm.reporting.markup import escape_markdown
 from ccm.reporting.rerun import command_of
 from ccm.reporting.sentences import Answer, answers_of, key_numbers
 from ccm.reporting.table_formats import Table, markdown
@@ -74,7 +75,7 @@ class Section:
     what: Pairs
     answers: list[Answer]
     groups: list[Group]
-    held: Held | None
+    held: Comparison | None
     same_run: bool  # whether `held` is of this very run
     timings: Pairs
     work: list[tuple[str, str, str]]
@@ -90,7 +91,8 @@ def write_report(
     Args:
         runs: Finished runs; those of one model are told apart.
         out: The folder: `report.html`, `report.md` and `figures/` are made in it.
-        held: A tolerance report; None: the one that lies beside a run folder, if it is of that run.
+        held: A tolerance report; None: the one in a run folder or beside it, if it is of
+            that run.
         processes: How many may draw at once, as for `ccm.reporting.figures.gallery.draw`.
 
     Returns:
@@ -107,7 +109,7 @@ def write_report(
 
 
 def _write(
-    runs: Sequence[RunResults], out: Path, found: Sequence[Held | None], processes: int
+    runs: Sequence[RunResults], out: Path, found: Sequence[Comparison | None], processes: int
 ) -> list[Path]:
     written = write_tables(runs, out / FIGURES)
 
@@ -178,6 +180,7 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["table"] = lambda table: _Markdown(markdown(table))
+    environment.filters["rows"] = lambda header, lines: _Markdown(markdown_table(header, lines))
     environment.filters["link"] = lambda path: _Markdown(quote(path))
     environment.filters["raw"] = _Markdown
     environment.filters["code"] = _code
@@ -217,7 +220,7 @@ def _picture(entry: Entry, drawn: Drawn, out: Path) -> Picture:
 
 
 def _section(
-    run: RunResults, shown: Sequence[tuple[str | None, Picture]], held: Held | None
+    run: RunResults, shown: Sequence[tuple[str | None, Picture]], held: Comparison | None
 ) -> Section:
     groups = [
         Group(
@@ -235,7 +238,7 @@ def _section(
         answers=answers_of(run),
         groups=[group for group in groups if group.pictures],
         held=held,
-        same_run=held is not None and dict(held.identity) == dict(run.identity),
+        same_run=held is not None and dict(held.provenance) == dict(run.identity),
         timings=[(stage, f"{seconds:.1f} s") for stage, seconds in manifest["timings_s"].items()],
         work=[(k, f"{v:,}", WORK.get(k, "")) for k, v in manifest.get("work", {}).items()],
         manifest=[
@@ -248,18 +251,23 @@ def _section(
     )
 
 
-def _held(run: RunResults, given: Path | None) -> Held | None:
-    """Find what a run was held against: named, or beside its folder and of this very run."""
+def _held(run: RunResults, given: Path | None) -> Comparison | None:
+    """Find how a run compares with the paper: as named, or of this very run in or beside its folder."""
     if given is not None:
-        return read_held(given).get(run.model)
-    beside = run.path.resolve().parent / JSON
-    if not beside.is_file():
-        return None
-    try:
-        held = read_held(beside).get(run.model)
-    except BadInput as error:
-        raise BadInput(f"{error} It lies beside the run folder: move it, or name one.") from error
-    return held if held is not None and dict(held.identity) == dict(run.identity) else None
+        return read_report(given).get(run.model)
+    own = run.path.resolve()
+    for path in (own / JSON, own.parent / JSON):
+        if not path.is_file():
+            continue
+        try:
+            held = read_report(path).get(run.model)
+        except BadInput as error:
+            raise BadInput(
+                f"{error} It lies in or beside the run folder: move it, or name one."
+            ) from error
+        if held is not None and dict(held.provenance) == dict(run.identity):
+            return held
+    return None
 
 
 def _what_was_run(run: RunResults) -> Pairs:

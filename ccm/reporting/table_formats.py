@@ -1,13 +1,14 @@
 """How a table is written: LaTeX that compiles alone, Markdown, and the numbers in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from ccm.method.scores import Ratio
-from ccm.reporting.markup import T1_ONLY, escape_latex, escape_markdown
+from ccm.paper.markdown import escape_markdown, markdown_table
+from ccm.reporting.markup import T1_ONLY, escape_latex
 
 WRAPPED = 6.0  # cm, of a column of running text
 DASH = "–"  # where there is no number
@@ -90,14 +91,8 @@ def latex(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     """Return the caption and a table in GitHub's Markdown."""
-
-    def row(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(escape_markdown(str(c)) for c in cells) + " |"
-
-    columns = [str(c) for c in table.shown.columns]
-    body = [row(list(cells)) for cells in table.shown.itertuples(index=False)]
-    head = [row(columns), "|" + "|".join([" --- "] * len(columns)) + "|"]
-    return "\n".join([escape_markdown(table.caption), "", *head, *body]) + "\n"
+    shown = markdown_table([str(c) for c in table.shown.columns], table.shown.itertuples(index=False))
+    return f"{escape_markdown(table.caption)}\n\n{shown}\n"
 
 
 def percent_of(r: Mapping[str, Any]) -> str:

@@ -128,6 +128,7 @@ REQUIRED = {
     "merge": ["x", "--out", "y"],
     "figures": ["x"],
     "report": ["x"],
+    "compare": ["x"],
     "models": [],
     "prompts": ["--model", "x", "--out", "y"],
     "measure": ["--model", "x"],

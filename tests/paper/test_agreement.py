@@ -1,44 +1,34 @@
 """When a run agrees with the print: the interval, every tolerance on both sides, every verdict."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ccm.method.sources import SOURCES, Source
+from ccm.method.sources import SOURCES
 from ccm.models.specs import PUBLISHED
-from reproduction.agreement import (
-    CONFIDENCE,
-    MEAN,
-    RULES,
+from ccm.paper.agreement import (
     Found,
-    Row,
     compare,
-    complaints,
     conversion_rows,
-    difference,
     gts_rows,
     measure_rows,
     nd_bar_must_differ,
-    newcombe,
     q_rows,
     selection_rows,
     share_row,
     source_rows,
     transition_rows,
-    verdict,
-    wilson,
 )
-from reproduction.printed import NEURON_MEASURES, Printed, PrintedModel, printed
+from ccm.paper.intervals import CONFIDENCE, difference, newcombe, wilson
+from ccm.paper.values import MEAN, NEURON_MEASURES, Printed, printed
+from ccm.paper.verdicts import RULES, Row, complaints, verdict
+from tests.published_run import Counts, found, measures, printed_counts, spread
 
 GPT2 = "gpt2-small"
-Counts = dict[Source, dict[Source, int]]
 
 # --- intervals ----------------------------------------------------------------------------------------
 
@@ -165,16 +155,6 @@ def test_q_of_half_ranks_on_both_sides() -> None:
     assert verdicts == {50.5: "differs", 51.0: "agrees", 84.0: "agrees", 84.5: "differs"}
 
 
-def measures(model: str, **changed: float) -> pd.DataFrame:
-    """The released measures as a table; those of a kind multiplied, or for rho increased."""
-    table = pd.DataFrame(
-        {m: {n.neuron: getattr(n, m).value for n in printed(model).neurons} for m in NEURON_MEASURES}
-    )
-    for name, change in changed.items():
-        table[name] = table[name] + change if name == "rho" else table[name] * change
-    return table
-
-
 @pytest.mark.parametrize("model", PUBLISHED)
 @pytest.mark.parametrize(
     ("name", "inside", "outside"),
@@ -218,43 +198,6 @@ def test_two_thirds_of_the_published_neurons_are_to_be_found(model: str, enough:
 
 
 # --- whole runs ---------------------------------------------------------------------------------------
-
-
-def spread(paper: PrintedModel, changed: int) -> Counts:
-    """Transition counts with so many changes, taken from CK first, then ND, then PK."""
-    counts: Counts = {k: dict.fromkeys(SOURCES, 0) for k in SOURCES}
-    after: Mapping[Source, Source] = {"CK": "PK", "ND": "PK", "PK": "ND"}
-    for k in SOURCES:
-        size = int(paper.sources[k].value)
-        moved = min(size, changed)
-        counts[k][k], counts[k][after[k]] = size - moved, moved
-        changed -= moved
-    return counts
-
-
-def printed_counts(paper: PrintedModel, end: str = "low") -> Counts:
-    """The reconstructed counts, at one end of their range."""
-    counts: Counts = {k: dict.fromkeys(SOURCES, 0) for k in SOURCES}
-    for k, row in paper.transition_counts.items():
-        counts[k] |= {j: getattr(c, end) for j, c in row.items()}
-        counts[k][k] = int(paper.sources[k].value) - sum(counts[k].values())
-    return counts
-
-
-def found(model: str, **changed: Any) -> Found:
-    """A run that measured what the paper printed, except that GPT-2's mode is a finite one."""
-    paper = printed(model)
-    gts = {v: p.value if p.defect != 4 else 0.2 for v, p in paper.gts.items()}
-    counts = {v: spread(paper, round(g / 100 * paper.n_prompts)) for v, g in gts.items()}
-    result = Found(
-        sources={s: int(paper.sources[s].value) for s in SOURCES},
-        transition_counts=counts | {MEAN: printed_counts(paper)},
-        q_values={v: q.value for v, q in paper.q_values.items()},
-        n_controls=100,
-        measures=measures(model),
-        selected=tuple(n.neuron for n in paper.neurons),
-    )
-    return replace(result, **changed)
 
 
 def by_quantity(rows: list[Row]) -> dict[tuple[str | None, str], Row]:

@@ -8,18 +8,11 @@ from typing import Any
 import pytest
 
 from ccm.models.specs import PUBLISHED
-from reproduction.agreement import MEAN, RULES, Row
-from reproduction.claims import Claim, claims
-from reproduction.printed import printed
-from reproduction.tolerance_report import (
-    ROW_HEADER,
-    Comparison,
-    claims_line,
-    markdown,
-    one_line,
-    verdict_counts,
-    write,
-)
+from ccm.paper.claims import Claim, claims
+from ccm.paper.comparison import ROW_HEADER, Comparison
+from ccm.paper.report import claims_line, markdown, one_line, verdict_counts, write
+from ccm.paper.values import MEAN, printed
+from ccm.paper.verdicts import RULES, Row
 
 
 def scores(
@@ -126,7 +119,7 @@ def comparison(**changed: Any) -> Comparison:
     return replace(given, **changed)
 
 
-def test_one_line_a_model() -> None:
+def test_one_line_per_model() -> None:
     assert one_line(comparison()) == (
         "gpt2-small (60 prompts, cpu): 1 x agrees; 1 x differs, as expected; 1 x not run. "
         "Claims: copying yes, change no, ND to CK yes, PK to CK cannot be told."
@@ -141,14 +134,13 @@ def test_one_line_a_model() -> None:
 def test_markdown() -> None:
     lines = markdown([comparison(), comparison(model="Phi-1_5", display_name="Phi-1.5")]).splitlines()
     assert lines[2].startswith("- gpt2-small (60 prompts, cpu): ")
-    assert lines[3].startswith("- Phi-1_5 ")
+    assert lines[3].startswith(r"- Phi-1\_5 ")
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == ["## GPT2-small", "## Phi-1.5", "## Tolerances"]
     tables = [line for line in lines if line.startswith("|")]
     assert "| " + " | ".join(ROW_HEADER) + " |" in tables
-    assert (
-        "| mean_ablation | GTS | 0.3 % of 10684 | 0.29 % (31/10684) | -0.01 | -0.25 to 0.21 | agrees |"
-    ) in tables
+    cells = (r"mean\_ablation", "GTS", "0.3 % of 10684", "0.29 % (31/10684)", "-0.01", "-0.25 to 0.21")
+    assert "| " + " | ".join([*cells, "agrees"]) + " |" in tables
     (bar,) = {line for line in tables if "as printed |" in line and "CR(ND)" in line}
     assert bar.endswith("differs, as expected (defect 1: drawn \\| twice) |")
     (absent,) = {line for line in tables if "no run" in line}

@@ -15,7 +15,7 @@ from ccm.experiment.results import RunResults, read_results
 from ccm.method.scores import ControlSummary
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
-from ccm.paper.printed import printed_share
+from ccm.paper.values import printed_share
 from ccm.reporting.by_relation import group_effects
 from ccm.reporting.by_transition import EntropyChange, entropy_changes
 from ccm.reporting.figures import changes, forest, shares

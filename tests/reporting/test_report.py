@@ -25,7 +25,8 @@ from ccm.experiment.plan import identity, make_plan
 from ccm.experiment.results import read_results
 from ccm.models.specs import CHECKPOINT, MODELS
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
-from ccm.paper.held import JSON, ROW_HEADER
+from ccm.paper.comparison import ROW_HEADER
+from ccm.paper.report import JSON
 from ccm.reporting import report
 from ccm.reporting.report import HTML, MARKDOWN, WORK, write_report
 from ccm.reporting.rerun import command_of
@@ -259,8 +260,14 @@ def tolerance_report(path: Path, run: Path, **changes: Any) -> Path:
     """A tolerance report of one row and one claim, of a run folder."""
     held = read_json(run / MANIFEST)["identity"]
     row = {
+        "model": held["model"],
         "ablation_value": "mean_ablation",
         "quantity": "GTS <b>",
+        "source": "Table 6",
+        "rule": "share",
+        "unit": "%",
+        "paper": 9.3,
+        "ours": 9.9,
         "paper_text": "9.3 %",
         "ours_text": "9.9 %",
         "margin": 0.6,
@@ -279,6 +286,7 @@ def tolerance_report(path: Path, run: Path, **changes: Any) -> Path:
     }
     model = {
         "model": held["model"],
+        "display_name": held["model"],
         "what_ran": "60 prompts",
         "provenance": held,
         "rows": [row, unlike],
@@ -289,11 +297,11 @@ def tolerance_report(path: Path, run: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("where", ["beside", "given"])
+@pytest.mark.parametrize("where", [f"run/{JSON}", JSON, "other.json"])
 def test_the_tolerance_report_is_shown(where: str, tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    path = tolerance_report(tmp_path / (JSON if where == "beside" else "other.json"), tmp_path / "run")
-    given = [] if where == "beside" else ["--tolerance", str(path)]
+    path = tolerance_report(tmp_path / where, tmp_path / "run")
+    given = ["--tolerance", str(path)] if where == "other.json" else []
     assert main(["report", str(tmp_path / "run"), *given]) == 0
     text = Page((tmp_path / "run" / HTML).read_text(encoding="utf-8")).text
     markdown = (tmp_path / "run" / MARKDOWN).read_text(encoding="utf-8")
@@ -319,6 +327,11 @@ def test_a_tolerance_report_of_another_run(tmp_path: Path) -> None:
     assert "Held against the paper" not in html.read_text(), "what lies beside is not this run's"
     assert main(["report", str(tmp_path / "run"), "--tolerance", str(path)]) == 0
     assert "those of another run" in html.read_text()
+    tolerance_report(tmp_path / "run" / JSON, tmp_path / "run", provenance={"model": "made"})
+    tolerance_report(tmp_path / JSON, tmp_path / "run")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Held against the paper" in html.read_text(), "the one beside is this run's"
+    assert "those of another run" not in html.read_text()
 
 
 # --- run it again -----------------------------------------------------------------------------------

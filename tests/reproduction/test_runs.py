@@ -6,26 +6,24 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from ccm.errors import BadInput, NotAvailable
-from ccm.experiment.folder import MANIFEST, MEASURES, SINGULAR_VALUES, write_json, write_table
+from ccm.experiment.folder import SCORES, read_json
 from ccm.method.ablation import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED, spec_for
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights
+from ccm.paper.report import comparisons_of
+from ccm.paper.verdicts import complaints
 from conftest import Options
 from reproduction import goldens
-from reproduction.agreement import complaints
 from reproduction.goldens import NotHeld
 from reproduction.pairs import Pair, is_stand_in, missing, pairs, rehearsal
-from reproduction.printed import NEURON_MEASURES, printed
 from reproduction.provenance import command_line, write_provenance
-from reproduction.runs import Run, Runs, comparison_of, config_of, found_in
+from reproduction.runs import Run, Runs, config_of
 from tests.needs import NO_GPU
-from tests.paper.test_agreement import found
+from tests.published_run import published_run
 from tests.toys import ToyConfig, toy_folder
 
 GPT2 = Pair("gpt2-small", "mean_ablation")
@@ -219,82 +217,16 @@ def test_a_machine_without_the_means_skips(counted: Callable[..., tuple[Runs, li
 
 def run_folder(folder: Path, model: str) -> Run:
     """A run of a published model that found what was printed, as far as files tell."""
-    spec, paper = MODELS[model], printed(model)
-    table = pd.DataFrame(
-        {"neuron_idx": np.arange(spec.d_mlp), "logitvar": 1.0, "norm": 1.0, "rho": 0.5}
-    )
-    for neuron in paper.neurons:
-        measured = [getattr(neuron, m).value for m in NEURON_MEASURES]
-        table.loc[neuron.neuron, ["logitvar", "norm", "rho"]] = measured
-    folder.mkdir()
-    write_table(folder / MEASURES, table)
-    write_table(folder / SINGULAR_VALUES, pd.DataFrame({"singular_value": np.ones(spec.d_model)}))
-    identity = {
-        "device": "cuda",
-        "device_name": "a GPU",
-        "dtype": "float32",
-        "protocol": "released",
-        "versions": {"torch": "2.13"},
-        "weights_sha256": "0" * 64,
-        "facts_sha256": "1" * 64,
-    }
-    manifest = {
-        "identity": identity,
-        "prompts": 7,
-        "prompts_sha256": "2" * 64,
-        "weights": {"revision": "abc123"},
-    }
-    write_json(folder / MANIFEST, manifest)
-    wanted = found(model)
-    none = {"mean": None, "three_standard_errors": None}
-    controls = {
-        "n": 100,
-        "sets": [],
-        "transition_scores": {"ND": {"CK": none}, "PK": {"CK": none}},
-    }
-
-    def entropy(value: str) -> dict[str, Any]:
-        return {
-            "transition_counts": wanted.transition_counts[value],
-            "q_value": wanted.q_values[value],
-            "conversion_ratios": {"CK": {"percent": 1.0}},
-            "transition_scores": {"ND": {"CK": {"percent": 1.0}}, "PK": {"CK": {"percent": 1.0}}},
-        }
-
-    scores = {
-        "n_prompts": sum(wanted.sources.values()),
-        "sources": {s: {"count": n} for s, n in wanted.sources.items()},
-        "ablations": {v: {"entropy": entropy(v), "controls": controls} for v in paper.gts},
-    }
-    return Run(spec, folder, scores)
+    published_run(folder, model)
+    return Run(MODELS[model], folder, read_json(folder / SCORES))
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_the_rule_and_the_measures_are_read_from_the_run(model: str, tmp_path: Path) -> None:
+def test_the_rule_and_the_comparison_are_read_from_the_run(model: str, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", model)
     assert sorted(run.selected()) == sorted(MODELS[model].published_neurons)
-    first = printed(model).neurons[0]
-    assert run.measures().loc[first.neuron, "rho"] == first.rho.value
-    comparison = comparison_of(Pair(model, "mean_ablation"), run, options())
-    assert complaints(comparison.rows) == []
-    assert {row.verdict for row in comparison.rows} <= {
-        "agrees", "differs, as expected", "agrees, though an artefact"
-    }  # fmt: skip
-    assert comparison.what_ran == f"{run.scores['n_prompts']} prompts, a GPU, float32"
-    assert len(comparison.claims) == 4
-
-
-def test_a_stand_ins_neurons_are_not_compared(toy: dict[str, Path], tmp_path: Path) -> None:
-    published = run_folder(tmp_path / "run", "gpt2-small")
-    run = Run(check_weights(spec_for("gpt2-small", toy)), published.folder, published.scores)
-    assert found_in(run).measures is None
-    comparison = comparison_of(GPT2, run, options(model_paths=toy))
-    assert comparison.what_ran.endswith("float32, a rehearsal: a stand-in of other dimensions")
-    unheard = [row for row in comparison.rows if row.verdict == "not run"]
-    assert len(unheard) == 3 * 6 + 1
-    assert {row.reason for row in unheard} == {
-        "gpt2-small is a stand-in of other dimensions, whose neurons are others"
-    }
+    (of_run,) = comparisons_of([run.results])
+    assert complaints(of_run.rows) == []
 
 
 # --- goldens and their provenance ---------------------------------------------------------------------

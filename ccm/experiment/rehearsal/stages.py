@@ -219,7 +219,10 @@ class Stages:
         with self.meter.stage("effects, entropy set", "prompt", len(self.tokens)):
             measure_effects(self.model, self.tokens, own, [], memory_budget=budget)
         self.meter.fix(2 * self.plan_seconds)
-        seconds = self.meter.seconds(lambda: build_screen(last, others, 0.0)) if others else 0.0
+        seconds = 0.0
+        if others:
+            last = self.model.last_layer
+            seconds = self.meter.seconds(lambda: build_screen(last, others, 0.0))
         few = [self.tokens[i] for i in evenly_spaced(len(self.tokens), SAMPLED)]
         with self.meter.stage("effects, controls", "prompt", len(few), most=SAMPLED):
             measure_effects(self.model, few, [], others, memory_budget=budget)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ccm.experiment.folder import to_json, write_formats
 from ccm.method.sources import Source
-from ccm.paper.printed import Printed
+from ccm.paper.values import Printed
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
 # Okabe and Ito's colours, told apart with every common colour blindness.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ccm.method.scores import ControlSummary, Ratio
-from ccm.paper.printed import Printed, printed_share
+from ccm.paper.values import Printed, printed_share
 from ccm.reporting.by_relation import RelationEffect
 from ccm.reporting.figures.canvas import (
     DOUBLE,

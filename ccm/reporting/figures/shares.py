@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ccm.method.scores import ControlSummary, Ratio, conversion_ratio, ratio, summarise
 from ccm.method.sources import SOURCES, Source
-from ccm.paper.printed import Printed, printed_share
+from ccm.paper.values import Printed, printed_share
 from ccm.reporting.figures.canvas import (
     COLOURS,
     GREY,

@@ -2,15 +2,26 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import ccm
+from ccm.errors import BadInput
 from ccm.method.ablation import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
-from ccm.paper.printed import FILE, Printed, printed_share
-from reproduction.goldens import GOLDEN
-from reproduction.printed import NEURON_MEASURES, SETS, CountRange, printed
+from ccm.paper.values import (
+    FOLDER,
+    NEURON_MEASURES,
+    SETS,
+    CountRange,
+    Printed,
+    folder_of_values,
+    printed,
+    printed_models,
+    printed_share,
+)
 
 # Of the published neurons, how many have an infinite released sigma (defect 3).
 INFINITE_SIGMAS = {
@@ -35,10 +46,23 @@ def leaves(model: str) -> Iterator[Printed]:
         yield from ratios.values()
 
 
-def test_one_file_a_published_model() -> None:
-    assert {p.stem for p in (GOLDEN / "paper").iterdir()} == set(PUBLISHED)
-    with pytest.raises(FileNotFoundError):
+def test_one_file_per_published_model() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{model}.json" for model in PUBLISHED}
+    assert set(printed_models()) == set(PUBLISHED)
+    with pytest.raises(BadInput, match=r"^organism: the paper printed no number of it\. Allowed: Ele"):
         printed("organism")
+
+
+def test_the_numbers_are_kept_once_and_found_in_a_checkout_and_installed(tmp_path: Path) -> None:
+    """No other copy of a number that was typed in: neither beside the code nor below it."""
+    root = Path(ccm.__file__).parents[1]
+    assert root / "golden" / "paper" == FOLDER
+    assert not list((root / "ccm" / "paper").rglob("*.json"))
+    module = tmp_path / "ccm" / "paper" / "values.py"
+    (module.parent / "printed").mkdir(parents=True)
+    assert folder_of_values(module) == module.parent / "printed"
+    (module.parent / "printed").rmdir()
+    assert folder_of_values(module) == tmp_path / "golden" / "paper"
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -55,7 +79,7 @@ def test_every_number_has_a_source_and_every_artefact_a_reason(model: str) -> No
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_every_number_of_the_file_is_read(model: str) -> None:
-    text = (GOLDEN / "paper" / f"{model}.json").read_text(encoding="utf-8")
+    text = (FOLDER / f"{model}.json").read_text(encoding="utf-8")
     assert text.count('"value"') == len([*leaves(model)])
     assert text.count('"low"') == 6
     assert json.loads(text)["model"] == model
@@ -145,22 +169,6 @@ def test_defect_4_the_mode_gts_of_gpt2_is_the_share_that_was_not_nd() -> None:
     paper = printed("gpt2-small")
     share = 100 * sum(paper.sources[s].value for s in SOURCES if s != "ND") / paper.n_prompts
     assert round(share, 1) == paper.gts["mode_ablation"].value == 93.8
-
-
-def shares(model: str) -> dict[str, dict[str, dict[str, object]]]:
-    """What `ccm/printed.json` holds of a model, taken from `golden/paper/` as it is there."""
-    data = json.loads((GOLDEN / "paper" / f"{model}.json").read_text(encoding="utf-8"))
-    ratios = data["conversion_ratios"]["entropy"]
-    return {
-        "GTS": {value: entry["gts"] for value, entry in data["global_transition_scores"].items()},
-        **{f"CR({source})": {"mean_ablation": ratios[source]} for source in SOURCES},
-    }
-
-
-def test_the_figures_have_the_very_numbers() -> None:
-    assert json.loads(FILE.read_text(encoding="utf-8")) == {m: shares(m) for m in PUBLISHED}, (
-        f"{FILE.name} is not what golden/paper/ holds"
-    )
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccm.method.sources import Source
-from reproduction.agreement import MEAN
-from reproduction.printed import PrintedModel
+from ccm.paper.values import MEAN, PrintedModel
 
 MOST = 95  # percent of the controls: one random set in twenty may do as much
 
@@ -76,7 +75,7 @@ def _shift(paper: PrintedModel, result: Mapping[str, Any], source: Source) -> Cl
 
 
 def claims(paper: PrintedModel, scores: Mapping[str, Any]) -> list[Claim]:
-    """Every claim about a model's run; none without mean ablation in it."""
+    """Judge every claim by the scores of a run; none without mean ablation in it."""
     result = scores["ablations"].get(MEAN)
     if result is None:
         return []

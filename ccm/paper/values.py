@@ -1,17 +1,57 @@
-"""What the paper printed about each model, as typed into `golden/paper/`; no command updates these."""
+"""What the paper printed about each of its models: read from JSON, typed in by hand, never updated.
+
+The numbers are kept once, in `golden/paper/` of the repository, one file per model. An installation
+carries that folder as `ccm/paper/printed/`.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from ccm.errors import BadInput, allowed
 from ccm.method.sources import SOURCES, Source
-from ccm.paper.printed import Printed
-from reproduction.goldens import GOLDEN
 
+MEAN = "mean_ablation"  # the only ablation value with printed transition scores and conversion ratios
 NEURON_MEASURES = ("logit_var", "norm", "rho")
 SETS = ("entropy", "random_mean", "random_3se")
+Number = float | int  # as typed into the files
+
+
+def folder_of_values(module: Path) -> Path:
+    """Find the printed numbers: those installed with this module, else those of its checkout.
+
+    Args:
+        module: Path of this module.
+    """
+    installed = module.parent / "printed"
+    return installed if installed.is_dir() else module.parents[2] / "golden" / "paper"
+
+
+FOLDER = folder_of_values(Path(__file__).resolve())
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One number of the paper, with where it stands and how finely it can be read there."""
+
+    value: Number  # as typed into the file
+    source: str  # table, figure or released file
+    resolution: Number  # step between two values that can be told apart; 0: exact
+    defect: int | None = None  # number in the list of defects: the value is an artefact, no result
+    reason: str | None = None  # what made the artefact
+
+    @property
+    def low(self) -> float:
+        """The least value that would be printed like this."""
+        return self.value - self.resolution / 2
+
+    @property
+    def high(self) -> float:
+        """The greatest value that would be printed like this."""
+        return self.value + self.resolution / 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +81,7 @@ Table = Mapping[Source, Mapping[Source, Printed]]  # [from][to]
 
 @dataclass(frozen=True)
 class PrintedModel:
-    """Everything the paper says about one model; percent unless it is a count."""
+    """Everything the paper says about one model; in percent, unless it is a count."""
 
     model: str
     sizes: Mapping[str, Printed]  # fields of `ModelSpec`
@@ -54,11 +94,11 @@ class PrintedModel:
     q_values: Mapping[str, Printed]
 
     @property
-    def n_prompts(self) -> float:
+    def n_prompts(self) -> Number:
         """Probing prompts, over all sources."""
         return sum(s.value for s in self.sources.values())
 
-    def others(self, source: Source) -> float:
+    def others(self, source: Source) -> Number:
         """Prompts that were not `source` before ablation: the denominator of its CR."""
         return self.n_prompts - self.sources[source].value
 
@@ -67,6 +107,12 @@ class PrintedModel:
         first, second = (self.transition_counts[k][source] for k in SOURCES if k != source)
         return first + second
 
+    @property
+    def shares(self) -> Mapping[str, Mapping[str, Printed]]:
+        """Shares of prompts that were printed for the entropy set: by quantity, by ablation value."""
+        ratios = self.conversion_ratios["entropy"]
+        return {"GTS": self.gts, **{f"CR({k})": {MEAN: ratio} for k, ratio in ratios.items()}}
+
 
 def _square(entries: Mapping[str, Any], leaf: type) -> dict[Source, dict[Source, Any]]:
     """Read a [from][to] table, in the order of `SOURCES`."""
@@ -74,16 +120,24 @@ def _square(entries: Mapping[str, Any], leaf: type) -> dict[Source, dict[Source,
 
 
 @cache
+def printed_models() -> tuple[str, ...]:
+    """List the models that the paper printed numbers of, by name."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+@cache
 def printed(model: str) -> PrintedModel:
     """Read what was printed about a model.
 
     Raises:
-        FileNotFoundError: nothing was.
+        BadInput: nothing was.
         KeyError, TypeError: a value is missing, or has an entry that is none of `Printed`'s.
     """
-    data = json.loads((GOLDEN / "paper" / f"{model}.json").read_text(encoding="utf-8"))
+    if model not in printed_models():
+        raise BadInput(f"{model}: the paper printed no number of it. {allowed(printed_models())}.")
+    data = json.loads((FOLDER / f"{model}.json").read_text(encoding="utf-8"))
     if data["model"] != model:
-        raise ValueError(f"golden/paper/{model}.json: holds {data['model']!r}")
+        raise ValueError(f"{FOLDER / model}.json: holds {data['model']!r}")
     ratios, values = data["conversion_ratios"], data["global_transition_scores"]
     return PrintedModel(
         model=model,
@@ -99,3 +153,22 @@ def printed(model: str) -> PrintedModel:
         gts={v: Printed(**entry["gts"]) for v, entry in values.items()},
         q_values={v: Printed(**entry["q_value"]) for v, entry in values.items()},
     )
+
+
+def printed_share(model: str, value: str, quantity: str) -> Printed | None:
+    """Look up a share of prompts that was printed for the entropy set, in percent.
+
+    Args:
+        model: Name of the model.
+        value: Name of the ablation value.
+        quantity: GTS, CR(CK), CR(ND) or CR(PK).
+
+    Returns:
+        The number; None where the paper has none: conversion ratios are printed for mean ablation only.
+
+    >>> printed_share("gpt2-small", "mode_ablation", "GTS").defect
+    4
+    """
+    if model not in printed_models():
+        return None
+    return printed(model).shares.get(quantity, {}).get(value)
