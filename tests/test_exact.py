@@ -101,14 +101,17 @@ def test_the_organism_rounds_less_than_its_promise() -> None:
 # --- which tests other kernels run again ------------------------------------------------------------
 
 NUMERIC = (
-    *("activations", "closed_form", "decoding", "effects", "exact", "hooked", "models", "neurons"),
-    *("pretended_gpu", "released", "rounding", "screening", "spreading", "tolerance"),
+    *("decoding.test_activations", "closed_form.test_closed_form", "decoding.test_shared"),
+    *("experiment.test_effects", "test_exact", "decoding.test_hooked", "models.test_specs"),
+    *("method.test_neurons", "decoding.test_pretended_gpu", "test_released"),
+    *("decoding.test_batch_noise", "decoding.test_certificate", "models.test_device_map"),
+    "reproduction.test_tolerance",
 )
 
 
 @pytest.mark.parametrize("name", NUMERIC)
 def test_files_with_margins_are_run_by_other_kernels_too(name: str) -> None:
-    assert is_numeric(import_module(f"tests.test_{name}"))
+    assert is_numeric(import_module(f"tests.{name}"))
 
 
 def test_files_without_are_not(request: pytest.FixtureRequest) -> None:

@@ -19,7 +19,7 @@ from ccm.errors import BadInput
 from tests.reproduction.test_options import checked  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
-HEAD = "import sys; from ccm import cli, subcommands\n"
+HEAD = "import sys; from ccm.cli import commands as subcommands, parser as cli\n"
 
 
 class Panic(BaseException):

@@ -221,7 +221,8 @@ def test_a_signal_at_the_very_end_is_no_traceback(
     start: Callable[..., subprocess.Popen[str]],
 ) -> None:
     code = (
-        "import atexit, os, sys, time; from ccm import cli, subcommands\n"
+        "import atexit, os, sys, time\n"
+        "from ccm.cli import commands as subcommands, parser as cli\n"
         "subcommands.models = lambda options: None\n"
         "atexit.register(lambda: os.kill(os.getpid(), int(sys.argv[2])) or time.sleep(9))\n"
         "sys.exit(cli.main())"
