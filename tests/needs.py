@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ccm.experiment.fact_files import DATA_VARIABLE, RELEASED, pararel_folder
 from ccm.experiment.released_stats import FOLDER
-from ccm.method.facts import DATA_VARIABLE, RELEASED, pararel_folder
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import pandas as pd
 from ccm.errors import BadInput
 from ccm.experiment.ablate import Ablated
 from ccm.experiment.config import RunConfig
+from ccm.experiment.fact_files import check_distinct, read_table
 from ccm.experiment.folder import read_json
 from ccm.method.ablation import PLAIN, STATISTICS, AblationValue, ActivationStatistics, check_neurons
-from ccm.method.facts import check_distinct, read_table
 from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
 from ccm.method.sources import nested_objects
 from ccm.models.model import LoadedModel

@@ -14,10 +14,11 @@ import torch
 from ccm.decoding.engines import ENGINES
 from ccm.errors import BadInput, allowed, one_of
 from ccm.experiment.config import PUBLISHED, RunConfig, option_of
+from ccm.experiment.fact_files import load_pararel, read_fact_folder
 from ccm.experiment.folder import to_json
 from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
 from ccm.method.ablation import AblationValue, ablation_values, check_neurons
-from ccm.method.facts import FactSet, load_pararel, read_fact_folder
+from ccm.method.facts import FactSet
 from ccm.method.prompts import TEMPLATES
 from ccm.method.protocol import PROTOCOLS, Protocol
 from ccm.models.devices import device_for

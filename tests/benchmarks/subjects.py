@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ccm.decoding.activations import collect
+from ccm.experiment.fact_files import read_fact_folder
 from ccm.experiment.probing import build_prompts
 from ccm.method.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
-from ccm.method.facts import read_fact_folder
 from ccm.method.neurons import controls
 from ccm.models.load import load
 from ccm.models.model import LoadedModel

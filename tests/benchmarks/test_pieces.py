@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ccm.decoding.activations import Histograms, Moments
-from ccm.method.facts import load_pararel
+from ccm.experiment.fact_files import load_pararel
 from ccm.method.neurons import FinalNorm, measure
 from ccm.method.prompts import ParametricAnswer, filter_relation_groups
 from ccm.method.scores import global_transition_score, summarise, transition_counts

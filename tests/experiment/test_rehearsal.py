@@ -19,6 +19,7 @@ from ccm.cli.parser import main
 from ccm.decoding.results import Completions, FirstToken
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
+from ccm.experiment.fact_files import read_fact_folder
 from ccm.experiment.folder import read_json, write_json
 from ccm.experiment.rehearsal import rehearse as rehearsal
 from ccm.experiment.rehearsal.profiler import Meter
@@ -35,7 +36,7 @@ from ccm.experiment.rehearsal.projection import (
 from ccm.experiment.rehearsal.rehearse import choose_facts, rehearse
 from ccm.experiment.rehearsal.stages import RehearsalConfig, build_prompts, repeat
 from ccm.method.ablation import ABLATION_VALUES
-from ccm.method.facts import FactSet, read_fact_folder
+from ccm.method.facts import FactSet
 from ccm.method.prompts import same_name
 from ccm.models import memory
 from ccm.models.load import assemble, load

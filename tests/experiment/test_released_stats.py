@@ -8,10 +8,10 @@ import pytest
 
 from ccm.cli.parser import main
 from ccm.errors import BadInput, NotAvailable
+from ccm.experiment.fact_files import DATA_VARIABLE, RELEASED
 from ccm.experiment.folder import ACTIVATION_STATS, read_statistics
 from ccm.experiment.released_stats import FILE, FOLDER, read_released_statistics
 from ccm.method.ablation import ABLATION_VALUES, STATISTICS, plan
-from ccm.method.facts import DATA_VARIABLE, RELEASED
 from ccm.models.specs import MODELS, PUBLISHED
 from tests.needs import STATISTICS as STATISTICS_HERE
 

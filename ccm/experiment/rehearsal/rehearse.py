@@ -20,12 +20,13 @@ import torch
 
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
+from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_folder
 from ccm.experiment.folder import RunFolder
 from ccm.experiment.rehearsal.profiler import Meter, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, PUBLISHED_PROMPTS, Rehearsal, project
 from ccm.experiment.rehearsal.stages import RehearsalConfig, Stages
 from ccm.method.ablation import ablation_values
-from ccm.method.facts import FactSet, load_pararel, pararel_folder, read_fact_folder
+from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,
     Candidate,

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from ccm.errors import BadInput, CcmError, NotAvailable
-from ccm.method import facts
-from ccm.method.facts import (
+from ccm.experiment import fact_files as facts
+from ccm.experiment.fact_files import (
     DATA_VARIABLE,
     EXAMPLE_COLUMNS,
     FACT_COLUMNS,
@@ -20,16 +20,14 @@ from ccm.method.facts import (
     RELATION_COLUMNS,
     RELEASED,
     STATEMENTS,
-    Fact,
-    Relation,
     ReleasedFile,
-    fact_set,
     load_pararel,
     pararel_folder,
     read_fact_folder,
     read_facts,
     read_relations,
 )
+from ccm.method.facts import Fact, Relation, fact_set
 from tests.needs import FACTS
 
 HEADER = ",".join(FACT_COLUMNS)
