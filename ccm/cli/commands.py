@@ -219,12 +219,12 @@ def _finished(paths: Sequence[Path], out: Path) -> Any:
     """
     from ccm.experiment.folder import folder_to_lock
     from ccm.experiment.results import read_results
-    from ccm.reporting.telling_apart import told_apart
+    from ccm.reporting.distinct_names import distinct_names
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     refuse_if_locked(folder_to_lock(out))
-    runs = told_apart([read_results(path) for path in paths])
+    runs = distinct_names([read_results(path) for path in paths])
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
     return runs
 

@@ -33,6 +33,7 @@ from ccm.cli.options import (
 )
 from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
+from ccm.method.ablation_values import ABLATION_VALUES, ALL
 
 
 class _Parser(argparse.ArgumentParser):
@@ -205,8 +206,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--ablation-value",
         default="mean_ablation",
-        help="mean_ablation, median_ablation, mode_ablation, mean_minus_sigma_ablation, "
-        "mean_plus_sigma_ablation, several with commas, or all (default: %(default)s)",
+        help=f"{', '.join(ABLATION_VALUES)}, several with commas, or {ALL} (default: %(default)s)",
     )
     run.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
     run.add_argument(
@@ -291,7 +291,11 @@ def parser() -> argparse.ArgumentParser:
     sets = ablate.add_mutually_exclusive_group(required=True)
     sets.add_argument("--neurons", help="one set: 1,2,3")
     sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
-    ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
+    ablate.add_argument(
+        "--ablation-value",
+        default="mean_ablation",
+        help=f"one of {', '.join(ABLATION_VALUES)} (default: %(default)s)",
+    )
     engine_options(ablate)
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=subcommands.ablate)

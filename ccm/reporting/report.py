@@ -14,17 +14,18 @@ from ccm.errors import BadInput
 from ccm.experiment.config import PROTOCOLS
 from ccm.experiment.folder import locked_for, write_atomically
 from ccm.experiment.results import RunResults
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.prompts import never_recalled
 from ccm.models.specs import MODELS
 from ccm.paper.held import CLAIM_HEADER, HOW_TO_READ, JSON, ROW_HEADER, Held, read_held
-from ccm.reporting.figures.canvas import SINGLE, VALUE_LABELS
+from ccm.reporting.distinct_names import distinct_names
+from ccm.reporting.figures.canvas import SINGLE
 from ccm.reporting.figures.gallery import Drawn, Entry, draw, figures_across, figures_of_run
 from ccm.reporting.markup import escape_markdown
 from ccm.reporting.rerun import command_of
 from ccm.reporting.sentences import Answer, answers_of, key_numbers
 from ccm.reporting.table_formats import Table, markdown
 from ccm.reporting.tables import tables_of, write_tables
-from ccm.reporting.telling_apart import told_apart
 from ccm.reporting.text import both_named
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -100,7 +101,7 @@ def write_report(
         BadInput: two are the same run, or a tolerance report that cannot be read.
         InUse: another process is writing there.
     """
-    runs = told_apart(runs)
+    runs = distinct_names(runs)
     found = [_held(run, held) for run in runs]
     with locked_for(out):
         return _write(runs, out, found, processes)
@@ -223,7 +224,7 @@ def _section(
         Group(
             "Figures before ablation"
             if value is None
-            else f"Figures of {VALUE_LABELS[value]} ablation",
+            else f"Figures of {ABLATION_VALUES[value].label} ablation",
             tuple(picture for of, picture in shown if of == value),
         )
         for value in (None, *run.values)
@@ -296,7 +297,7 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Entropy set": f"{neurons} ({how})",
         "Controls": f"{identity['controls']} random sets of as many neurons{matched}",
         "Seed": identity.get("seed"),
-        "Ablation values": ", ".join(VALUE_LABELS[value] for value in run.values),
+        "Ablation values": ", ".join(ABLATION_VALUES[value].label for value in run.values),
         "Device": identity.get("device_name"),
         "Number type": identity.get("dtype"),
         "Engine": identity.get("engine"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ccm.experiment.config import RunConfig
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import MODELS
 
 _FLAGS = {"full_texts": "--full-texts"}

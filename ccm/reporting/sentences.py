@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from ccm.experiment.results import RunResults
-from ccm.reporting.figures.canvas import VALUE_LABELS
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.table_formats import Table
-from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, share
+from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answer:
 def answers_of(run: RunResults) -> list[Answer]:
     """Say of every ablation value what it changed, against the control sets."""
     return [
-        Answer(value, VALUE_LABELS[value], _sentences(run.scores["ablations"][value]))
+        Answer(value, ABLATION_VALUES[value].label, _sentences(run.scores["ablations"][value]))
         for value in run.values
     ]
 
@@ -92,12 +92,12 @@ def key_numbers(runs: Sequence[RunResults]) -> Table:
             rows.append(
                 {
                     "model": run.display_name,
-                    "ablation value": VALUE_LABELS[value],
-                    "GTS": share(own["gts"]),
+                    "ablation value": ABLATION_VALUES[value].label,
+                    "GTS": proportion(own["gts"]),
                     "GTS of controls": mean_and_most(controls["gts"]),
                     "Q": digits(own["q_value"], 1),
                     "p": digits(own["permutation_p"], 4),
-                    "CR(CK)": share(own["conversion_ratios"]["CK"]),
+                    "CR(CK)": proportion(own["conversion_ratios"]["CK"]),
                     "CR(CK) of controls": mean_and_most(controls["conversion_ratios"]["CK"]),
                 }
             )

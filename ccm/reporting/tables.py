@@ -11,11 +11,11 @@ import pandas as pd
 
 from ccm.experiment.folder import write_formats
 from ccm.experiment.results import RunResults
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS
-from ccm.reporting.by_relation import relation_effects
-from ccm.reporting.by_transition import entropy_changes
+from ccm.reporting.breakdowns import entropy_changes, relation_effects
+from ccm.reporting.distinct_names import distinct_names
 from ccm.reporting.table_formats import (
     Table,
     between,
@@ -26,7 +26,6 @@ from ccm.reporting.table_formats import (
     nats,
     percent_of,
 )
-from ccm.reporting.telling_apart import told_apart
 
 FOLDER = "latex_tables"
 EXAMPLES = 2  # prompts per transition
@@ -46,7 +45,7 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
         BadInput: two are the same run.
     """
     written = []
-    for table in tables_of(told_apart(runs)):
+    for table in tables_of(distinct_names(runs)):
         texts = {
             "tex": latex(table),
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
@@ -75,10 +74,6 @@ def _each_value(runs: Sequence[RunResults]) -> list[tuple[RunResults, str, Mappi
     return [(run, value, run.scores["ablations"][value]) for run in runs for value in run.values]
 
 
-def _symbol(value: str) -> str:
-    return ABLATION_VALUES[value].symbol.replace("sigma", "σ").replace("mu", "μ").replace(" - ", " − ")
-
-
 def transition_proportions(runs: Sequence[RunResults]) -> Table:
     """Transition scores in percent, entropy set and controls (the paper's Table 5)."""
     shown, data = [], []
@@ -86,7 +81,7 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
         for source in SOURCES:
             own = scores["entropy"]["transition_scores"][source]
             controls = scores["controls"]["transition_scores"][source]
-            row = {"model": run.display_name, "ablation": _symbol(value), "from": source}
+            row = {"model": run.display_name, "ablation": ABLATION_VALUES[value].symbol, "from": source}
             row |= {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
             row |= {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
             shown.append(row)
@@ -114,7 +109,7 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
         for source in SOURCES:
             row: dict[str, object] = {
                 "model": run.display_name,
-                "ablation": _symbol(value),
+                "ablation": ABLATION_VALUES[value].symbol,
                 "from": source,
                 "prompts": sum(own[source].values()),
             }
@@ -157,7 +152,7 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
         shown.append(
             {
                 "model": run.display_name,
-                "ablation": _symbol(value),
+                "ablation": ABLATION_VALUES[value].symbol,
                 "GTS": percent_of(own["gts"]),
                 "changed": f"{own['gts']['count']}/{own['gts']['total']}",
                 "controls": mean_of(controls),
@@ -196,7 +191,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
             shown.append(
                 {
                     "model": run.display_name,
-                    "ablation": _symbol(value),
+                    "ablation": ABLATION_VALUES[value].symbol,
                     "transition": f"{change.before} → {change.after}",
                     "prompts": len(change.values),
                     "mean change": nats(change.mean),
@@ -231,7 +226,7 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
             shown.append(
                 {
                     "model": run.display_name,
-                    "ablation": _symbol(value),
+                    "ablation": ABLATION_VALUES[value].symbol,
                     "group": effect.group,
                     "relation": effect.name,
                     "prompts": effect.prompts,
@@ -296,7 +291,7 @@ def changed_prompts(runs: Sequence[RunResults]) -> Table:
                 for i in moved[:EXAMPLES]:
                     cells = (
                         run.display_name,
-                        _symbol(value),
+                        ABLATION_VALUES[value].symbol,
                         f"{k} → {k2}",
                         len(moved),
                         run.prompts["knowledge_probing_prompt"].iloc[i],

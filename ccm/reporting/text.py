@@ -9,7 +9,7 @@ PAIRS = 3  # of nested objects that are named in a sentence
 IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
 
 
-def share(r: Mapping[str, Any]) -> str:
+def proportion(r: Mapping[str, Any]) -> str:
     """`12.3 % (37/300; 8.8-16.6)`: percent, count, denominator and 95 % interval."""
     if r["percent"] is None:
         return "- (0/0)"
@@ -19,6 +19,16 @@ def share(r: Mapping[str, Any]) -> str:
 def digits(value: float | None, places: int) -> str:
     """A number with so many decimal places; a dash where there is none."""
     return "-" if value is None else f"{value:.{places}f}"
+
+
+def number_in_words(n: int) -> str:
+    """Write a small number in words, as running text has it.
+
+    >>> number_in_words(5), number_in_words(13)
+    ('five', '13')
+    """
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return words[n] if n < len(words) else str(n)
 
 
 def extent(values: Sequence[float] | np.ndarray) -> str:

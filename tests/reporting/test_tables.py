@@ -10,7 +10,7 @@ import pytest
 
 from ccm.experiment.results import RunResults, read_results
 from ccm.method.sources import SOURCES
-from ccm.reporting.by_relation import relation_effects
+from ccm.reporting.breakdowns import relation_effects
 from ccm.reporting.markup import escape_latex
 from ccm.reporting.table_formats import Table, latex, markdown
 from ccm.reporting.tables import (

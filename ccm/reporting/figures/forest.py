@@ -13,26 +13,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ccm.experiment.results import RunResults
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import ControlSummary, Ratio
 from ccm.paper.printed import Printed, printed_share
-from ccm.reporting.by_relation import RelationEffect
+from ccm.reporting.breakdowns import RelationEffect, group_effects
 from ccm.reporting.figures.canvas import (
     DOUBLE,
     GREY,
     MATCHED_COLOUR,
     PRINTED_MARKS,
     RED,
-    VALUE_LABELS,
     Drawing,
+    ablation_title,
     artefacts_in_words,
     draw_printed,
-    foot,
-    say,
-    shown,
+    drawable,
+    explain_empty,
+    footnote,
     styled,
 )
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import IN_BRACKETS
-from ccm.reporting.text import share as in_words
+from ccm.reporting.text import proportion as in_words
 
 TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)  # percent
 # Heights within a row, in rows: the entropy set, its controls, the matched ones.
@@ -65,7 +68,21 @@ class Row:
     section: str = ""  # rows of one section stand together under its name
 
 
-@styled
+def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
+    return ([(run.model, run.display_name, run.scores["ablations"]) for run in runs],)
+
+
+@register_figure(
+    per="all runs",
+    stem="entropy_set_and_controls",
+    title="Entropy set against controls",
+    caption=(
+        "Conversion to the context and change of source, a row a model and ablation value: the "
+        "entropy set with its exact interval, the control sets with their whole range, and the "
+        "paper's value where there is one."
+    ),
+    reads=_reads,
+)
 def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """CR(CK) and GTS of every model and ablation value, beside the paper's where it has one.
 
@@ -75,11 +92,15 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
             and a `permutation_p`.
     """
     rows = [
-        Row(VALUE_LABELS[value], _shares(name, value, scores), shown(model) if len(runs) > 1 else "")
+        Row(
+            ABLATION_VALUES[value].label,
+            _shares(name, value, scores),
+            drawable(model) if len(runs) > 1 else "",
+        )
         for name, model, ablations in runs
         for value, scores in ablations.items()
     ]
-    one = f"{shown(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
+    one = f"{drawable(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
     shares = [share for row in rows for share in row.shares]
     small = ["Q, quantile: rank of the entropy set among its controls, 0 to 100; p: permutation test."]
     if any(share.matched is not None for share in shares):
@@ -92,6 +113,26 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     ]
     title = one or "Entropy set and controls, model by model"
     return _forest(rows, title, "ablation value", small, data)
+
+
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_relation_groups",
+    title="Effect by relation group",
+    caption=(
+        "Where the effect comes from: conversion to the context and change of source by the group "
+        "that the prompt's relation belongs to."
+    ),
+    reads=lambda run, value: (run, value),
+)
+def relation_groups(run: RunResults, value: str) -> Drawing:
+    """CR(CK) and GTS of each relation group of a run.
+
+    Args:
+        run: A finished run, whose groups are scored only when they are drawn.
+        value: Name of the ablation value.
+    """
+    return by_group(group_effects(run, value), run.display_name, value)
 
 
 @styled
@@ -109,13 +150,13 @@ def by_group(effects: Sequence[RelationEffect], model: str, value: str) -> Drawi
         all_ck = "every prompt was CK before ablation" if effect.prompts else none
         cr_ck = Share(effect.cr_ck, effect.cr_ck_controls, all_ck, note=_mean(effect.cr_ck_controls))
         gts = Share(effect.gts, effect.gts_controls, none, note=_mean(effect.gts_controls))
-        label = textwrap.fill(shown(effect.name), 20) + f"\n(n = {effect.prompts:,})"
+        label = textwrap.fill(drawable(effect.name), 20) + f"\n(n = {effect.prompts:,})"
         rows.append(Row(label, (cr_ck, gts)))
     data = [
         {"group": effect.name, "prompts": effect.prompts, **_data(row)}
         for effect, row in zip(effects, rows, strict=True)
     ]
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: by relation group"
+    title = f"{ablation_title(model, value)}: by relation group"
     return _forest(rows, title, "relation group", ["n: probing prompts of the group."], data)
 
 
@@ -184,7 +225,7 @@ def _forest(
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         if not rows:
-            say(axes, "There is no prompt.")
+            explain_empty(axes, "There is no prompt.")
             continue
         shares = [row.shares[i] for row in rows]
         most = _highest(shares)
@@ -203,7 +244,7 @@ def _forest(
         middle = (max(at) + min([*at, *sections])) / 2
         panels[0].set_ylim(middle + 0.5 * high + 0.1, middle - 0.5 * high - 0.1)
         _legend(figure, [share for row in rows for share in row.shares])
-    foot(figure, small, 125)
+    footnote(figure, small, 125)
     return Drawing(figure, {"rows": list(data)}, _in_words(rows))
 
 

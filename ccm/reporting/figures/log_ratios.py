@@ -1,6 +1,6 @@
 """Log-ratios between the CK, PK and ND answers, before and after ablation (Method 9)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,13 @@ from ccm.reporting.figures.canvas import (
     COLOURS,
     DOUBLE,
     SINGLE,
-    VALUE_LABELS,
     Drawing,
+    ablation_title,
     draw_density,
+    explain_empty,
     grid_for,
-    say,
-    shown,
-    styled,
 )
+from ccm.reporting.figures.registry import register_figure
 
 LINES: dict[Source, str] = {"CK": "-", "ND": "-.", "PK": "--"}
 Values = Float[np.ndarray, "prompt"]
@@ -71,7 +70,7 @@ def _draw_classes(
             "density": curve,
         }
     if not any(len(v[np.isfinite(v)]) for v in groups.values()):
-        say(axes, "No prompt has a log-ratio that could be drawn.")
+        explain_empty(axes, "No prompt has a log-ratio that could be drawn.")
     elif words:
         axes.text(
             0.02,
@@ -109,7 +108,30 @@ def _means(*drawn: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
-@styled
+def _once_per_ratio(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
+    """Register a drawing function for each of `RATIOS`."""
+    for over, under in RATIOS:
+        register = register_figure(
+            per="ablation value",
+            stem=f"{{name}}/{{name}}_{{value}}_ablation_log_{over.lower()}_{under.lower()}",
+            title=f"Log-ratio of {over} to {under}",
+            caption=(
+                f"How much likelier the first token of the {over} answer is than that of the {under} "
+                "answer, before (top) and after the ablation (bottom), by the source before it."
+            ),
+            reads=lambda run, value, ratio=(over, under): (
+                run.plain,
+                run.ablated[value],
+                ratio,
+                run.display_name,
+                value,
+            ),
+        )
+        registered = register(draw)
+    return registered
+
+
+@_once_per_ratio
 def log_ratio(
     plain: pd.DataFrame, ablated: pd.DataFrame, names: tuple[str, str], model: str, value: str
 ) -> Drawing:
@@ -131,7 +153,7 @@ def log_ratio(
     grid = grid_for(before, after)
     figure = Figure(figsize=(SINGLE, 3.8))
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation")
+    figure.suptitle(ablation_title(model, value))
     data: dict[str, Any] = {"ratio": key, "grid": grid}
     for axes, when, values in zip(panels, ("before", "after"), (before, after), strict=True):
         axes.set_title(f"{when} ablation", loc="left")
@@ -153,7 +175,16 @@ def log_ratio(
     return Drawing(figure, data, said)
 
 
-@styled
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_ablation_empirical_noises",
+    title="Change of the log-ratios",
+    caption=(
+        "The three log-ratios before the ablation minus after it, by the source before it. At 0 "
+        "nothing has changed."
+    ),
+    reads=lambda run, value: (run.plain, run.ablated[value], run.display_name, value),
+)
 def log_ratio_differences(
     plain: pd.DataFrame, ablated: pd.DataFrame, model: str, value: str
 ) -> Drawing:
@@ -169,7 +200,7 @@ def log_ratio_differences(
     before, after = ratios_of(plain), ratios_of(ablated)
     figure = Figure(figsize=(DOUBLE, 2.5))
     panels = figure.subplots(1, 3)
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation: log-ratios, before − after")
+    figure.suptitle(f"{ablation_title(model, value)}: log-ratios, before − after")
     data: dict[str, Any] = {}
     handles: dict[str, Any] = {}
     for axes, (over, under) in zip(panels, RATIOS, strict=True):

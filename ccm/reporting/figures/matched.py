@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from ccm.experiment.results import RunResults
 from ccm.method.neurons import match_plane
 from ccm.method.scores import conversion_ratio, permutation_p
 from ccm.method.sources import SOURCES
@@ -18,25 +19,40 @@ from ccm.reporting.figures.canvas import (
     GREY,
     MATCHED_COLOUR,
     RED,
-    VALUE_LABELS,
     Drawing,
-    foot,
-    key,
-    say,
-    scattered,
-    shown,
-    styled,
+    ablation_title,
+    explain_empty,
+    footnote,
+    jitter,
+    legend_dot,
     titled_legend,
 )
 from ccm.reporting.figures.neurons import MANY_POINTS
-from ccm.reporting.figures.shares import Scores, counts_of
-from ccm.reporting.text import digits, mean_and_most, share
+from ccm.reporting.figures.proportions import Scores, counts_of
+from ccm.reporting.figures.registry import register_figure
+from ccm.reporting.text import digits, mean_and_most, proportion
 
 KINDS = {"controls": "controls", "matched_controls": "matched"}  # keys of scores.json, words for them
 LOOKS = {"controls": (GREY, "o"), "matched_controls": (MATCHED_COLOUR, "D")}
 
 
-@styled
+def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
+    scores, norm = run.scores["ablations"][value], run.measures["norm"].to_numpy(float)
+    if "matched_controls" not in scores:
+        return None
+    return scores, norm, run.sigma, run.display_name, value
+
+
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_matched_controls",
+    title="Matched controls",
+    caption=(
+        "Part of any contrast is size: beside the plain controls, sets drawn to be like the entropy "
+        "neurons in weight norm and in the spread of their activations. Right: how alike."
+    ),
+    reads=_reads,
+)
 def matched_controls(
     scores: Scores,
     norm: Float[np.ndarray, "d_mlp"],
@@ -71,7 +87,7 @@ def matched_controls(
         "Every prompt was CK before ablation." if own["gts"]["total"] else "There is no prompt.",
     )
     handles = _plane(right, norm, sigma, data["neurons"])
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: controls of like norm and spread"
+    title = f"{ablation_title(model, value)}: controls of like norm and spread"
     titled_legend(figure, handles, title)
     lines = [
         "Red line: entropy set; band: its exact 95 % interval. Dots: one control set "
@@ -79,8 +95,9 @@ def matched_controls(
         "permutation test, at least 1 / (sets + 1).",
         _match_words(data["neurons"]),
     ]
-    foot(figure, lines, 140)
-    said = [f"Entropy set: GTS {share(own['gts'])}, CR(CK) {share(own['conversion_ratios']['CK'])}"]
+    footnote(figure, lines, 140)
+    gts, to_ck = proportion(own["gts"]), proportion(own["conversion_ratios"]["CK"])
+    said = [f"Entropy set: GTS {gts}, CR(CK) {to_ck}"]
     for kind, word in KINDS.items():
         rank = digits(data["gts"][kind]["quantile"], 1)
         said.append(f"GTS of {word}, mean and greatest: {mean_and_most(scores[kind]['gts'])}; Q {rank}")
@@ -123,7 +140,7 @@ def _strip(
 ) -> None:
     """Draw every control as a dot in its kind's column, the entropy set across both."""
     if own["percent"] is None:
-        say(axes, empty)
+        explain_empty(axes, empty)
         return
     axes.axhspan(own["low"], own["high"], color=RED, alpha=0.13, linewidth=0)
     axes.axhline(own["percent"], color=RED)
@@ -136,7 +153,7 @@ def _strip(
         colour, marker = LOOKS[kind]
         if len(values):
             axes.scatter(
-                x + 0.6 * scattered(len(values)), values, s=7, c=colour, marker=marker, linewidths=0
+                x + 0.6 * jitter(len(values)), values, s=7, c=colour, marker=marker, linewidths=0
             )
             axes.hlines(values.mean(), x - 0.36, x + 0.36, color="#222222", linewidth=1.2)
             q, p = found[kind]["quantile"], found[kind]["permutation_p"]
@@ -231,8 +248,8 @@ def _plane(
             at = axes.transAxes
             axes.text(0.98, 0.02, words, transform=at, ha="right", va="bottom", fontsize=6.5)
     else:
-        say(axes, "No neuron has a norm and a σ above 0.")
+        explain_empty(axes, "No neuron has a norm and a σ above 0.")
     return [
-        key(colour, marker, f"{word} ({int((group == i).sum()):,})")
+        legend_dot(colour, marker, f"{word} ({int((group == i).sum()):,})")
         for i, (colour, marker, word) in enumerate(looks)
     ]

@@ -30,7 +30,7 @@ _SAID: dict[str, Callable[[Any], str]] = {
 _NOT_SAID = ("model", "versions", "shard")
 
 
-def told_apart(runs: Sequence[RunResults]) -> list[RunResults]:
+def distinct_names(runs: Sequence[RunResults]) -> list[RunResults]:
     """Give runs names of their own: those people read, and those in file names.
 
     A run whose model is run but once keeps the model's. Others are told apart by where their weights

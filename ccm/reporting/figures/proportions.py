@@ -1,41 +1,36 @@
-"""Shares of prompts: conversion ratios, transition scores, GTS against controls, class sizes.
+"""Proportions of prompts: conversion ratios, transition scores, GTS among controls, class sizes.
 
 Every bar of a single set carries its count and its exact 95 % interval (Method 8).
 """
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ccm.method.scores import ControlSummary, Ratio, conversion_ratio, ratio, summarise
+from ccm.method.scores import Ratio, conversion_ratio, ratio
 from ccm.method.sources import SOURCES, Source
-from ccm.paper.printed import Printed, printed_share
+from ccm.paper.printed import printed_share
+from ccm.reporting.figures.bars import bar_chart, bar_of
 from ccm.reporting.figures.canvas import (
     COLOURS,
     GREY,
     HATCHES,
     RED,
     SINGLE,
-    VALUE_LABELS,
     Drawing,
-    artefacts_in_words,
-    draw_printed,
+    ablation_title,
+    drawable,
+    explain_empty,
     folded,
-    foot,
-    say,
-    scattered,
-    shown,
-    styled,
+    footnote,
     titled_legend,
 )
-from ccm.reporting.text import IN_BRACKETS, extent, share
+from ccm.reporting.figures.registry import register_figure
+from ccm.reporting.text import IN_BRACKETS, extent, proportion
 
 Scores = Mapping[str, Any]  # one ablation value's part of scores.json
 WORDS = {
@@ -43,19 +38,6 @@ WORDS = {
     "ND": "not defined (ND)",
     "PK": "parametric knowledge (PK)",
 }
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One quantity: the entropy set's, and that of every control set."""
-
-    label: str
-    colour_of: Source
-    own: Ratio
-    controls: tuple[float, ...]  # percent, one a control set; empty where `own` has no percent
-    summary: ControlSummary
-    empty: str  # what to say where there is nothing to divide by
-    printed: Printed | None = None
 
 
 def counts_of(table: Mapping[str, Mapping[str, int]]) -> Int[np.ndarray, "from=3 to=3"]:
@@ -68,110 +50,16 @@ def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
     return [counts_of(entry["transition_counts"]) for entry in scores["controls"]["sets"]]
 
 
-def _bar(
-    label: str,
-    colour_of: Source,
-    own: Ratio,
-    controls: Sequence[Ratio],
-    empty: str,
-    printed: Printed | None = None,
-) -> Bar:
-    values = tuple(r.percent for r in controls if r.percent is not None)
-    value = float("nan") if own.percent is None else own.percent
-    return Bar(label, colour_of, own, values, summarise(value, values), empty, printed)
-
-
-def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
-    """Draw pairs of bars: the entropy set in the source's colour, the mean of the controls in grey."""
-    tops = [b.own.high or 0.0 for b in bars] + [max(b.controls, default=0.0) for b in bars]
-    tops += [b.printed.value for b in bars if b.printed is not None]
-    ceiling = min(125.0, 1.3 * max(1.0, *tops))
-    for x, bar in enumerate(bars):
-        if bar.own.percent is None or bar.own.low is None or bar.own.high is None:
-            words = textwrap.fill(bar.empty, 14)
-            axes.text(x, 0.04 * ceiling, words, ha="center", va="bottom", fontsize=6.5)
-            continue
-        at, width = (x - 0.2, 0.36) if bar.controls else (x, 0.5)
-        axes.bar(
-            at,
-            bar.own.percent,
-            width,
-            color=COLOURS[bar.colour_of],
-            edgecolor="white",
-            hatch=HATCHES[bar.colour_of],
-            yerr=[[bar.own.percent - bar.own.low], [bar.own.high - bar.own.percent]],
-            error_kw={"elinewidth": 0.9, "capsize": 2.5, "ecolor": "#222222"},
-            label=f"entropy set, {bar.label}",
-        )
-        words = f"{bar.own.percent:.1f} %\n{bar.own.count}/{bar.own.total}"
-        axes.text(at, bar.own.high + 0.015 * ceiling, words, ha="center", va="bottom", fontsize=6.5)
-        if bar.printed is not None:
-            draw_printed(axes, at - 0.5 * width - 0.03, bar.printed.value, bar.printed)
-        if not bar.controls or bar.summary.mean is None:
-            continue
-        axes.bar(
-            x + 0.2,
-            bar.summary.mean,
-            0.36,
-            color="#D9D9D9",
-            edgecolor=GREY,
-            yerr=bar.summary.three_standard_errors,
-            error_kw={"elinewidth": 0.9, "capsize": 2.5, "ecolor": "#222222"},
-            label=f"controls, {bar.label}",
-        )
-        spread = scattered(len(bar.controls))
-        axes.scatter(x + 0.2 + 0.26 * spread, bar.controls, s=2.5, c="#555555", alpha=0.6, linewidths=0)
-        axes.text(
-            x + 0.2,
-            max(*bar.controls, bar.summary.mean + (bar.summary.three_standard_errors or 0.0), 0.0)
-            + 0.015 * ceiling,
-            f"{bar.summary.mean:.1f} %",
-            ha="center",
-            va="bottom",
-            fontsize=6.5,
-            color="#444444",
-        )
-    axes.set_xticks(range(len(bars)), [b.label for b in bars])
-    axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_ylim(0, ceiling)
-
-
-def _legend_lines(n_controls: int) -> list[str]:
-    lines = ["Coloured: entropy set, with its count and exact 95 % interval."]
-    if n_controls == 0:
-        return [*lines, "No control sets were run."]
-    if n_controls == 1:
-        return [*lines, "Grey: the one control set, so no standard error."]
-    return [*lines, f"Grey: mean ± 3 standard errors of {n_controls} control sets; dots: each one."]
-
-
-def _bars_in_words(bars: Sequence[Bar]) -> str:
-    """Say what every bar shows, the mean of its controls beside it."""
-    said = []
-    for bar in bars:
-        if bar.own.percent is None:
-            said.append(f"{bar.label}: {bar.empty}")
-            continue
-        mean = "" if bar.summary.mean is None else f", controls {bar.summary.mean:.1f} % on average"
-        said.append(f"{bar.label}: {share(asdict(bar.own))}{mean}")
-    return "; ".join(said) + ". " + IN_BRACKETS
-
-
-def _bar_chart(bars: Sequence[Bar], n_controls: int, title: str, xlabel: str, ylabel: str) -> Drawing:
-    """Draw one panel of bars, with the small print that explains them."""
-    figure = Figure(figsize=(SINGLE, 2.9))
-    axes = figure.subplots()
-    figure.suptitle(title)
-    _draw_bars(axes, bars)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    printed = [bar.printed for bar in bars]
-    ring = "Ring: the paper's value." if any(p and p.defect is None for p in printed) else ""
-    foot(figure, [*_legend_lines(n_controls), ring, artefacts_in_words(printed)], 68)
-    return Drawing(figure, {"bars": [asdict(bar) for bar in bars]}, _bars_in_words(bars))
-
-
-@styled
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}-conversion_ratios",
+    title="Conversion ratios",
+    caption=(
+        "Of the prompts that were not answered from a source, the share that is after the ablation. "
+        "Coloured: the entropy set; grey: the control sets."
+    ),
+    reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value, run.model),
+)
 def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") -> Drawing:
     """CR(CK), CR(ND) and CR(PK) of the entropy set and its controls (Figures 4b and 8).
 
@@ -185,7 +73,7 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
     """
     own, others = counts_of(scores["entropy"]["transition_counts"]), control_counts(scores)
     bars = [
-        _bar(
+        bar_of(
             f"to {source}",
             source,
             conversion_ratio(own, source),
@@ -195,52 +83,25 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
         )
         for source in SOURCES
     ]
-    return _bar_chart(
+    return bar_chart(
         bars,
         len(others),
-        f"{shown(model)}, {VALUE_LABELS[value]} ablation",
+        ablation_title(model, value),
         "source K after ablation",
         "conversion ratio\n(% of prompts that were not K)",
     )
 
 
-@styled
-def to_context(scores: Scores, model: str, value: str) -> Drawing:
-    """Transition scores ND -> CK and PK -> CK of the entropy set and its controls (Method 8).
-
-    Args:
-        scores: One ablation value's part of scores.json.
-        model: Display name.
-        value: Name of the ablation value.
-    """
-    own, others = counts_of(scores["entropy"]["transition_counts"]), control_counts(scores)
-    ck = SOURCES.index("CK")
-    froms: tuple[Source, ...] = ("ND", "PK")
-
-    def score(counts: Int[np.ndarray, "3 3"], source: Source) -> Ratio:
-        row = counts[SOURCES.index(source)]
-        return ratio(int(row[ck]), int(row.sum()))
-
-    bars = [
-        _bar(
-            f"{source} → CK",
-            source,
-            score(own, source),
-            [score(counts, source) for counts in others],
-            f"no prompt was {source} before ablation",
-        )
-        for source in froms
-    ]
-    return _bar_chart(
-        bars,
-        len(others),
-        f"{shown(model)}, {VALUE_LABELS[value]} ablation",
-        "transition",
-        "transition score\n(% of prompts of the class before)",
-    )
-
-
-@styled
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_transition_score",
+    title="Global transition score",
+    caption=(
+        "How many control sets changed what share of the answers' sources. Red line: the entropy set. "
+        "The further right of all controls it lies, the less chance explains it."
+    ),
+    reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
+)
 def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     """Global transition scores of the controls, the entropy set's as a line with its Q-value.
 
@@ -257,13 +118,13 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     data = {"entropy": dict(own), "q_value": q, "permutation_p": p, "controls": controls}
     figure = Figure(figsize=(SINGLE, 2.9))
     axes = figure.subplots()
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation"
+    title = ablation_title(model, value)
     axes.set_xlabel("global transition score\n(% of prompts whose source changed)")
     axes.set_ylabel("control sets (count)")
     if own["percent"] is None:
         words = "There is no prompt, so no share of prompts."
         figure.suptitle(title)
-        say(axes, words)
+        explain_empty(axes, words)
         return Drawing(figure, data, words)
     lines = []
     if len(controls):
@@ -304,13 +165,67 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
         )
     lines.append("Band: exact 95 % interval of the entropy set.")
     titled_legend(figure, axes.get_legend_handles_labels()[0], title)
-    foot(figure, lines, 68)
-    said = [f"Entropy set: {share(own)}. {len(controls)} control sets"]
+    footnote(figure, lines, 68)
+    said = [f"Entropy set: {proportion(own)}. {len(controls)} control sets"]
     said[0] += f": {extent(controls)} %." if len(controls) else "."
     return Drawing(figure, data, " ".join([*said, *lines]))
 
 
-@styled
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}-ndck_pkck_conversion_ratios",
+    title="Turning to the context",
+    caption=(
+        "Of the prompts answered with neither object (ND), and of those answered from the weights "
+        "(PK), the share that is answered from the context (CK) after the ablation."
+    ),
+    reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
+)
+def to_context(scores: Scores, model: str, value: str) -> Drawing:
+    """Transition scores ND -> CK and PK -> CK of the entropy set and its controls (Method 8).
+
+    Args:
+        scores: One ablation value's part of scores.json.
+        model: Display name.
+        value: Name of the ablation value.
+    """
+    own, others = counts_of(scores["entropy"]["transition_counts"]), control_counts(scores)
+    ck = SOURCES.index("CK")
+    froms: tuple[Source, ...] = ("ND", "PK")
+
+    def score(counts: Int[np.ndarray, "3 3"], source: Source) -> Ratio:
+        row = counts[SOURCES.index(source)]
+        return ratio(int(row[ck]), int(row.sum()))
+
+    bars = [
+        bar_of(
+            f"{source} → CK",
+            source,
+            score(own, source),
+            [score(counts, source) for counts in others],
+            f"no prompt was {source} before ablation",
+        )
+        for source in froms
+    ]
+    return bar_chart(
+        bars,
+        len(others),
+        ablation_title(model, value),
+        "transition",
+        "transition score\n(% of prompts of the class before)",
+    )
+
+
+@register_figure(
+    per="all runs",
+    stem="knowledge_source_sizes",
+    title="Knowledge sources before ablation",
+    caption=(
+        "How many prompts were answered from the context (CK), with neither object (ND), and from the "
+        "weights (PK)."
+    ),
+    reads=lambda runs: ([(run.display_name, run.scores["sources"]) for run in runs],),
+)
 def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """How many prompts were CK, ND and PK before ablation, by model (the paper's Figure 5).
 
@@ -339,7 +254,7 @@ def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> 
             percent = "no prompts" if r["percent"] is None else f"{r['percent']:.1f} %"
             text = f"{r['count']:,}\n{percent}"
             axes.text(x, r["count"] + 0.01 * most, text, ha="center", va="bottom", fontsize=6)
-    names = [folded(shown(model), 18) for model, _ in runs]  # as wide as its three bars
+    names = [folded(drawable(model), 18) for model, _ in runs]  # as wide as its three bars
     axes.set_xticks(range(len(runs)), names)
     axes.set_xlim(-0.6, len(runs) - 0.4)
     axes.set_ylim(0, 1.22 * max(1, most))
@@ -349,7 +264,7 @@ def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> 
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=1 if len(runs) < 3 else 3
     )
     said = "; ".join(
-        f"{model}: " + ", ".join(f"{source} {share(sources[source])}" for source in SOURCES)
+        f"{model}: " + ", ".join(f"{source} {proportion(sources[source])}" for source in SOURCES)
         for model, sources in runs
     )
     return Drawing(figure, data, f"{said}. {IN_BRACKETS}")
