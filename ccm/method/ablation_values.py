@@ -21,7 +21,7 @@ class AblationValue:
     name: str  # on the command line, in run folders and names of files
     label: str  # in figures and sentences: "mean (μ) ablation"
     symbol: str  # in the columns of tables; LaTeX is made from it, Greek letters included
-    meaning: str  # what it is, for the documentation
+    meaning: str  # for the documentation: "replaces the activation by its ..."
     marker: str  # matplotlib's, of its points in figures
     colour: str  # of these points
     of: Callable[["ActivationStatistics"], "Values"]  # one number per neuron
@@ -34,7 +34,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_ablation",
             label="mean (μ)",
             symbol="μ",
-            meaning="mean of the activation",
+            meaning="mean",
             marker="o",
             colour="#000000",
             of=lambda s: s.mean,
@@ -43,7 +43,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="median_ablation",
             label="median",
             symbol="median",
-            meaning="median of the activation",
+            meaning="median",
             marker="s",
             colour="#56B4E9",
             of=lambda s: s.median,
@@ -52,7 +52,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mode_ablation",
             label="mode",
             symbol="mode",
-            meaning="mode of the activation",
+            meaning="mode",
             marker="D",
             colour="#CC79A7",
             of=lambda s: s.mode,
@@ -62,7 +62,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_minus_sigma_ablation",
             label="μ − 3σ",
             symbol="μ − 3 σ",
-            meaning="three standard deviations below the mean, but no lower than the minimum",
+            meaning="mean less three standard deviations, but at least its minimum",
             marker="<",
             colour="#D55E00",
             of=lambda s: (s.mean - 3 * s.std).clip(min=s.min),
@@ -71,7 +71,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_plus_sigma_ablation",
             label="μ + 3σ",
             symbol="μ + 3 σ",
-            meaning="three standard deviations above the mean, but no higher than the maximum",
+            meaning="mean plus three standard deviations, but at most its maximum",
             marker=">",
             colour="#D55E00",
             of=lambda s: (s.mean + 3 * s.std).clip(max=s.max),

@@ -198,7 +198,7 @@ def _code(text: str) -> _Markdown:
 
 def _sides(table: Table) -> list[str]:
     """Class of every column: names to the left, running text too, numbers to the right."""
-    columns = [str(column) for column in table.shown.columns]
+    columns = [str(column) for column in table.texts.columns]
     return [
         "text" if column in table.wide else "name" if i < 2 else "number"
         for i, column in enumerate(columns)

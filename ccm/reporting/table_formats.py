@@ -21,7 +21,7 @@ class Table:
 
     stem: str
     caption: str
-    shown: pd.DataFrame  # texts, for LaTeX and Markdown
+    texts: pd.DataFrame  # for LaTeX, Markdown and HTML
     data: pd.DataFrame  # numbers in full, for CSV
     wide: tuple[str, ...] = ()  # columns of running text, which must wrap
 
@@ -32,8 +32,8 @@ def latex(table: Table) -> str:
     Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
     only bitmaps, are used where a letter needs them.
     """
-    columns = [str(c) for c in table.shown.columns]
-    widths = {c: max([len(c), *(len(str(v)) for v in table.shown[c])]) for c in columns}
+    columns = [str(c) for c in table.texts.columns]
+    widths = {c: max([len(c), *(len(str(v)) for v in table.texts[c])]) for c in columns}
     spec = "".join(
         rf">{{\raggedright\arraybackslash}}p{{{WRAPPED}cm}}"
         if c in table.wide
@@ -48,7 +48,7 @@ def latex(table: Table) -> str:
     )
     lines_of = [
         max([1, *(1 + len(escape_latex(str(row[columns.index(c)]))) // 30 for c in table.wide)])
-        for row in table.shown.itertuples(index=False)
+        for row in table.texts.itertuples(index=False)
     ]
     pages: list[list[int]] = [[]]
     for i, n in enumerate(lines_of):
@@ -60,7 +60,7 @@ def latex(table: Table) -> str:
     head = " & ".join(escape_latex(c) for c in columns) + r" \\"
     body = [
         " & ".join(escape_latex(str(v)) for v in row) + r" \\"
-        for row in table.shown.itertuples(index=False)
+        for row in table.texts.itertuples(index=False)
     ]
     caption = escape_latex(table.caption)
     needs_t1 = any(letter in line for line in [caption, head, *body] for letter in T1_ONLY)
@@ -94,8 +94,8 @@ def markdown(table: Table) -> str:
     def row(cells: Sequence[object]) -> str:
         return "| " + " | ".join(escape_markdown(str(c)) for c in cells) + " |"
 
-    columns = [str(c) for c in table.shown.columns]
-    body = [row(list(cells)) for cells in table.shown.itertuples(index=False)]
+    columns = [str(c) for c in table.texts.columns]
+    body = [row(list(cells)) for cells in table.texts.itertuples(index=False)]
     head = [row(columns), "|" + "|".join([" --- "] * len(columns)) + "|"]
     return "\n".join([escape_markdown(table.caption), "", *head, *body]) + "\n"
 

@@ -76,7 +76,7 @@ def _each_value(runs: Sequence[RunResults]) -> list[tuple[RunResults, str, Mappi
 
 def transition_proportions(runs: Sequence[RunResults]) -> Table:
     """Transition scores in percent, entropy set and controls (the paper's Table 5)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         for source in SOURCES:
             own = scores["entropy"]["transition_scores"][source]
@@ -84,7 +84,7 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
             row = {"model": run.display_name, "ablation": ABLATION_VALUES[value].symbol, "from": source}
             row |= {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
             row |= {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
-            shown.append(row)
+            texts.append(row)
             for k in SOURCES:
                 data.append(
                     {"model": run.name, "ablation_value": value, "from": source, "to": k}
@@ -95,14 +95,14 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
         "transition_scores_proportions",
         "Transition scores, percent of the prompts of a class before ablation. Entropy set: share with "
         "its exact 95 % interval; controls: mean ± 3 standard errors. A dash: no prompt of the class.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def transition_numbers(runs: Sequence[RunResults]) -> Table:
     """Transition counts, entropy set and the controls' mean and range (the paper's Table 5)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         own = scores["entropy"]["transition_counts"]
         sets = scores["controls"]["sets"]
@@ -134,22 +134,22 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
                     | {"count": own[source][k]}
                     | {f"controls_{name}": v for name, v in found.items()}
                 )
-            shown.append(row)
+            texts.append(row)
     return Table(
         "transition_scores_counts",
         "Transition counts, prompts. Controls: mean (least to most) over the control sets.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def gts_by_value(runs: Sequence[RunResults]) -> Table:
     """Global transition scores by ablation value with their Q-values (the paper's Table 6)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         own, controls = scores["entropy"], scores["controls"]["gts"]
         q, p, most = own["q_value"], own["permutation_p"], controls["high"]
-        shown.append(
+        texts.append(
             {
                 "model": run.display_name,
                 "ablation": ABLATION_VALUES[value].symbol,
@@ -172,14 +172,14 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
         "Global transition score (GTS), percent of prompts whose source changed, with its exact 95 % "
         "interval; controls: mean ± 3 standard errors; Q: quantile of the entropy set among the "
         "controls, 0 to 100; p: one-sided permutation test.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
     """Change of entropy for each transition, entropy set and controls (Method 8)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, _ in _each_value(runs):
         for change in entropy_changes(run, value):
             controls = change.controls
@@ -188,7 +188,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
                 if len(change.values)
                 else [None] * 3
             )
-            shown.append(
+            texts.append(
                 {
                     "model": run.display_name,
                     "ablation": ABLATION_VALUES[value].symbol,
@@ -213,17 +213,17 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
         "Change of the next token's entropy at the last position of the prompt, before − after, nats; "
         "above 0: lower after ablation. Controls: mean and range of the control sets' means, over the "
         "control sets of which some prompt makes the transition. A dash: no prompt makes it.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def relation_shares(runs: Sequence[RunResults]) -> Table:
     """GTS and CR(CK) relation by relation, entropy set and controls (Method 3, 8)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, _ in _each_value(runs):
         for effect in relation_effects(run, value):
-            shown.append(
+            texts.append(
                 {
                     "model": run.display_name,
                     "ablation": ABLATION_VALUES[value].symbol,
@@ -250,9 +250,25 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
         "Effects relation by relation, percent: GTS of the prompts, CR(CK) of those that were not CK. "
         "Entropy set: share, count, exact 95 % interval; controls: mean ± 3 standard errors. A dash: "
         "nothing to divide by.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
+
+
+def ablation_value_table() -> Table:
+    """Make the documentation's table of the ablation values: one row for each, whatever was run."""
+    rows = [
+        {
+            "ablation value": value.name,
+            "symbol": value.symbol,
+            "in figures": value.label,
+            "replaces the activation by its": value.meaning,
+        }
+        for value in ABLATION_VALUES.values()
+    ]
+    table = pd.DataFrame(rows)
+    caption = "Ablation values: what the activations of a neuron set can be replaced by."
+    return Table("ablation_values", caption, table, table, wide=(str(table.columns[-1]),))
 
 
 def model_dimensions(runs: Sequence[RunResults]) -> Table:

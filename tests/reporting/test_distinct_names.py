@@ -189,8 +189,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[RunResults]:
 def test_tables_and_figures_tell_them_apart(pair: list[RunResults]) -> None:
     runs = distinct_names(pair)
     for table in tables_of(runs):
-        assert set(table.shown["model"]) == {"a/final", "b/final"}, table.stem
-        expected = {"a/final", "b/final"} if table.data is table.shown else {"a-final", "b-final"}
+        assert set(table.texts["model"]) == {"a/final", "b/final"}, table.stem
+        expected = {"a/final", "b/final"} if table.data is table.texts else {"a-final", "b-final"}
         assert set(table.data["model"]) == expected, table.stem
     stems = [entry.stem for run in runs for entry in figures_of_run(run)]
     assert len({stem.casefold() for stem in stems}) == len(stems)

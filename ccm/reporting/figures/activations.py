@@ -17,6 +17,7 @@ from ccm.reporting.figures.canvas import (
     drawable,
     explain_empty,
     footnote,
+    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
@@ -34,6 +35,7 @@ MOST_ROWS = 30  # neurons of one panel that stay legible
     ),
     reads=lambda runs: ([(run.display_name, run.statistics, run.entropy_neurons) for run in runs],),
 )
+@styled
 def activation_ranges(
     runs: Sequence[tuple[str, ActivationStatistics, Sequence[int]]],
 ) -> Drawing:

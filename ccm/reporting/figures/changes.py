@@ -43,6 +43,7 @@ MANY_POINTS = 500  # more are drawn as pixels inside the PDF
     ),
     reads=lambda run, value: (run, value),
 )
+@styled
 def entropy_by_transition(run: RunResults, value: str) -> Drawing:
     """Entropy before - after for each of the nine transitions of a run.
 

@@ -23,6 +23,7 @@ from ccm.reporting.figures.canvas import (
     footnote,
     jitter,
     legend_dot,
+    styled,
     titled_legend,
 )
 from ccm.reporting.figures.registry import register_figure
@@ -55,6 +56,7 @@ def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
     ),
     reads=_reads,
 )
+@styled
 def entropy_effects(
     effects: pd.DataFrame, set_effects: pd.DataFrame, model: str, value: str
 ) -> Drawing:

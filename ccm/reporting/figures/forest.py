@@ -83,6 +83,7 @@ def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
     ),
     reads=_reads,
 )
+@styled
 def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """CR(CK) and GTS of every model and ablation value, beside the paper's where it has one.
 
@@ -125,6 +126,7 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     ),
     reads=lambda run, value: (run, value),
 )
+@styled
 def relation_groups(run: RunResults, value: str) -> Drawing:
     """CR(CK) and GTS of each relation group of a run.
 

@@ -25,9 +25,10 @@ from ccm.reporting.figures import (
     matched,
     neurons,
     proportions,
+    registry,
 )
 from ccm.reporting.figures.canvas import Drawing, save
-from ccm.reporting.figures.registry import FIGURES, Per, RegisteredFigure
+from ccm.reporting.figures.registry import Per, RegisteredFigure
 from ccm.reporting.text import number_in_words
 
 # In this order, those of other modules behind; of one module, in the order in which it draws them.
@@ -82,7 +83,7 @@ def _entries(per: Per, fields: dict[str, Any], *source: Any) -> Iterator[Entry]:
         source: What `reads` of each figure is given.
     """
     fields = {**fields, "n_values": number_in_words(len(ABLATION_VALUES))}
-    for registered in sorted((f for f in FIGURES if f.per == per), key=_place):
+    for registered in sorted((f for f in registry.FIGURES if f.per == per), key=_place):
         arguments = registered.reads(*source)
         if arguments is not None:
             yield Entry(

@@ -20,6 +20,7 @@ from ccm.reporting.figures.canvas import (
     explain_empty,
     footnote,
     jitter,
+    styled,
 )
 from ccm.reporting.figures.neurons import threshold_of
 from ccm.reporting.figures.registry import register_figure
@@ -47,6 +48,7 @@ def _reads(run: RunResults) -> tuple[Any, ...] | None:
     ),
     reads=_reads,
 )
+@styled
 def rho_by_layer(
     table: pd.DataFrame,
     entropy_neurons: Sequence[int],

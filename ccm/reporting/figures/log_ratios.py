@@ -1,7 +1,7 @@
 """Log-ratios between the CK, PK and ND answers, before and after ablation (Method 9)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,13 @@ from ccm.reporting.figures.canvas import (
     draw_density,
     explain_empty,
     grid_for,
+    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 
 LINES: dict[Source, str] = {"CK": "-", "ND": "-.", "PK": "--"}
 Values = Float[np.ndarray, "prompt"]
+_Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
 
 
 def ratios_of(cell: pd.DataFrame) -> dict[str, Values]:
@@ -108,10 +110,10 @@ def _means(*drawn: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
-def _once_per_ratio(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
+def _once_per_ratio(draw: _Draw) -> _Draw:
     """Register a drawing function for each of `RATIOS`."""
     for over, under in RATIOS:
-        register = register_figure(
+        register_figure(
             per="ablation value",
             stem=f"{{name}}/{{name}}_{{value}}_ablation_log_{over.lower()}_{under.lower()}",
             title=f"Log-ratio of {over} to {under}",
@@ -126,12 +128,12 @@ def _once_per_ratio(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
                 run.display_name,
                 value,
             ),
-        )
-        registered = register(draw)
-    return registered
+        )(draw)
+    return draw
 
 
 @_once_per_ratio
+@styled
 def log_ratio(
     plain: pd.DataFrame, ablated: pd.DataFrame, names: tuple[str, str], model: str, value: str
 ) -> Drawing:
@@ -185,6 +187,7 @@ def log_ratio(
     ),
     reads=lambda run, value: (run.plain, run.ablated[value], run.display_name, value),
 )
+@styled
 def log_ratio_differences(
     plain: pd.DataFrame, ablated: pd.DataFrame, model: str, value: str
 ) -> Drawing:

@@ -25,6 +25,7 @@ from ccm.reporting.figures.canvas import (
     footnote,
     jitter,
     legend_dot,
+    styled,
     titled_legend,
 )
 from ccm.reporting.figures.neurons import MANY_POINTS
@@ -53,6 +54,7 @@ def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
     ),
     reads=_reads,
 )
+@styled
 def matched_controls(
     scores: Scores,
     norm: Float[np.ndarray, "d_mlp"],

@@ -21,6 +21,7 @@ from ccm.reporting.figures.canvas import (
     drawable,
     explain_empty,
     grid_for,
+    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
@@ -45,6 +46,7 @@ def threshold_of(run: RunResults) -> float | None:
     ),
     reads=lambda run: (run.measures, run.display_name, threshold_of(run)),
 )
+@styled
 def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None = None) -> Drawing:
     """LogitVar against rho, marginal densities at the sides, the entropy set in red (Method 5).
 
@@ -173,6 +175,7 @@ def _log_marginal(
     ),
     reads=lambda run: (run.singular_values, int(run.identity["null_space_dims"]), run.display_name),
 )
+@styled
 def singular_value_spectrum(
     singular_values: Float[np.ndarray, "d_model"], null_space_dims: int, model: str
 ) -> Drawing:
@@ -250,6 +253,7 @@ def singular_value_spectrum(
     ),
     reads=lambda run: (run.measures, run.display_name),
 )
+@styled
 def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     """Distribution of output weight norms, entropy neurons against the others, with box plots.
 

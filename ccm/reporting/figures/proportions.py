@@ -27,6 +27,7 @@ from ccm.reporting.figures.canvas import (
     explain_empty,
     folded,
     footnote,
+    styled,
     titled_legend,
 )
 from ccm.reporting.figures.registry import register_figure
@@ -60,6 +61,7 @@ def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value, run.model),
 )
+@styled
 def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") -> Drawing:
     """CR(CK), CR(ND) and CR(PK) of the entropy set and its controls (Figures 4b and 8).
 
@@ -102,6 +104,7 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )
+@styled
 def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     """Global transition scores of the controls, the entropy set's as a line with its Q-value.
 
@@ -181,6 +184,7 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )
+@styled
 def to_context(scores: Scores, model: str, value: str) -> Drawing:
     """Transition scores ND -> CK and PK -> CK of the entropy set and its controls (Method 8).
 
@@ -226,6 +230,7 @@ def to_context(scores: Scores, model: str, value: str) -> Drawing:
     ),
     reads=lambda runs: ([(run.display_name, run.scores["sources"]) for run in runs],),
 )
+@styled
 def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """How many prompts were CK, ND and PK before ablation, by model (the paper's Figure 5).
 

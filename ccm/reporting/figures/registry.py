@@ -7,19 +7,21 @@
         caption="How many control sets changed what share of the answers' sources.",
         reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
     )
+    @styled
     def gts_histogram(scores, model, value) -> Drawing: ...
 
-That is all it takes: the gallery, the files, the report and its captions follow.
+The gallery, the files and the report follow from it. Only a new module must be named once more, in
+`gallery.DRAWN_BY`, which says in which order figures are shown.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, TypeVar
 
-from ccm.reporting.figures.canvas import Drawing, styled
+from ccm.reporting.figures.canvas import Drawing
 
 Per = Literal["run", "ablation value", "all runs"]
-_Parameters = ParamSpec("_Parameters")
+_Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ def register_figure(
     title: str,
     caption: str,
     reads: Callable[..., tuple[Any, ...] | None],
-) -> Callable[[Callable[_Parameters, Drawing]], Callable[_Parameters, Drawing]]:
-    """Register a drawing function, which is then run under the style of all figures.
+) -> Callable[[_Draw], _Draw]:
+    """Register a drawing function; `@styled` belongs between this decorator and the function.
 
-    It must stand at the top of its module: another process may draw, and finds it by its name.
+    The function must stand at the top level of its module: another process may draw, and finds it
+    there by its name.
 
     Args:
         per: What there is one figure for: every run, every ablation value of every run, or all runs
@@ -62,9 +65,8 @@ def register_figure(
             made of. It is given the run; the run and the name of the ablation value; or the runs.
     """
 
-    def register(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawing]:
-        drawing = styled(draw)
-        FIGURES.append(RegisteredFigure(per, stem, title, caption, reads, drawing))
-        return drawing
+    def register(draw: _Draw) -> _Draw:
+        FIGURES.append(RegisteredFigure(per, stem, title, caption, reads, draw))
+        return draw
 
     return register
