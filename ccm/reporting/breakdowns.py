@@ -49,7 +49,9 @@ def group_effects(run: RunResults, value: str) -> list[RelationEffect]:
 def relation_effects(run: RunResults, value: str) -> list[RelationEffect]:
     """Score every relation apart, group by group. Same arguments as `group_effects`."""
     of, groups = run.relation_groups, list(dict.fromkeys(run.relation_groups.values()))
-    names = sorted(of, key=lambda name: groups.index(of[name]))  # stable: the table's order within
+    names = sorted(
+        of, key=lambda name: groups.index(of[name])
+    )  # sorting is stable: within a group the order of the table
     return _effects(run, value, "rel_lemma", names, [of[name] for name in names])
 
 
@@ -134,7 +136,7 @@ class EntropyChange:
 
     @property
     def mean(self) -> float | None:
-        """Mean over the prompts; None without any."""
+        """Mean over the prompts; None if there are none."""
         return float(self.values.mean()) if len(self.values) else None
 
 

@@ -1,4 +1,4 @@
-"""The command line that does a run again, from what its manifest says."""
+"""The command that repeats a run, written from the run's manifest."""
 
 import shlex
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ _OPTIONS = {
     "bos": "--bos",
     "device_map": "--device-map",
 }
-_ALWAYS = ("controls", "device", "seed")  # said even where they are the defaults
-# What follows from the model where it is not said: option, field of its spec.
+_ALWAYS = ("controls", "device", "seed")  # written even where they are the defaults
+# Options whose default is a field of the model's spec: option, field.
 _OF_THE_MODEL = {
     "template": ("--template", "template"),
     "k": ("-k", "n_entropy_neurons"),
@@ -32,13 +32,13 @@ _OF_THE_MODEL = {
 
 
 def command_of(manifest: Mapping[str, Any]) -> str:
-    """Write the `ccm run` that does a run again.
+    """Write the `ccm run` command that repeats a run.
 
-    A merged run is done again in one piece: the result is the same. Device memory and where the run
-    folder goes are left to the machine.
+    A merged run is repeated in one piece, with the same result. The memory budget and the run folder
+    are not part of the command.
 
     Args:
-        manifest: Of a run folder. What an older one does not say is left to the defaults.
+        manifest: Of a run folder. What it does not hold is left to the defaults.
     """
     identity, asked = manifest["identity"], manifest.get("asked", {})
     defaults = RunConfig()
@@ -54,7 +54,7 @@ def command_of(manifest: Mapping[str, Any]) -> str:
             words += [option, str(value)]
     matched = identity.get("matched_controls")
     if matched is not None and matched != identity.get("controls"):
-        words += ["--matched-controls", str(matched)]  # as many as controls where it is not said
+        words += ["--matched-controls", str(matched)]  # the default: as many as controls
     words += [flag for key, flag in _FLAGS.items() if identity.get(key)]
     facts = asked.get("facts", "pararel" if identity.get("facts") == "pararel" else None)
     if facts is not None:
@@ -65,7 +65,7 @@ def command_of(manifest: Mapping[str, Any]) -> str:
     known = None if asked.get("model_paths") else MODELS.get(model)
     for key, (option, field) in _OF_THE_MODEL.items():
         value = identity.get(key)
-        said = value is not None and (known is None or value != getattr(known, field))
-        if said and not (key == "k" and neurons is not None):
+        differs = value is not None and (known is None or value != getattr(known, field))
+        if differs and not (key == "k" and neurons is not None):
             words += [option, str(value)]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""How a table is written: LaTeX that compiles alone, Markdown, and the numbers in them."""
+"""How tables are written: as LaTeX that compiles by itself, as Markdown; and numbers as texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import pandas as pd
 from ccm.method.scores import Ratio
 from ccm.reporting.markup import T1_ONLY, escape_latex, escape_markdown
 
-WRAPPED = 6.0  # cm, of a column of running text
+WRAPPED = 6.0  # cm, width of a column of running text
 DASH = "–"  # where there is no number
-LINE = 0.41  # cm, of a table in 9 pt
-LINES = 400  # on a page: TeX knows no length above 575 cm
+LINE = 0.41  # cm, height of a line of a table in 9 pt
+LINES = 400  # at most on a page: TeX knows no length above 575 cm
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what people read, and the numbers behind it."""
+    """One table: texts for people, and the numbers behind them."""
 
     stem: str
     caption: str
@@ -27,10 +27,10 @@ class Table:
 
 
 def latex(table: Table) -> str:
-    """Return a document of its own: booktabs, a page as large as the table, more only if it must.
+    """Return a whole LaTeX document whose page is as large as the table; a long one takes several.
 
-    Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
-    only bitmaps, are used where a letter needs them.
+    It needs nothing but base LaTeX and booktabs. T1 fonts are used only where a letter needs them,
+    because some installations have them only as bitmaps.
     """
     columns = [str(c) for c in table.texts.columns]
     widths = {c: max([len(c), *(len(str(v)) for v in table.texts[c])]) for c in columns}
@@ -42,7 +42,7 @@ def latex(table: Table) -> str:
         else "r"
         for i, c in enumerate(columns)
     )
-    # In cm, on the safe side: at 9 pt a letter is 0.16 wide, an escaped one more, and a line 0.4 high.
+    # In cm, a little too large: at 9 pt a letter is 0.16 wide, an escaped one more; a line is 0.4 high.
     wide = max(
         12.0, 2.5 + sum(WRAPPED + 0.5 if c in table.wide else 0.18 * widths[c] + 0.45 for c in columns)
     )
@@ -107,15 +107,15 @@ def percent_of(r: Mapping[str, Any]) -> str:
     return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
 
 
-def counted(own: Ratio) -> str:
-    """Write a ratio with its count and its interval."""
+def with_count(own: Ratio) -> str:
+    """Write a ratio with its count and interval; a dash where there is nothing to divide by."""
     if own.percent is None:
         return DASH
     return f"{own.percent:.1f} ({own.count}/{own.total}) [{own.low:.1f}, {own.high:.1f}]"
 
 
 def mean_of(control: Mapping[str, Any]) -> str:
-    """Write the controls' mean with 3 standard errors, where there are two controls or more."""
+    """Write the controls' mean, with 3 standard errors if there are at least two controls."""
     mean, error = control["mean"], control["three_standard_errors"]
     if mean is None:
         return DASH
@@ -123,7 +123,7 @@ def mean_of(control: Mapping[str, Any]) -> str:
 
 
 def nats(value: float | None) -> str:
-    """Write an entropy.
+    """Write an entropy in nats with three decimal places.
 
     >>> nats(-0.25), nats(-0.0001), nats(None)
     ('−0.250', '0.000', '–')
@@ -132,5 +132,5 @@ def nats(value: float | None) -> str:
 
 
 def between(low: str, high: str) -> str:
-    """Write a range; a dash where it has no end."""
+    """Write a range; a dash if either end is missing."""
     return DASH if DASH in (low, high) else f"{low} to {high}"

@@ -19,12 +19,12 @@ from ccm.reporting.distinct_names import distinct_names
 from ccm.reporting.table_formats import (
     Table,
     between,
-    counted,
     latex,
     markdown,
     mean_of,
     nats,
     percent_of,
+    with_count,
 )
 
 FOLDER = "latex_tables"
@@ -35,14 +35,14 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """Write every table as .tex, .csv and .md.
 
     Args:
-        runs: Finished runs; those of one model are told apart.
+        runs: Finished runs; those of one model get names of their own.
         out: The folder; `latex_tables/` is made in it.
 
     Returns:
         Every path written.
 
     Raises:
-        BadInput: two are the same run.
+        BadInput: two of them are the same run.
     """
     written = []
     for table in tables_of(distinct_names(runs)):
@@ -51,14 +51,14 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
             "md": markdown(table),
         }
-        # Bytes: the same on every system.
+        # As bytes: no system translates the ends of lines.
         writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
         written += write_formats(out / FOLDER / table.stem, writers)
     return written
 
 
 def tables_of(runs: Sequence[RunResults]) -> list[Table]:
-    """Make every table of some runs."""
+    """Make every table of some runs, in the order of the report."""
     return [
         transition_proportions(runs),
         transition_numbers(runs),
@@ -230,9 +230,9 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
                     "group": effect.group,
                     "relation": effect.name,
                     "prompts": effect.prompts,
-                    "GTS": counted(effect.gts),
+                    "GTS": with_count(effect.gts),
                     "GTS, controls": mean_of(asdict(effect.gts_controls)),
-                    "CR(CK)": counted(effect.cr_ck),
+                    "CR(CK)": with_count(effect.cr_ck),
                     "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
                 }
             )
@@ -277,7 +277,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
     for run in runs:
         spec, d_model, d_mlp = MODELS.get(run.model), len(run.singular_values), len(run.measures)
         if spec is not None and (spec.d_model, spec.d_mlp) != (d_model, d_mlp):
-            spec = None  # a stand-in of other dimensions, under the model's name
+            spec = None  # another model of other dimensions, under the name of a known one
         rows.append(
             {
                 "model": run.display_name,
@@ -295,7 +295,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
 
 
 def changed_prompts(runs: Sequence[RunResults]) -> Table:
-    """Prompts whose source changed: the first ones of every transition, and how many there are."""
+    """Examples of prompts whose source changed: the first of every transition, and how many did."""
     rows: list[dict[str, object]] = []
     columns = ["model", "ablation", "transition", "prompts", "prompt", "answer before", "answer after"]
     for run, value, _ in _each_value(runs):

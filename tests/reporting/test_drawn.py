@@ -22,6 +22,7 @@ from scipy import stats
 
 from ccm.experiment.folder import to_json
 from ccm.experiment.results import read_results
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.figures import canvas, gallery, layers
 from ccm.reporting.figures.canvas import Drawing
 from ccm.reporting.figures.gallery import figures_across, figures_of_run
@@ -981,4 +982,4 @@ def test_data_of_all_figures_are_json_and_differ(drawn: dict[str, Drawing]) -> N
 def test_colours_mean_the_same_everywhere() -> None:
     assert {k: v.lower() for k, v in canvas.COLOURS.items()} == COLOURS
     assert [c.lower() for c in (canvas.RED, canvas.GREY, canvas.MATCHED_COLOUR)] == [RED, GREY, BLUE]
-    assert canvas.VALUE_LABELS == LABELS
+    assert {value.name: value.label for value in ABLATION_VALUES.values()} == LABELS

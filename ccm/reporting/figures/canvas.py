@@ -28,29 +28,29 @@ from ccm.method.sources import Source
 from ccm.paper.printed import Printed
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
-# Okabe and Ito's colours, told apart with every common colour blindness.
+# Okabe and Ito's colours: with any common colour blindness they still look different.
 COLOURS: dict[Source, str] = {"CK": "#0072B2", "ND": "#009E73", "PK": "#E69F00"}
-HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # told apart in grey, too
+HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # they differ in grey, too
 RED = "#C8102E"  # the entropy set, and the null space
 GREY = "#8A8A8A"  # controls, and neurons that are not in the entropy set
 MATCHED_COLOUR = "#56B4E9"  # matched controls and their neurons; with another marker, too
-# The paper's values: a ring, a cross where the value is an artefact of the released code.
+# The paper's values: a ring, or a cross if the value is an artefact of the released code.
 PRINTED_MARKS: dict[bool, dict[str, Any]] = {
     False: {"color": "#222222", "marker": "o", "fillstyle": "none", "markersize": 7.5},
     True: {"color": "#222222", "marker": "x", "markersize": 5},
 }
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
-TITLE_CHARACTERS = 12  # to an inch
+TITLE_CHARACTERS = 12  # that fit into an inch
 FINE_BINS = 4096
 GRID_POINTS = 301
-PNG_COLOURS = 256  # a third of the bytes of a PNG of all colours, and nobody sees it
-FEW = 20  # values that are drawn one by one: a density would claim more than they say
+PNG_COLOURS = 256  # a third of the size of a PNG with all colours, and looks the same
+FEW = 20  # fewer values are drawn one by one: a density would show more than is known
 _Parameters = ParamSpec("_Parameters")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with the numbers it shows: they, not its pixels, are what can be compared."""
+    """A figure with the numbers it shows. Numbers can be compared between machines, pixels cannot."""
 
     figure: Figure
     data: dict[str, Any]
@@ -108,7 +108,7 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
         "png": partial(_write_png, figure),
         "json": lambda path: path.write_text(to_json(drawing.data), encoding="utf-8"),
     }
-    # Laid out once, for both files; with an engine left, matplotlib would draw each of them twice.
+    # Laid out once for both files: with a layout engine, matplotlib would draw each of them twice.
     with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
         engine = figure.get_layout_engine()
         if engine is not None:
@@ -122,7 +122,7 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
 
 def _write_pdf(figure: Figure, path: Path) -> None:
     metadata: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
-    whole = io.BytesIO()  # matplotlib leaves a file open that it could not write to its end
+    whole = io.BytesIO()  # if it cannot write a file to its end, matplotlib leaves it open
     figure.savefig(whole, format="pdf", metadata=metadata)
     path.write_bytes(whole.getvalue())
 
@@ -131,7 +131,7 @@ def _write_png(figure: Figure, path: Path) -> None:
     whole = io.BytesIO()
     figure.savefig(whole, format="png", metadata={"Software": None})
     with Image.open(whole) as image:
-        # Not dithered: dots would take more bytes than the colours they stand for.
+        # Not dithered: the dots would take more bytes than they save.
         flat = image.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
         flat.save(path, "png", optimize=True, dpi=image.info["dpi"])
 
@@ -266,7 +266,9 @@ def grid_for(*groups: Float[np.ndarray, "_"]) -> Float[np.ndarray, "point"]:
         [3 * h for g in groups if (h := bandwidth(g[np.isfinite(g)])) is not None], default=0.0
     )
     if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
-        margin = 0.5 * max(1.0, abs(low), abs(high))  # one place: an axis with numbers people can read
+        margin = 0.5 * max(
+            1.0, abs(low), abs(high)
+        )  # all values alike: an axis whose numbers can be read
     margin = max(margin, 0.02 * (high - low))
     return np.linspace(low - margin, high + margin, GRID_POINTS)
 

@@ -23,6 +23,7 @@ from ccm.reporting.figures.canvas import (
     Drawing,
     ablation_title,
     footnote,
+    jitter,
     styled,
 )
 from ccm.reporting.figures.registry import register_figure
@@ -56,7 +57,7 @@ def entropy_by_transition(run: RunResults, value: str) -> Drawing:
 
 @styled
 def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> Drawing:
-    """Entropy before - after for each of the nine transitions, the controls' means beside.
+    """Entropy before - after for each of the nine transitions, beside the controls' means.
 
     Args:
         changes: One for each transition.
@@ -108,7 +109,7 @@ def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> D
 
 
 def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any]:
-    """Draw one column: the prompts left, the controls right."""
+    """Draw one column: prompts on the left, controls on the right."""
     values = change.values[np.isfinite(change.values)]
     box = boxplot_stats(values, whis=WHISKERS)[0] if len(values) >= FEW else None
     colour = COLOURS[change.before]
@@ -157,10 +158,8 @@ def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any
 
 
 def _draw_points(axes: Axes, x: float, values: Float[np.ndarray, "prompt"], colour: str) -> None:
-    # Spread by rank of arrival: no randomness, the same picture each time.
-    spread = (np.arange(len(values)) * 0.618) % 1 - 0.5
     axes.scatter(
-        x + 0.3 * spread,
+        x + 0.3 * jitter(len(values)),
         values,
         s=5,
         c=colour,

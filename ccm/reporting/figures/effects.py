@@ -34,7 +34,7 @@ COLUMNS = {
     "through_norm": "through the norm\n(total − direct)",
     "norm_only": "norm only\n(the scale alone)",
 }
-# Where each kind stands in a column, how it looks, and its word.
+# Kind of control: place in a column, colour, marker, word for it.
 KINDS = {CONTROL: (-0.24, GREY, "o", "controls"), MATCHED: (0.24, MATCHED_COLOUR, "D", "matched")}
 
 
@@ -60,10 +60,10 @@ def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
 def entropy_effects(
     effects: pd.DataFrame, set_effects: pd.DataFrame, model: str, value: str
 ) -> Drawing:
-    """Mean change of entropy, split, of the entropy set, its controls and its matched controls.
+    """Mean change of entropy of the entropy set and both kinds of controls, total and by path.
 
     Args:
-        effects: The entropy set's entropies, nats, a row per prompt: `entropy_plain`,
+        effects: The entropy set's entropies, nats, one row per prompt: `entropy_plain`,
             `entropy_total`, `entropy_direct`, `entropy_norm_only`.
         set_effects: Mean changes (before - after, nats) of every set under this ablation value:
             `set`, `total`, `direct`, `norm_only`, `prompts`.
@@ -93,7 +93,7 @@ def entropy_effects(
     own = table.loc[table["set"] == "entropy", list(COLUMNS)]
     axes.axhline(0, color="#222222", linewidth=0.7)
     for x, name in enumerate(COLUMNS):
-        data["entropy"][name] = _own(axes, x, changes[name])
+        data["entropy"][name] = _draw_own(axes, x, changes[name])
         for kind, (offset, colour, marker, _) in KINDS.items():
             means = data["sets"][kind][name]
             axes.scatter(
@@ -125,7 +125,7 @@ def entropy_effects(
     return Drawing(figure, data, lines[-1])
 
 
-def _own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, float | None]:
+def _draw_own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, float | None]:
     """Draw the entropy set's mean change with its interval (Student's t)."""
     n, mean = len(changes), float(changes.mean())
     half = None
@@ -148,7 +148,7 @@ def _own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, 
 
 
 def _norm_words(own: dict[str, dict[str, float | None]]) -> str:
-    """Say what the entropy set's total is the sum of."""
+    """Write the entropy set's total effect as the sum of its two parts."""
     names = ("total", "direct", "through_norm")
     total, direct, norm = (f"{own[name]['mean']:+.3f}".replace("-", "−") for name in names)
     return f"Entropy set: {total} nats in total, {direct} of them directly and {norm} through the norm."

@@ -31,7 +31,7 @@ from ccm.reporting.figures.canvas import Drawing, save
 from ccm.reporting.figures.registry import Per, RegisteredFigure
 from ccm.reporting.text import number_in_words
 
-# In this order, those of other modules behind; of one module, in the order in which it draws them.
+# The order of figures: by module, those of other modules last; within a module as they are written.
 DRAWN_BY = (neurons, layers, proportions, log_ratios, changes, forest, matched, effects, activations)
 FOLDER = "entropy_neurons_figures"
 WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
@@ -47,7 +47,7 @@ class Entry:
     title: str
     caption: str  # how to read it, in plain words
     draw: Draw
-    value: str | None = None  # the ablation value it belongs to; None: to all of the run
+    value: str | None = None  # name of its ablation value; None: it belongs to the whole run
 
 
 def figures_of_run(run: RunResults) -> Iterator[Entry]:
@@ -75,12 +75,12 @@ def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
 
 
 def _entries(per: Per, fields: dict[str, Any], *source: Any) -> Iterator[Entry]:
-    """Name the figures of a kind, as far as what they read is there.
+    """Name the figures of one kind, leaving out those for which the run has no data.
 
     Args:
         per: The kind.
-        fields: Values of the fields of a stem.
-        source: What `reads` of each figure is given.
+        fields: What fills the braces of a stem.
+        source: The arguments of each figure's `reads`.
     """
     fields = {**fields, "n_values": number_in_words(len(ABLATION_VALUES))}
     for registered in sorted((f for f in registry.FIGURES if f.per == per), key=_place):
@@ -96,7 +96,7 @@ def _entries(per: Per, fields: dict[str, Any], *source: Any) -> Iterator[Entry]:
 
 
 def _place(registered: RegisteredFigure) -> int:
-    """Where the figures of a module stand among those of all."""
+    """Return the place of a figure's module in `DRAWN_BY`."""
     modules = [module.__name__ for module in DRAWN_BY]
     module = registered.draw.__module__
     return modules.index(module) if module in modules else len(modules)

@@ -1,4 +1,4 @@
-"""Rho of every layer's neurons against one null space (Methods 5 and 13)."""
+"""Rho of every layer's neurons, all for the null space of the unembedding (Methods 5 and 13)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
-FEW_LAYERS = 8  # up to so many fit a column's width
+FEW_LAYERS = 8  # up to so many layers fit into one column
 
 
 def _reads(run: RunResults) -> tuple[Any, ...] | None:
@@ -63,8 +63,8 @@ def rho_by_layer(
         table: Columns `layer`, `neuron_idx`, `rho` (share of the norm, 0 to 1).
         entropy_neurons: Of the last layer.
         model: Display name.
-        null_space_dims: Directions of the null space.
-        d_model: Of all directions: a random one has rho near sqrt(dims / d_model).
+        null_space_dims: Dimensions of the null space.
+        d_model: All dimensions. A random direction has rho near sqrt(null_space_dims / d_model).
         min_rho: The selection's threshold; None where neurons were named instead.
     """
     last = int(table["layer"].max()) if len(table) else -1

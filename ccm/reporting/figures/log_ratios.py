@@ -45,7 +45,7 @@ def _formula(over: str, under: str) -> str:
 def _draw_classes(
     axes: Axes, groups: Mapping[Source, np.ndarray], grid: Float[np.ndarray, "point"]
 ) -> dict[str, Any]:
-    """Draw a density for every class; a class that cannot have one is described in words."""
+    """Draw a density for every class; a class without one is described in words."""
     found: dict[str, Any] = {}
     words = []
     for source, values in groups.items():
@@ -89,7 +89,7 @@ def _draw_classes(
 
 
 def _highest(drawn: Mapping[str, Any]) -> float:
-    """Peak of the densities of one panel; 0 where there is none."""
+    """Return the peak of a panel's densities; 0 if it has none."""
     peaks = [float(d["density"].max()) for d in drawn.values() if d["density"] is not None]
     return max(peaks, default=0.0)
 
@@ -102,7 +102,7 @@ def _set_height(axes: Axes, peak: float) -> None:
 
 
 def _means(*drawn: Mapping[str, Any]) -> str:
-    """Say the mean of every class, in one panel or in several: `CK (n = 3) 0.12 and 0.34; ...`."""
+    """Write the mean of every class in one or several panels: `CK (n = 3) 0.12 and 0.34; ...`."""
     said = []
     for source in SOURCES:
         means = ["none" if d[source]["mean"] is None else f"{d[source]['mean']:.2f}" for d in drawn]
@@ -137,9 +137,9 @@ def _once_per_ratio(draw: _Draw) -> _Draw:
 def log_ratio(
     plain: pd.DataFrame, ablated: pd.DataFrame, names: tuple[str, str], model: str, value: str
 ) -> Drawing:
-    """One log-ratio by class, before (top) and after ablation (bottom), the boundary at 0.
+    """One log-ratio by class, before (top) and after ablation (bottom), with a line at 0.
 
-    Classes are those before ablation in both panels: the same prompts, moved or not.
+    In both panels a prompt belongs to its class before ablation.
 
     Args:
         plain: The plain run's cell.

@@ -1,4 +1,4 @@
-"""The entropy set against plain and matched controls, and how well those match (Method 13)."""
+"""The entropy set beside plain and matched controls, and how well the latter match (Method 13)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +62,7 @@ def matched_controls(
     model: str,
     value: str,
 ) -> Drawing:
-    """GTS and CR(CK) of the entropy set among both kinds of controls; norm and sigma of the neurons.
+    """GTS and CR(CK) of the entropy set and both kinds of controls; norm and sigma of all neurons.
 
     Args:
         scores: One ablation value's part of scores.json, with `matched_controls`.
@@ -107,7 +107,7 @@ def matched_controls(
 
 
 def _gts(scores: Scores) -> dict[str, Any]:
-    """Every control's GTS with the entropy set's Q and p against each kind."""
+    """Collect the GTS of every control, and the entropy set's Q and p among each kind."""
     ranks = {"controls": scores["entropy"], "matched_controls": scores["matched_controls"]}
     return {
         kind: {
@@ -120,7 +120,7 @@ def _gts(scores: Scores) -> dict[str, Any]:
 
 
 def _to_ck(scores: Scores) -> dict[str, Any]:
-    """The same of CR(CK), whose denominator no ablation changes, so that counts compare as it does."""
+    """Collect the same of CR(CK). No ablation changes its denominator, so p is computed from counts."""
     own = conversion_ratio(counts_of(scores["entropy"]["transition_counts"]), SOURCES[0])
     found = {}
     for kind in KINDS:
@@ -173,7 +173,7 @@ def _strip(
 def _neurons(
     scores: Scores, norm: Float[np.ndarray, "d_mlp"], sigma: Float[np.ndarray, "d_mlp"]
 ) -> dict[str, Any]:
-    """Which neurons are which, and how far apart matched ones lie, in standard deviations."""
+    """Collect the neurons of each group, and how far apart matched ones lie (standard deviations)."""
     own = sorted(scores["entropy"]["neurons"])
     sets = [s["neurons"] for s in scores["matched_controls"]["sets"]]
     places, others = match_plane(norm, sigma, own)
@@ -189,7 +189,7 @@ def _neurons(
 
 
 def _means(distances: Sequence[Float[np.ndarray, "pair 2"]]) -> list[float | None]:
-    """Mean distances in log norm and log sigma; None where no pair has any."""
+    """Average distances in log norm and log sigma; None if no pair has a finite one."""
     rows = np.concatenate([np.zeros((0, 2)), *distances])
     rows = rows[np.isfinite(rows).all(1)]
     return [float(v) for v in rows.mean(0)] if len(rows) else [None, None]
@@ -212,7 +212,7 @@ def _plane(
     sigma: Float[np.ndarray, "d_mlp"],
     neurons: Mapping[str, Any],
 ) -> list[Line2D]:
-    """Draw norm against sigma of all neurons; return what the dots of all panels are."""
+    """Draw sigma against norm of all neurons; return legend entries for the dots of all panels."""
     axes.set_xlabel("norm of the output weight\n(weight units)")
     axes.set_ylabel("σ of the activation (no unit)")
     group = np.zeros(len(norm), dtype=int)

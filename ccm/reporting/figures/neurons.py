@@ -27,7 +27,7 @@ from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 MANY_POINTS = 2000  # more are drawn as pixels inside the PDF, which stays small
-SMALLEST = 1e-5  # singular values below this share of the largest are rounding
+SMALLEST = 1e-5  # of the largest singular value: what is below is rounding error
 
 
 def threshold_of(run: RunResults) -> float | None:
@@ -48,7 +48,7 @@ def threshold_of(run: RunResults) -> float | None:
 )
 @styled
 def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None = None) -> Drawing:
-    """LogitVar against rho, marginal densities at the sides, the entropy set in red (Method 5).
+    """LogitVar against rho with densities at the sides, the entropy set in red (Method 5).
 
     Args:
         measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (share of the
@@ -116,7 +116,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     log_grid = grid_for(log_variance[drawn])
     data["rho_density"] = {"at": rho_grid, "of": draw_density(top, rho[drawn], rho_grid, GREY, "_")}
     found = draw_density(right, log_variance[drawn], log_grid, GREY, "_", sideways=True)
-    # The panel shares a logarithmic scale, so its densities are drawn over 10**grid.
+    # The panel has the logarithmic scale of its neighbour: densities are drawn over 10**grid.
     right.clear()
     _log_marginal(right, log_grid, found, variance[drawn])
     for value in rho[own]:
@@ -215,7 +215,7 @@ def singular_value_spectrum(
         axes.scatter(
             index[part & ~tiny], values[part & ~tiny], s=7, c=colour, linewidths=0, label=label
         )
-        # Zero has no place on the axis: a triangle at its foot.
+        # The axis is logarithmic and has no zero: a triangle at its lower end.
         axes.scatter(
             index[part & tiny],
             np.full(int((part & tiny).sum()), lowest / 1.6),

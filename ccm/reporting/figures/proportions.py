@@ -47,7 +47,7 @@ def counts_of(table: Mapping[str, Mapping[str, int]]) -> Int[np.ndarray, "from=3
 
 
 def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
-    """Transition counts of every control set."""
+    """Return the transition counts of every control set."""
     return [counts_of(entry["transition_counts"]) for entry in scores["controls"]["sets"]]
 
 
@@ -106,7 +106,7 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
 )
 @styled
 def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
-    """Global transition scores of the controls, the entropy set's as a line with its Q-value.
+    """Histogram of the controls' global transition scores; the entropy set's is a line with its Q.
 
     Args:
         scores: One ablation value's part of scores.json.
@@ -134,7 +134,7 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
         low, high = float(controls.min()), float(controls.max())
         if high - low > 1e-9:
             edges = np.linspace(low, high, min(20, max(5, round(len(controls) ** 0.5) * 2)) + 1)
-        else:  # all controls alike, or only one: one bar as wide as one prompt
+        else:  # all controls alike, or only one: one bar, as wide as one prompt
             half = 50.0 / max(1, own["total"])
             edges = np.asarray([low - half, high + half])
             lines.append(

@@ -1,4 +1,4 @@
-"""The list of all figures: each is registered where it is drawn, with its file name, title and caption.
+"""The list of all figures: file name, title and caption of each stand where it is drawn.
 
     @register_figure(
         per="ablation value",
@@ -28,7 +28,7 @@ _Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
 class RegisteredFigure:
     """A figure that can be drawn of any run."""
 
-    per: Per  # what there is one of it for
+    per: Per  # there is one figure per run, per ablation value of a run, or of all runs
     stem: str  # path below the figures' folder, without suffix; it may hold fields in braces
     title: str
     caption: str  # how to read it, in plain words; it may hold fields in braces
