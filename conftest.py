@@ -16,7 +16,7 @@ from ccm.cli.faults import fault
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.experiment.config import model_folders
 from ccm.experiment.fact_files import DATA_VARIABLE, pararel_folder
-from ccm.method.ablation import ablation_values
+from ccm.method.ablation_values import ablation_values
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.specs import MODELS, spec_for
 from ccm.models.weights import check_weights, weight_files

@@ -167,7 +167,7 @@ def ablate(
     from ccm.errors import one_of
     from ccm.experiment.ablate import ablate as ablate_sets
     from ccm.experiment.probing import table_prompts
-    from ccm.method.ablation import one_ablation_value
+    from ccm.method.ablation_values import one_ablation_value
     from ccm.method.protocol import PROTOCOLS
 
     named = dict(sets) if isinstance(sets, Mapping) else {"set": sets}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import RATIOS, SOURCES
 from ccm.reporting.report import HTML
 from reproduction.artifacts import Left

@@ -21,14 +21,8 @@ from ccm.decoding.results import Completions, read_first_token
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_statistics_npz
 from ccm.experiment.probing import PromptSet, build_prompts
-from ccm.method.ablation import (
-    ABLATION_VALUES,
-    PLAIN,
-    Ablation,
-    ActivationStatistics,
-    check_statistics,
-    plan,
-)
+from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, check_statistics, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import PROTOCOLS

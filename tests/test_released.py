@@ -16,7 +16,8 @@ from ccm.decoding import shared as decoding
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens, object_tokens
 from ccm.decoding.results import Completions, merge
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import ABLATION_VALUES, PLAIN, STATISTICS, Ablation, plan
+from ccm.method.ablation import PLAIN, STATISTICS, Ablation, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import NeuronMeasures, controls, measure, select
 from ccm.method.prompts import (
     ParametricAnswer,

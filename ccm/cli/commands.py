@@ -14,6 +14,7 @@ from ccm.errors import BadInput, CannotWrite
 from ccm.experiment.config import RunConfig, neuron_numbers
 from ccm.experiment.locking import refuse_if_locked
 from ccm.experiment.writing import try_writing
+from ccm.method.ablation_values import one_ablation_value
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.limits import cores
 
@@ -76,10 +77,7 @@ def _try_writing(folder: Path, trouble: str, other: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the experiment, or the shard of one that was asked for."""
-    from ccm.method.ablation import ablation_values
-
     config = RunConfig.read(**given_options(options))
-    ablation_values(config.ablation_values)
     if options.out is not None:
         refuse_if_locked(options.out)
     if options.report and config.shard is not None:
@@ -180,12 +178,12 @@ def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | N
     """
     from ccm.experiment.folder import folder_to_lock
     from ccm.experiment.results import read_results
-    from ccm.reporting.telling_apart import told_apart
+    from ccm.reporting.distinct_names import distinct_names
 
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file. Give a folder with --out.")
     refuse_if_locked(folder_to_lock(out))
-    runs = told_apart([read_results(path) for path in paths])
+    runs = distinct_names([read_results(path) for path in paths])
     if check is not None:
         check(runs)
     _try_writing(out, f"{out}: cannot be written to", "folder with --out")
@@ -261,8 +259,6 @@ def measure(options: argparse.Namespace) -> None:
 def ablate(options: argparse.Namespace) -> None:
     """Ablate neurons for prompts of the user's own."""
     out = new_file(options.out)
-    from ccm.method.ablation import one_ablation_value
-
     config = RunConfig.read(**given_options(options))
     value = one_ablation_value(options.ablation_value)
     neurons = () if options.neurons is None else read_neurons(options.neurons)
@@ -311,7 +307,7 @@ def ablate(options: argparse.Namespace) -> None:
 
 def rehearse(options: argparse.Namespace) -> None:
     """Rehearse a published model's run with random weights."""
-    from ccm.method.ablation import ablation_values
+    from ccm.method.ablation_values import ablation_values
 
     out = None if options.out is None else new_file(options.out)
     values = tuple(value.strip() for value in options.ablation_value.split(","))

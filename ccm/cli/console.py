@@ -8,15 +8,16 @@ from ccm.errors import BadInput
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, spec_for
 from ccm.models.weights import check_weights, weight_files
-from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, share
+from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
 
 
 def summary(scores: Mapping[str, Any]) -> str:
     """Summarise a run's scores: sources before, then one block per ablation value."""
     lines = [
         f"{scores['model']}, protocol {scores['protocol']}, {scores['n_prompts']} probing prompts",
-        f"parametric recall {share(scores['parametric_recall'])}",
-        "sources before ablation: " + ", ".join(f"{s} {share(scores['sources'][s])}" for s in SOURCES),
+        f"parametric recall {proportion(scores['parametric_recall'])}",
+        "sources before ablation: "
+        + ", ".join(f"{s} {proportion(scores['sources'][s])}" for s in SOURCES),
         "",
         f"{'ablation value':28s}{'GTS of the entropy set':34s}{'GTS of controls (max)':24s}"
         f"{'Q':>7s}{'p':>9s}  CR(CK) (controls' max)",
@@ -25,9 +26,9 @@ def summary(scores: Mapping[str, Any]) -> str:
         own, controls = value["entropy"], value["controls"]
         ck = own["conversion_ratios"]["CK"]
         lines.append(
-            f"{name:28s}{share(own['gts']):34s}"
+            f"{name:28s}{proportion(own['gts']):34s}"
             f"{mean_and_most(controls['gts']):24s}{digits(own['q_value'], 1):>7s}"
-            f"{digits(own['permutation_p'], 4):>9s}  {share(ck)} "
+            f"{digits(own['permutation_p'], 4):>9s}  {proportion(ck)} "
             f"({digits(controls['conversion_ratios']['CK']['high'], 1)} %)"
         )
     matched = {

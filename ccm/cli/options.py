@@ -7,6 +7,7 @@ from typing import Any
 
 from ccm.experiment import config
 from ccm.experiment.config import Option, option_of
+from ccm.method.ablation_values import ALL
 
 PROGRAM = "ccm"
 
@@ -45,7 +46,7 @@ def rehearse_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", type=int, default=256, help="probing prompts (default: 256)")
     command.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
     command.add_argument(
-        "--ablation-value", default="all", help="as for `ccm run` (default: all five in one decode)"
+        "--ablation-value", default=ALL, help="as for `ccm run` (default: all, in one decode)"
     )
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: auto)")
     command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")

@@ -22,6 +22,7 @@ from ccm.cli.faults import fault
 from ccm.cli.options import PROGRAM, add_options, rehearse_options
 from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
+from ccm.method.ablation_values import ABLATION_VALUES
 
 MODEL = ("model", "model_paths", "device", "dtype", "protocol")  # which model, and how it is run
 
@@ -246,7 +247,11 @@ def parser() -> argparse.ArgumentParser:
     sets = ablate.add_mutually_exclusive_group(required=True)
     sets.add_argument("--neurons", help="one set: 1,2,3")
     sets.add_argument("--sets", type=Path, help="JSON: a list of sets, or an object of named ones")
-    ablate.add_argument("--ablation-value", default="mean_ablation", help="one of the five")
+    ablate.add_argument(
+        "--ablation-value",
+        default="mean_ablation",
+        help=f"one of {', '.join(ABLATION_VALUES)} (default: %(default)s)",
+    )
     ablate.add_argument("--out", type=Path, required=True, help="JSON file to write")
     ablate.set_defaults(run=subcommands.ablate)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ccm.errors import BadInput, one_of
+from ccm.method.ablation_values import ABLATION_VALUES, ALL, ablation_values
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import DTYPES
 
@@ -185,12 +186,6 @@ def _joined(values: Sequence[object] | str) -> str:
     return values if isinstance(values, str) else ",".join(map(str, values))
 
 
-def _ablation_values() -> Iterable[str]:
-    from ccm.method.ablation import ABLATION_VALUES
-
-    return ABLATION_VALUES
-
-
 # --- the options ------------------------------------------------------------------------------------
 
 
@@ -235,7 +230,7 @@ class RunConfig:
     template: str | None = option(None, "bare, instruction or chat (default: the model's)")
     ablation_values: tuple[str, ...] = option(
         ("mean_ablation",),
-        lambda: f"{', '.join(_ablation_values())}, several with commas, or all",
+        lambda: f"{', '.join(ABLATION_VALUES)}, several with commas, or {ALL}",
         "--ablation-value",
         read=names,
         shown=_joined,
@@ -310,7 +305,8 @@ class RunConfig:
         if self.k is not None and self.neurons is not None:
             raise BadInput(f"-k {self.k}: --neurons says how many there are. Drop one of the two.")
         values = self.ablation_values
-        if len(values) > 1 and "all" in values:
+        ablation_values(values)
+        if len(values) > 1 and ALL in values:
             raise BadInput(f"--ablation-value {_joined(values)!r}: all are more than these. Drop one.")
         if self.shard is not None:
             i, n = self.shard

@@ -17,7 +17,8 @@ from ccm.experiment.config import PUBLISHED, RunConfig, option_of
 from ccm.experiment.fact_files import load_pararel, read_fact_folder
 from ccm.experiment.folder import to_json
 from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
-from ccm.method.ablation import AblationValue, ablation_values, check_neurons
+from ccm.method.ablation import check_neurons
+from ccm.method.ablation_values import AblationValue, ablation_values
 from ccm.method.facts import FactSet
 from ccm.method.prompts import TEMPLATES
 from ccm.method.protocol import PROTOCOLS, Protocol

@@ -27,7 +27,8 @@ from ccm.experiment.folder import (
     read_statistics,
     read_table,
 )
-from ccm.method.ablation import ABLATION_VALUES, ActivationStatistics
+from ccm.method.ablation import ActivationStatistics
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import NeuronMeasures
 from ccm.method.protocol import PROTOCOLS
 from ccm.method.sources import SOURCES

@@ -1,13 +1,14 @@
-"""What neurons are replaced by: five ablation values as five rows of a table (Method 7)."""
+"""Neuron sets with what their neurons are replaced by, and activation statistics (Method 7)."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-from ccm.errors import BadInput, allowed
+from ccm.errors import BadInput
+from ccm.method.ablation_values import AblationValue
 
 Values = Float[np.ndarray, "d_mlp"]
 
@@ -30,62 +31,6 @@ class ActivationStatistics:
 
 
 STATISTICS = ("mean", "std", "median", "mode", "min", "max")
-
-
-@dataclass(frozen=True)
-class AblationValue:
-    """One of the five constants a neuron's activation is replaced by."""
-
-    name: str
-    symbol: str  # as in the paper's tables
-    of: Callable[[ActivationStatistics], Values]
-
-
-ABLATION_VALUES: Mapping[str, AblationValue] = {
-    value.name: value
-    for value in (
-        AblationValue("mean_ablation", "mu", lambda s: s.mean),
-        AblationValue("median_ablation", "median", lambda s: s.median),
-        AblationValue("mode_ablation", "mode", lambda s: s.mode),
-        # Clipped: a constant the neuron never reaches would be no ablation but an injection.
-        AblationValue(
-            "mean_minus_sigma_ablation",
-            "mu - 3 sigma",
-            lambda s: np.maximum(s.mean - 3 * s.std, s.min),
-        ),
-        AblationValue(
-            "mean_plus_sigma_ablation",
-            "mu + 3 sigma",
-            lambda s: np.minimum(s.mean + 3 * s.std, s.max),
-        ),
-    )
-}
-
-
-def ablation_values(names: str | Sequence[str]) -> list[AblationValue]:
-    """Look up ablation values by name; `all` means the five.
-
-    Raises:
-        BadInput: an unknown name.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in ABLATION_VALUES and name != "all":
-            raise BadInput(f"ablation value {name!r}: unknown. {allowed([*ABLATION_VALUES, 'all'])}.")
-    if "all" in names:
-        return list(ABLATION_VALUES.values())
-    return [ABLATION_VALUES[name] for name in dict.fromkeys(names)]
-
-
-def one_ablation_value(name: str) -> AblationValue:
-    """Look up one ablation value by name.
-
-    Raises:
-        BadInput: an unknown name, or `all`.
-    """
-    if name == "all":
-        raise BadInput(f"ablation value 'all': one is needed. {allowed(ABLATION_VALUES)}.")
-    return ablation_values(name)[0]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Any text, safe inside LaTeX."""
+"""Escape any text for LaTeX."""
 
 import unicodedata
 
@@ -6,7 +6,7 @@ _SPECIAL = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
     "%": r"\%",
-    "$": r"\char36{}",  # \$ asks for a font that small installations have not
+    "$": r"\char36{}",  # \$ needs a font that small installations lack
     "#": r"\#",
     "_": r"\_",
     "{": r"\{",
@@ -18,8 +18,8 @@ _SPECIAL = {
     "|": r"\textbar{}",
     '"': "''",
     "`": "{`}",
-    "-": "{-}",  # never a dash made of several
-    "[": "{[}",  # after the end of a row, a bracket or a star would be an option of it
+    "-": "{-}",  # several in a row would become one dash
+    "[": "{[}",  # at the start of a row, LaTeX would take a bracket or a star for an option
     "]": "{]}",
     "*": "{*}",
     "±": r"$\pm$",
@@ -68,7 +68,7 @@ _ACCENTS = {
     "\u0328": "k",
 }
 
-# Commands that the letters of the default fonts cannot make.
+# Letters that LaTeX's default fonts lack.
 T1_ONLY = (r"\k{", r"\dj{", r"\DJ{", r"\dh{", r"\DH{", r"\th{", r"\TH{")
 
 

@@ -1,4 +1,4 @@
-"""The report of finished runs: one HTML page that needs nothing else, and the same as Markdown."""
+"""The report of finished runs: one self-contained HTML page, and the same as Markdown."""
 
 import base64
 import re
@@ -13,24 +13,25 @@ from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictU
 from ccm.errors import BadInput
 from ccm.experiment.folder import locked_for, write_atomically
 from ccm.experiment.results import RunResults
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.prompts import never_recalled
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import MODELS
 from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison
 from ccm.paper.markdown import escape_markdown, markdown_table
 from ccm.paper.report import HOW_TO_READ, JSON, read_report
-from ccm.reporting.figures.canvas import SINGLE, VALUE_LABELS
+from ccm.reporting.distinct_names import distinct_names
+from ccm.reporting.figures.canvas import SINGLE
 from ccm.reporting.figures.gallery import Drawn, Entry, draw, figures_across, figures_of_run
 from ccm.reporting.rerun import command_of
 from ccm.reporting.sentences import Answer, answers_of, key_numbers
 from ccm.reporting.table_formats import Table, markdown
 from ccm.reporting.tables import tables_of, write_tables
-from ccm.reporting.telling_apart import told_apart
 from ccm.reporting.text import both_named
 
 HTML, MARKDOWN = "report.html", "report.md"
 FIGURES = "figures"  # folder beside the report
-# What the counters of a run's work count (`ccm.decoding.results.Work`).
+# What each counter of `ccm.decoding.results.Work` counts.
 WORK = {
     "prompts": "prompts decoded",
     "forward_tokens": "positions run through the transformer",
@@ -86,10 +87,10 @@ class Section:
 def write_report(
     runs: Sequence[RunResults], out: Path, held: Path | None = None, processes: int = 1
 ) -> list[Path]:
-    """Write a report of some runs, with every figure and table of theirs beside it.
+    """Write a report of runs, with all their figures and tables beside it.
 
     Args:
-        runs: Finished runs; those of one model are told apart.
+        runs: Finished runs; those of one model get names of their own.
         out: The folder: `report.html`, `report.md` and `figures/` are made in it.
         held: A tolerance report; None: the one in a run folder or beside it, if it is of
             that run.
@@ -102,7 +103,7 @@ def write_report(
         BadInput: two are the same run, or a tolerance report that cannot be read.
         InUse: another process is writing there.
     """
-    runs = told_apart(runs)
+    runs = distinct_names(runs)
     found = [_held(run, held) for run in runs]
     with locked_for(out):
         return _write(runs, out, found, processes)
@@ -128,8 +129,8 @@ def _write(
         "key_numbers": key_numbers(runs),
         "across": [picture for _, picture in across] if several else [],
         "sections": [
-            _section(run, [*shown, *([] if several else across)], result)
-            for run, shown, result in zip(runs, own, found, strict=True)
+            _section(run, [*pictures, *([] if several else across)], result)
+            for run, pictures, result in zip(runs, own, found, strict=True)
         ],
         "tables": tables_of(runs),
         "claim_header": CLAIM_HEADER,
@@ -148,7 +149,7 @@ def _write(
 
 
 def html_environment(*loaders: BaseLoader) -> Environment:
-    """Templates of HTML pages; every text is escaped, for names and answers come from elsewhere.
+    """Load templates of HTML pages. Every text is escaped: names and answers may hold anything.
 
     Args:
         loaders: Where to look for templates before the package's own.
@@ -170,10 +171,10 @@ def render_html(content: Mapping[str, Any]) -> str:
 
 
 def render_markdown(content: Mapping[str, Any]) -> str:
-    """Fill the Markdown template; every text is escaped but tables, which are already."""
+    """Fill the Markdown template. Every text is escaped; tables already are."""
     environment = Environment(
         loader=PackageLoader("ccm.reporting"),
-        autoescape=False,  # it is no HTML; `finalize` escapes what is filled in
+        autoescape=False,  # that is for HTML; `finalize` escapes what is filled in
         finalize=lambda value: value if isinstance(value, _Markdown) else escape_markdown(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -188,19 +189,19 @@ def render_markdown(content: Mapping[str, Any]) -> str:
 
 
 class _Markdown(str):
-    """Markdown already: not to be escaped."""
+    """Text that is Markdown already and must not be escaped."""
 
 
 def _code(text: str) -> _Markdown:
-    """A block of a shell's, character for character, in a fence that the text does not hold."""
+    """Put a shell command into a code block, with a fence longer than any in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return _Markdown(f"{fence}sh\n{text}\n{fence}")
 
 
 def _sides(table: Table) -> list[str]:
-    """Class of every column: names to the left, running text too, numbers to the right."""
-    columns = [str(column) for column in table.shown.columns]
+    """Return the CSS class of each column: names and running text go left, numbers right."""
+    columns = [str(column) for column in table.texts.columns]
     return [
         "text" if column in table.wide else "name" if i < 2 else "number"
         for i, column in enumerate(columns)
@@ -220,14 +221,14 @@ def _picture(entry: Entry, drawn: Drawn, out: Path) -> Picture:
 
 
 def _section(
-    run: RunResults, shown: Sequence[tuple[str | None, Picture]], held: Comparison | None
+    run: RunResults, pictures: Sequence[tuple[str | None, Picture]], held: Comparison | None
 ) -> Section:
     groups = [
         Group(
             "Figures before ablation"
             if value is None
-            else f"Figures of {VALUE_LABELS[value]} ablation",
-            tuple(picture for of, picture in shown if of == value),
+            else f"Figures of {ABLATION_VALUES[value].label} ablation",
+            tuple(picture for of, picture in pictures if of == value),
         )
         for value in (None, *run.values)
     ]
@@ -271,7 +272,7 @@ def _held(run: RunResults, given: Path | None) -> Comparison | None:
 
 
 def _what_was_run(run: RunResults) -> Pairs:
-    """Say what was run; what an older manifest does not hold is left out."""
+    """List what was run; what the manifest does not hold is left out."""
     identity, facts = run.identity, run.manifest.get("facts", {})
     split, nested = facts.get("objects_with_splitter", {}), run.manifest.get("nested_objects", {})
     spec = MODELS.get(run.model)
@@ -304,7 +305,7 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Entropy set": f"{neurons} ({how})",
         "Controls": f"{identity['controls']} random sets of as many neurons{matched}",
         "Seed": identity.get("seed"),
-        "Ablation values": ", ".join(VALUE_LABELS[value] for value in run.values),
+        "Ablation values": ", ".join(ABLATION_VALUES[value].label for value in run.values),
         "Device": identity.get("device_name"),
         "Number type": identity.get("dtype"),
         "Engine": identity.get("engine"),

@@ -1,4 +1,4 @@
-"""The command line that does a run again, from what its manifest says."""
+"""The command that repeats a run, written from the run's manifest."""
 
 import shlex
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from ccm.experiment.config import RunConfig, command_line
 
 
 def command_of(manifest: Mapping[str, Any]) -> str:
-    """Write the `ccm run` that does a run again.
+    """Write the `ccm run` command that repeats a run.
 
-    A merged run is done again in one piece: the result is the same. Where the run folder goes is left
-    to the user.
+    A merged run is repeated in one piece, with the same result. The run folder is not part of the
+    command.
 
     Args:
         manifest: Of a run folder.

@@ -7,24 +7,24 @@ from typing import Any
 import pandas as pd
 
 from ccm.experiment.results import RunResults
-from ccm.reporting.figures.canvas import VALUE_LABELS
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.table_formats import Table
-from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, share
+from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one ablation value did."""
+    """What one ablation value did, in sentences."""
 
     value: str
-    label: str  # the value as people read it
+    label: str  # of the ablation value, for people
     sentences: tuple[str, ...]
 
 
 def answers_of(run: RunResults) -> list[Answer]:
-    """Say of every ablation value what it changed, against the control sets."""
+    """Describe what each ablation value changed, compared with the control sets."""
     return [
-        Answer(value, VALUE_LABELS[value], _sentences(run.scores["ablations"][value]))
+        Answer(value, ABLATION_VALUES[value].label, _sentences(run.scores["ablations"][value]))
         for value in run.values
     ]
 
@@ -34,7 +34,7 @@ def _sentences(scores: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = own["conversion_ratios"]["CK"]
     if own["gts"]["percent"] is None:
         return ("There is no prompt: nothing was measured.",)
-    changed = f"{_share(own['gts'])} of the answers change their source" + _against(
+    changed = f"{_with_interval(own['gts'])} of the answers change their source" + _against(
         own["gts"], controls["gts"], int(controls["n"])
     )
     if own["q_value"] is not None:
@@ -54,19 +54,19 @@ def _sentences(scores: Mapping[str, Any]) -> tuple[str, ...]:
     if ratio["percent"] is None:
         return changed, "Every prompt was answered from the context before: none could turn to it."
     copied = (
-        f"Of the prompts not answered from the context before, {_share(ratio)} turn to it, "
+        f"Of the prompts not answered from the context before, {_with_interval(ratio)} turn to it, "
         f"CR(CK){_against(ratio, controls['conversion_ratios']['CK'], int(controls['n']))}"
     )
     return changed, copied
 
 
-def _share(r: Mapping[str, Any]) -> str:
+def _with_interval(r: Mapping[str, Any]) -> str:
     interval = f"95 % interval {r['low']:.1f} to {r['high']:.1f}"
     return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {interval})"
 
 
 def _against(r: Mapping[str, Any], controls: Mapping[str, Any], n: int) -> str:
-    """Set a share beside those of the controls, and say where among them it lies."""
+    """Compare a proportion with those of the controls: above, below, or within their range."""
     if n == 0:
         return "; no control sets were run."
     if r["percent"] > controls["high"]:
@@ -92,12 +92,12 @@ def key_numbers(runs: Sequence[RunResults]) -> Table:
             rows.append(
                 {
                     "model": run.display_name,
-                    "ablation value": VALUE_LABELS[value],
-                    "GTS": share(own["gts"]),
+                    "ablation value": ABLATION_VALUES[value].label,
+                    "GTS": proportion(own["gts"]),
                     "GTS of controls": mean_and_most(controls["gts"]),
                     "Q": digits(own["q_value"], 1),
                     "p": digits(own["permutation_p"], 4),
-                    "CR(CK)": share(own["conversion_ratios"]["CK"]),
+                    "CR(CK)": proportion(own["conversion_ratios"]["CK"]),
                     "CR(CK) of controls": mean_and_most(controls["conversion_ratios"]["CK"]),
                 }
             )

@@ -1,4 +1,4 @@
-"""How a table is written: LaTeX that compiles alone, Markdown, and the numbers in them."""
+"""How tables are written: as LaTeX that compiles by itself, as Markdown; and numbers as texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,31 +10,31 @@ from ccm.method.scores import Ratio
 from ccm.paper.markdown import escape_markdown, markdown_table
 from ccm.reporting.markup import T1_ONLY, escape_latex
 
-WRAPPED = 6.0  # cm, of a column of running text
+WRAPPED = 6.0  # cm, width of a column of running text
 DASH = "–"  # where there is no number
-LINE = 0.41  # cm, of a table in 9 pt
-LINES = 400  # on a page: TeX knows no length above 575 cm
+LINE = 0.41  # cm, height of a line of a table in 9 pt
+LINES = 400  # at most on a page: TeX knows no length above 575 cm
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what people read, and the numbers behind it."""
+    """One table: texts for people, and the numbers behind them."""
 
     stem: str
     caption: str
-    shown: pd.DataFrame  # texts, for LaTeX and Markdown
+    texts: pd.DataFrame  # for LaTeX, Markdown and HTML
     data: pd.DataFrame  # numbers in full, for CSV
     wide: tuple[str, ...] = ()  # columns of running text, which must wrap
 
 
 def latex(table: Table) -> str:
-    """Return a document of its own: booktabs, a page as large as the table, more only if it must.
+    """Return a whole LaTeX document whose page is as large as the table; a long one takes several.
 
-    Nothing beyond LaTeX's base and booktabs is asked for. T1 fonts, of which some installations have
-    only bitmaps, are used where a letter needs them.
+    It needs nothing but base LaTeX and booktabs. T1 fonts are used only where a letter needs them,
+    because some installations have them only as bitmaps.
     """
-    columns = [str(c) for c in table.shown.columns]
-    widths = {c: max([len(c), *(len(str(v)) for v in table.shown[c])]) for c in columns}
+    columns = [str(c) for c in table.texts.columns]
+    widths = {c: max([len(c), *(len(str(v)) for v in table.texts[c])]) for c in columns}
     spec = "".join(
         rf">{{\raggedright\arraybackslash}}p{{{WRAPPED}cm}}"
         if c in table.wide
@@ -43,13 +43,13 @@ def latex(table: Table) -> str:
         else "r"
         for i, c in enumerate(columns)
     )
-    # In cm, on the safe side: at 9 pt a letter is 0.16 wide, an escaped one more, and a line 0.4 high.
+    # In cm, a little too large: at 9 pt a letter is 0.16 wide, an escaped one more; a line is 0.4 high.
     wide = max(
         12.0, 2.5 + sum(WRAPPED + 0.5 if c in table.wide else 0.18 * widths[c] + 0.45 for c in columns)
     )
     lines_of = [
         max([1, *(1 + len(escape_latex(str(row[columns.index(c)]))) // 30 for c in table.wide)])
-        for row in table.shown.itertuples(index=False)
+        for row in table.texts.itertuples(index=False)
     ]
     pages: list[list[int]] = [[]]
     for i, n in enumerate(lines_of):
@@ -61,7 +61,7 @@ def latex(table: Table) -> str:
     head = " & ".join(escape_latex(c) for c in columns) + r" \\"
     body = [
         " & ".join(escape_latex(str(v)) for v in row) + r" \\"
-        for row in table.shown.itertuples(index=False)
+        for row in table.texts.itertuples(index=False)
     ]
     caption = escape_latex(table.caption)
     needs_t1 = any(letter in line for line in [caption, head, *body] for letter in T1_ONLY)
@@ -91,8 +91,8 @@ def latex(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     """Return the caption and a table in GitHub's Markdown."""
-    shown = markdown_table([str(c) for c in table.shown.columns], table.shown.itertuples(index=False))
-    return f"{escape_markdown(table.caption)}\n\n{shown}\n"
+    texts = markdown_table([str(c) for c in table.texts.columns], table.texts.itertuples(index=False))
+    return f"{escape_markdown(table.caption)}\n\n{texts}\n"
 
 
 def percent_of(r: Mapping[str, Any]) -> str:
@@ -102,15 +102,15 @@ def percent_of(r: Mapping[str, Any]) -> str:
     return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
 
 
-def counted(own: Ratio) -> str:
-    """Write a ratio with its count and its interval."""
+def with_count(own: Ratio) -> str:
+    """Write a ratio with its count and interval; a dash where there is nothing to divide by."""
     if own.percent is None:
         return DASH
     return f"{own.percent:.1f} ({own.count}/{own.total}) [{own.low:.1f}, {own.high:.1f}]"
 
 
 def mean_of(control: Mapping[str, Any]) -> str:
-    """Write the controls' mean with 3 standard errors, where there are two controls or more."""
+    """Write the controls' mean, with 3 standard errors if there are at least two controls."""
     mean, error = control["mean"], control["three_standard_errors"]
     if mean is None:
         return DASH
@@ -118,7 +118,7 @@ def mean_of(control: Mapping[str, Any]) -> str:
 
 
 def nats(value: float | None) -> str:
-    """Write an entropy.
+    """Write an entropy in nats with three decimal places.
 
     >>> nats(-0.25), nats(-0.0001), nats(None)
     ('−0.250', '0.000', '–')
@@ -127,5 +127,5 @@ def nats(value: float | None) -> str:
 
 
 def between(low: str, high: str) -> str:
-    """Write a range; a dash where it has no end."""
+    """Write a range; a dash if either end is missing."""
     return DASH if DASH in (low, high) else f"{low} to {high}"

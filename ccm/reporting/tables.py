@@ -11,22 +11,21 @@ import pandas as pd
 
 from ccm.experiment.folder import write_formats
 from ccm.experiment.results import RunResults
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS
-from ccm.reporting.by_relation import relation_effects
-from ccm.reporting.by_transition import entropy_changes
+from ccm.reporting.breakdowns import entropy_changes, relation_effects
+from ccm.reporting.distinct_names import distinct_names
 from ccm.reporting.table_formats import (
     Table,
     between,
-    counted,
     latex,
     markdown,
     mean_of,
     nats,
     percent_of,
+    with_count,
 )
-from ccm.reporting.telling_apart import told_apart
 
 FOLDER = "latex_tables"
 EXAMPLES = 2  # prompts per transition
@@ -36,30 +35,30 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
     """Write every table as .tex, .csv and .md.
 
     Args:
-        runs: Finished runs; those of one model are told apart.
+        runs: Finished runs; those of one model get names of their own.
         out: The folder; `latex_tables/` is made in it.
 
     Returns:
         Every path written.
 
     Raises:
-        BadInput: two are the same run.
+        BadInput: two of them are the same run.
     """
     written = []
-    for table in tables_of(told_apart(runs)):
+    for table in tables_of(distinct_names(runs)):
         texts = {
             "tex": latex(table),
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
             "md": markdown(table),
         }
-        # Bytes: the same on every system.
+        # As bytes: no system translates the ends of lines.
         writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
         written += write_formats(out / FOLDER / table.stem, writers)
     return written
 
 
 def tables_of(runs: Sequence[RunResults]) -> list[Table]:
-    """Make every table of some runs."""
+    """Make every table of some runs, in the order of the report."""
     return [
         transition_proportions(runs),
         transition_numbers(runs),
@@ -75,21 +74,17 @@ def _each_value(runs: Sequence[RunResults]) -> list[tuple[RunResults, str, Mappi
     return [(run, value, run.scores["ablations"][value]) for run in runs for value in run.values]
 
 
-def _symbol(value: str) -> str:
-    return ABLATION_VALUES[value].symbol.replace("sigma", "σ").replace("mu", "μ").replace(" - ", " − ")
-
-
 def transition_proportions(runs: Sequence[RunResults]) -> Table:
     """Transition scores in percent, entropy set and controls (the paper's Table 5)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         for source in SOURCES:
             own = scores["entropy"]["transition_scores"][source]
             controls = scores["controls"]["transition_scores"][source]
-            row = {"model": run.display_name, "ablation": _symbol(value), "from": source}
+            row = {"model": run.display_name, "ablation": ABLATION_VALUES[value].symbol, "from": source}
             row |= {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
             row |= {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
-            shown.append(row)
+            texts.append(row)
             for k in SOURCES:
                 data.append(
                     {"model": run.name, "ablation_value": value, "from": source, "to": k}
@@ -100,21 +95,21 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
         "transition_scores_proportions",
         "Transition scores, percent of the prompts of a class before ablation. Entropy set: share with "
         "its exact 95 % interval; controls: mean ± 3 standard errors. A dash: no prompt of the class.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def transition_numbers(runs: Sequence[RunResults]) -> Table:
     """Transition counts, entropy set and the controls' mean and range (the paper's Table 5)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         own = scores["entropy"]["transition_counts"]
         sets = scores["controls"]["sets"]
         for source in SOURCES:
             row: dict[str, object] = {
                 "model": run.display_name,
-                "ablation": _symbol(value),
+                "ablation": ABLATION_VALUES[value].symbol,
                 "from": source,
                 "prompts": sum(own[source].values()),
             }
@@ -139,25 +134,25 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
                     | {"count": own[source][k]}
                     | {f"controls_{name}": v for name, v in found.items()}
                 )
-            shown.append(row)
+            texts.append(row)
     return Table(
         "transition_scores_counts",
         "Transition counts, prompts. Controls: mean (least to most) over the control sets.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def gts_by_value(runs: Sequence[RunResults]) -> Table:
     """Global transition scores by ablation value with their Q-values (the paper's Table 6)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, scores in _each_value(runs):
         own, controls = scores["entropy"], scores["controls"]["gts"]
         q, p, most = own["q_value"], own["permutation_p"], controls["high"]
-        shown.append(
+        texts.append(
             {
                 "model": run.display_name,
-                "ablation": _symbol(value),
+                "ablation": ABLATION_VALUES[value].symbol,
                 "GTS": percent_of(own["gts"]),
                 "changed": f"{own['gts']['count']}/{own['gts']['total']}",
                 "controls": mean_of(controls),
@@ -177,14 +172,14 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
         "Global transition score (GTS), percent of prompts whose source changed, with its exact 95 % "
         "interval; controls: mean ± 3 standard errors; Q: quantile of the entropy set among the "
         "controls, 0 to 100; p: one-sided permutation test.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
     """Change of entropy for each transition, entropy set and controls (Method 8)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, _ in _each_value(runs):
         for change in entropy_changes(run, value):
             controls = change.controls
@@ -193,10 +188,10 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
                 if len(change.values)
                 else [None] * 3
             )
-            shown.append(
+            texts.append(
                 {
                     "model": run.display_name,
-                    "ablation": _symbol(value),
+                    "ablation": ABLATION_VALUES[value].symbol,
                     "transition": f"{change.before} → {change.after}",
                     "prompts": len(change.values),
                     "mean change": nats(change.mean),
@@ -218,26 +213,26 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
         "Change of the next token's entropy at the last position of the prompt, before − after, nats; "
         "above 0: lower after ablation. Controls: mean and range of the control sets' means, over the "
         "control sets of which some prompt makes the transition. A dash: no prompt makes it.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
 
 
 def relation_shares(runs: Sequence[RunResults]) -> Table:
     """GTS and CR(CK) relation by relation, entropy set and controls (Method 3, 8)."""
-    shown, data = [], []
+    texts, data = [], []
     for run, value, _ in _each_value(runs):
         for effect in relation_effects(run, value):
-            shown.append(
+            texts.append(
                 {
                     "model": run.display_name,
-                    "ablation": _symbol(value),
+                    "ablation": ABLATION_VALUES[value].symbol,
                     "group": effect.group,
                     "relation": effect.name,
                     "prompts": effect.prompts,
-                    "GTS": counted(effect.gts),
+                    "GTS": with_count(effect.gts),
                     "GTS, controls": mean_of(asdict(effect.gts_controls)),
-                    "CR(CK)": counted(effect.cr_ck),
+                    "CR(CK)": with_count(effect.cr_ck),
                     "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
                 }
             )
@@ -255,9 +250,25 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
         "Effects relation by relation, percent: GTS of the prompts, CR(CK) of those that were not CK. "
         "Entropy set: share, count, exact 95 % interval; controls: mean ± 3 standard errors. A dash: "
         "nothing to divide by.",
-        pd.DataFrame(shown),
+        pd.DataFrame(texts),
         pd.DataFrame(data),
     )
+
+
+def ablation_value_table() -> Table:
+    """Make the documentation's table of the ablation values: one row for each, whatever was run."""
+    rows = [
+        {
+            "ablation value": value.name,
+            "symbol": value.symbol,
+            "in figures": value.label,
+            "replaces the activation by its": value.meaning,
+        }
+        for value in ABLATION_VALUES.values()
+    ]
+    table = pd.DataFrame(rows)
+    caption = "Ablation values: what the activations of a neuron set can be replaced by."
+    return Table("ablation_values", caption, table, table, wide=(str(table.columns[-1]),))
 
 
 def model_dimensions(runs: Sequence[RunResults]) -> Table:
@@ -266,7 +277,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
     for run in runs:
         spec, d_model, d_mlp = MODELS.get(run.model), len(run.singular_values), len(run.measures)
         if spec is not None and (spec.d_model, spec.d_mlp) != (d_model, d_mlp):
-            spec = None  # a stand-in of other dimensions, under the model's name
+            spec = None  # another model of other dimensions, under the name of a known one
         rows.append(
             {
                 "model": run.display_name,
@@ -284,7 +295,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
 
 
 def changed_prompts(runs: Sequence[RunResults]) -> Table:
-    """Prompts whose source changed: the first ones of every transition, and how many there are."""
+    """Examples of prompts whose source changed: the first of every transition, and how many did."""
     rows: list[dict[str, object]] = []
     columns = ["model", "ablation", "transition", "prompts", "prompt", "answer before", "answer after"]
     for run, value, _ in _each_value(runs):
@@ -296,7 +307,7 @@ def changed_prompts(runs: Sequence[RunResults]) -> Table:
                 for i in moved[:EXAMPLES]:
                     cells = (
                         run.display_name,
-                        _symbol(value),
+                        ABLATION_VALUES[value].symbol,
                         f"{k} → {k2}",
                         len(moved),
                         run.prompts["knowledge_probing_prompt"].iloc[i],

@@ -1,28 +1,38 @@
-"""Numbers in words: the same forms on the terminal, under figures and in reports."""
+"""How numbers are written on the terminal, under figures and in reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-PAIRS = 3  # of nested objects that are named in a sentence
+PAIRS = 3  # at most so many nested objects are named in a sentence
 IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
 
 
-def share(r: Mapping[str, Any]) -> str:
-    """`12.3 % (37/300; 8.8-16.6)`: percent, count, denominator and 95 % interval."""
+def proportion(r: Mapping[str, Any]) -> str:
+    """Write a ratio with count, denominator and 95 % interval: `12.3 % (37/300; 8.8-16.6)`."""
     if r["percent"] is None:
         return "- (0/0)"
     return f"{r['percent']:.1f} % ({r['count']}/{r['total']}; {r['low']:.1f}-{r['high']:.1f})"
 
 
 def digits(value: float | None, places: int) -> str:
-    """A number with so many decimal places; a dash where there is none."""
+    """Write a number with so many decimal places; a dash if there is no number."""
     return "-" if value is None else f"{value:.{places}f}"
 
 
+def number_in_words(n: int) -> str:
+    """Write a small number in words, as running text has it.
+
+    >>> number_in_words(5), number_in_words(13)
+    ('five', '13')
+    """
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return words[n] if n < len(words) else str(n)
+
+
 def extent(values: Sequence[float] | np.ndarray) -> str:
-    """`1.2 to 3.4`, three digits each; the one number where all are alike.
+    """Write the smallest and the greatest number, three digits each; one number if they are alike.
 
     >>> extent([3.25, 1.0])
     '1 to 3.25'
@@ -36,15 +46,15 @@ def extent(values: Sequence[float] | np.ndarray) -> str:
 
 
 def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -> str:
-    """At which prompts an answer may name both objects, and what counts then.
+    """Say at which prompts one object begins the other, so that an answer names both, and what counts.
 
     Args:
         found: `ccm.method.sources.NestedObjects`.
-        prompts: Of how many.
-        counter_first: The protocol's.
+        prompts: How many prompts there are in all.
+        counter_first: Whether, by the protocol, the counter-object counts where both are named.
     """
     pairs = [" / ".join(map(repr, pair)) for pair in found["pairs"]]
-    shown = "; ".join(pairs[:PAIRS]) + ("; and others" if len(pairs) > PAIRS else "")
+    examples = "; ".join(pairs[:PAIRS]) + ("; and others" if len(pairs) > PAIRS else "")
     counts = "the counter-object (CK)" if counter_first else "the longer object"
     matters = (
         f" That matters in the {found['counter_begins']:,} whose counter-object is the shorter: there "
@@ -54,11 +64,11 @@ def both_named(found: Mapping[str, Any], prompts: int, *, counter_first: bool) -
     )
     return (
         f"In {found['prompts']:,} of {prompts:,} prompts one object begins the other (CK / PK: "
-        f"{shown}). Where an answer names both, {counts} counts.{matters}"
+        f"{examples}). Where an answer names both, {counts} counts.{matters}"
     )
 
 
 def mean_and_most(controls: Mapping[str, Any]) -> str:
-    """`1.43 % (2.93 %)`: the mean of the controls and the highest of them."""
+    """Write the mean of the controls and the highest of them: `1.43 % (2.93 %)`."""
     mean, high = controls["mean"], controls["high"]
     return "-" if mean is None else f"{mean:.2f} % ({high:.2f} %)"

@@ -11,7 +11,8 @@ import torch
 from ccm.decoding.activations import collect
 from ccm.experiment.fact_files import read_fact_folder
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import ABLATION_VALUES, Ablation, ActivationStatistics, plan
+from ccm.method.ablation import Ablation, ActivationStatistics, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
 from ccm.models.load import load
 from ccm.models.model import LoadedModel

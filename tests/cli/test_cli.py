@@ -20,7 +20,7 @@ from ccm.experiment.config import RunConfig, model_folders
 from ccm.method.ablation import STATISTICS
 from ccm.method.scores import ratio
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
-from ccm.reporting.text import share
+from ccm.reporting.text import proportion
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 
@@ -371,18 +371,22 @@ def test_a_new_file_is_new_and_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_share_tells_count_denominator_and_interval() -> None:
-    assert share(vars(ratio(37, 300))) == "12.3 % (37/300; 8.8-16.6)"
-    assert share(vars(ratio(0, 0))) == "- (0/0)"
+    assert proportion(vars(ratio(37, 300))) == "12.3 % (37/300; 8.8-16.6)"
+    assert proportion(vars(ratio(0, 0))) == "- (0/0)"
 
 
 def test_the_summary_says_what_the_scores_say(run: Path) -> None:
     scores = json.loads((run / "scores.json").read_text())
     text = summary(scores)
     own = scores["ablations"]["mean_ablation"]["entropy"]
-    for printed in (share(own["gts"]), share(own["conversion_ratios"]["CK"]), f"{own['q_value']:.1f}"):
+    for printed in (
+        proportion(own["gts"]),
+        proportion(own["conversion_ratios"]["CK"]),
+        f"{own['q_value']:.1f}",
+    ):
         assert printed in text
     for source in ("CK", "ND", "PK"):
-        assert f"{source} {share(scores['sources'][source])}" in text
+        assert f"{source} {proportion(scores['sources'][source])}" in text
     matched = scores["ablations"]["mean_ablation"].pop("matched_controls")
     below = text.split("against matched controls")[1]
     assert f"{matched['gts']['mean']:.2f} % ({matched['gts']['high']:.2f} %)" in below

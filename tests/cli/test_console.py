@@ -13,7 +13,7 @@ from ccm.errors import listed
 from ccm.experiment.folder import read_json
 from ccm.experiment.rehearsal.projection import Projection, Rehearsal, Stage, rehearsal_table
 from ccm.models.specs import MODELS
-from ccm.reporting.text import digits, extent, mean_and_most, share
+from ccm.reporting.text import digits, extent, mean_and_most, proportion
 from tests.counted import SOURCES, Counted, part
 from tests.distinct_run import distinct_runs
 from tests.made_runs import make_run
@@ -108,7 +108,7 @@ def test_the_summary_where_something_is_missing(how: dict[str, object], tmp_path
 
 def test_numbers_in_words() -> None:
     of = {"count": 3, "total": 7, "percent": 42.86, "low": 9.94, "high": 81.56}
-    assert share(of) == "42.9 % (3/7; 9.9-81.6)"
+    assert proportion(of) == "42.9 % (3/7; 9.9-81.6)"
     assert digits(1.25, 3) == "1.250"
     assert digits(None, 3) == "-"
     assert extent([2.0, float("nan"), 11.125, 5.0]) == "2 to 11.1"

@@ -17,7 +17,8 @@ from ccm.decoding.shared import decode, decode_sets
 from ccm.experiment.comparisons import set_effects
 from ccm.experiment.effects import measure_effects
 from ccm.experiment.fact_files import read_fact_folder
-from ccm.method.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.facts import FactSet
 from ccm.method.neurons import (
     NeuronMeasures,

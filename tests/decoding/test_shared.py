@@ -30,7 +30,8 @@ from ccm.decoding.shared import decode, decode_sets
 from ccm.errors import CcmError
 from ccm.experiment.plan import find_facts
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import ABLATION_VALUES, PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import SPLITTER, answer_object
 from ccm.method.sources import SOURCES, knowledge_source

@@ -35,7 +35,7 @@ from ccm.experiment.rehearsal.projection import (
 )
 from ccm.experiment.rehearsal.rehearse import choose_facts, rehearse
 from ccm.experiment.rehearsal.stages import RehearsalConfig, build_prompts, repeat
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.facts import FactSet
 from ccm.method.prompts import same_name
 from ccm.models import memory

@@ -11,7 +11,8 @@ from ccm.errors import BadInput, NotAvailable
 from ccm.experiment.fact_files import DATA_VARIABLE, RELEASED
 from ccm.experiment.folder import ACTIVATION_STATS, read_statistics
 from ccm.experiment.released_stats import FILE, FOLDER, read_released_statistics
-from ccm.method.ablation import ABLATION_VALUES, STATISTICS, plan
+from ccm.method.ablation import STATISTICS, plan
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED
 from tests.needs import STATISTICS as STATISTICS_HERE
 

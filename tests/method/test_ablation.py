@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 
 from ccm.errors import BadInput
 from ccm.method.ablation import (
-    ABLATION_VALUES,
     CONTROL,
     MATCHED,
     PLAIN,
     STATISTICS,
     ActivationStatistics,
-    ablation_values,
     check_neurons,
     check_statistics,
     kind_of,
     numbered,
     plan,
 )
+from ccm.method.ablation_values import ABLATION_VALUES, ablation_values
 
 NAMES = (
     "mean_ablation",

@@ -12,7 +12,8 @@ from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
 from ccm.experiment import effects
 from ccm.method import neurons
-from ccm.method.ablation import ABLATION_VALUES, Ablation
+from ccm.method.ablation import Ablation
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
 from ccm.models import load as checkpoint
 from ccm.models.load import assemble

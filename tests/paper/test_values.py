@@ -8,7 +8,7 @@ import pytest
 
 import ccm
 from ccm.errors import BadInput
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
 from ccm.paper.values import (

@@ -22,6 +22,7 @@ from scipy import stats
 
 from ccm.experiment.folder import to_json
 from ccm.experiment.results import read_results
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.figures import canvas, gallery, layers
 from ccm.reporting.figures.canvas import Drawing
 from ccm.reporting.figures.gallery import figures_across, figures_of_run
@@ -219,7 +220,7 @@ def assert_bars(drawing: Drawing, named: dict[str, tuple[Part, Others, list[floa
         f"{label}: {words(own)}, controls {rest.mean:.1f} % on average"
         for label, (own, rest, *_) in named.items()
     )
-    assert drawing.says == f"{told}. {IN_BRACKETS}"
+    assert drawing.description == f"{told}. {IN_BRACKETS}"
     assert f"Grey: mean ± 3 standard errors of {CONTROLS} control sets" in said(drawing.figure)
 
 
@@ -288,7 +289,7 @@ def test_the_histogram_of_gts(value: str, run: Counted, drawn: dict[str, Drawing
     ]
     small = f"Q = {q:.1f} of 100; permutation p = {p:.4f} (at least 1/10 = 0.1000)."
     assert small in said(drawing.figure)
-    assert drawing.says == (
+    assert drawing.description == (
         f"Entropy set: {words(own)}. {CONTROLS} control sets: {rest.low:.3g} to {rest.high:.3g} %. "
         f"{small} Band: exact 95 % interval of the entropy set."
     )
@@ -314,7 +315,7 @@ def test_class_sizes(runs: list[Counted], drawn: dict[str, Drawing]) -> None:
     ]  # fmt: skip
     assert [colour for _, colour in legend(drawing.figure)] == [*COLOURS.values()]
     assert (
-        drawing.says
+        drawing.description
         == "; ".join(
             f"{name}: " + ", ".join(f"{s} {words(p)}" for s, p in of.items())
             for name, of in sizes.items()
@@ -401,7 +402,7 @@ def test_the_forest_across_runs(runs: list[Counted], drawn: dict[str, Drawing]) 
                 for name, cell in (("CR(CK)", cr_cell), ("GTS", gts_cell))
             )
         )
-    assert drawing.says == ". ".join(told) + f". {IN_BRACKETS}"
+    assert drawing.description == ". ".join(told) + f". {IN_BRACKETS}"
     notes = [cell[3] for row in rows for cell in row[2:]]
     assert len(set(notes)) == len(notes), "rows that cannot be told apart"
     names = [
@@ -442,7 +443,7 @@ def test_the_forest_by_group(value: str, run: Counted, drawn: dict[str, Drawing]
             beside = "" if rest.mean is None else f", controls {rest.mean:.1f} % on average"
             parts.append(f"{word} {empty if own.percent is None else words(own)}{beside}")
         told.append(f"{name}, (n = {of.sum()}): {'; '.join(parts)}")
-    assert drawing.says == ". ".join(told) + f". {IN_BRACKETS}"
+    assert drawing.description == ". ".join(told) + f". {IN_BRACKETS}"
     assert (
         len({of.sum() for *_, of in groups})
         == len(groups)
@@ -509,7 +510,7 @@ def test_a_log_ratio(value: str, ratio: str, run: Counted, drawn: dict[str, Draw
     assert f"below 0: {under} is likelier; above 0: {over}" in label
     assert label.index(f"P_{{{over}}}") < label.index(f"P_{{{under}}}")
     means = class_means(source, before, after)
-    assert drawing.says == f"Mean of log {ratio} in nats, before and after: {means}"
+    assert drawing.description == f"Mean of log {ratio} in nats, before and after: {means}"
     assert [entry for entry, _ in legend(drawing.figure)] == [
         f"{s} (n = {(source == s).sum()})" for s in SOURCES
     ]
@@ -528,7 +529,7 @@ def test_changes_of_log_ratios(value: str, run: Counted, drawn: dict[str, Drawin
         over, under = ratio.split("/")
         assert axes.get_xlabel().index(f"P_{{{over}}}") < axes.get_xlabel().index(f"P_{{{under}}}")
         told.append(f"log {ratio} {class_means(source, change)}")
-    assert drawing.says == "Mean change in nats: " + " ".join(told)
+    assert drawing.description == "Mean change in nats: " + " ".join(told)
 
 
 # --- entropy ------------------------------------------------------------------------------------------
@@ -593,7 +594,7 @@ def test_entropy_by_transition(value: str, run: Counted, drawn: dict[str, Drawin
             f"{k} to {j}: {own:.3f} nats on average of {len(change)}, controls {controls.mean:.3f}"
         )
     assert boxes > 2
-    assert drawing.says == "; ".join(told) + "."
+    assert drawing.description == "; ".join(told) + "."
     assert [entry for entry, _ in legend(drawing.figure)] == [
         "prompts: quartiles, 5 to 95 %", "entropy set's mean", "controls' means: mean, full range",
     ]  # fmt: skip
@@ -636,7 +637,7 @@ def test_effects_on_entropy(value: str, run: Counted, drawn: dict[str, Drawing])
     total, direct, norm = (
         f"{own[n].mean():+.3f}".replace("-", "−") for n in ("total", "direct", "through_norm")
     )
-    assert drawing.says == (
+    assert drawing.description == (
         f"Entropy set: {total} nats in total, {direct} of them directly and {norm} through the norm."
     )
     assert legend(drawing.figure) == [
@@ -700,7 +701,7 @@ def test_matched_controls(value: str, run: Counted, drawn: dict[str, Drawing]) -
             f"GTS of {word}, mean and greatest: {rest.mean:.2f} % ({rest.high:.2f} %); "
             f"Q {ranks['gts'][kind][0]:.1f}"
         )
-    assert drawing.says.startswith("; ".join(told) + ". Mean distance from an entropy neuron")
+    assert drawing.description.startswith("; ".join(told) + ". Mean distance from an entropy neuron")
 
 
 def _assert_plane(run: Counted, drawing: Drawing, axes: Axes) -> None:
@@ -724,7 +725,7 @@ def _assert_plane(run: Counted, drawing: Drawing, axes: Axes) -> None:
     (a, b), (c, d) = np.mean(pairs, 0), np.mean(apart, 0)
     assert data["distance_of_matched"] == near([float(a), float(b)])
     assert data["distance_of_others"] == near([float(c), float(d)])
-    assert drawing.says.endswith(
+    assert drawing.description.endswith(
         f"to its matched neurons {a:.2f} in log norm and {b:.2f} in log σ; to any other neuron {c:.2f} "
         f"and {d:.2f}."
     )
@@ -772,7 +773,7 @@ def test_logitvar_and_rho(run: Counted, drawn: dict[str, Drawing]) -> None:
     np.testing.assert_array_equal(curves[0].get_ydata(), data["rho_density"]["of"])
     np.testing.assert_array_equal(curves[1].get_xdata(), data["logitvar_density"]["of"])
     np.testing.assert_allclose(curves[1].get_ydata(), 10 ** data["logitvar_density"]["at_log10"])
-    assert drawing.says == (
+    assert drawing.description == (
         f"Entropy neurons (3): ρ {extent(own['rho'])}, LogitVar {extent(own['logitvar'])}. "
         f"Other neurons (37): ρ {extent(others_['rho'])}, LogitVar {extent(others_['logitvar'])}."
     )
@@ -795,7 +796,7 @@ def test_the_spectrum(run: Counted, drawn: dict[str, Drawing]) -> None:
     drawn_ = [c for c in axes.collections if len(c.get_offsets())]
     assert [colour_of(c) for c in drawn_] == ["#333333", RED, RED]
     assert "1 of ≈ 0 (below" in said(axes)
-    assert drawing.says == (
+    assert drawing.description == (
         f"12 singular values of {extent(values)}; the 2 lowest, the null space, of "
         f"{extent(values[-2:])}."
     )
@@ -837,7 +838,7 @@ def test_weight_norms(run: Counted, drawn: dict[str, Drawing]) -> None:
     assert box_ is not None
     assert [t.get_text() for t in box_.get_texts()] == ["entropy neurons (3)", "other neurons (37)"]
     medians_ = [run.measures.loc[chosen == of, "norm"].median() for of in (True, False)]
-    assert drawing.says == (
+    assert drawing.description == (
         f"Entropy neurons (3): median norm {medians_[0]:.3g}; "
         f"other neurons (37): median norm {medians_[1]:.3g}."
     )
@@ -875,8 +876,10 @@ def test_rho_by_layer(run: Counted, drawn: dict[str, Drawing]) -> None:
     assert abs(np.asarray(red.get_offsets())[:, 0] - 2).max() < 0.3
     assert colour_of(red) == RED
     middles = ", ".join(f"{v[3]:.2f}" for v in levels.values())
-    assert drawing.says.startswith(f"Median of layers 0 to 2: {middles}; a random direction: 0.41. ")
-    assert drawing.says.endswith("The entropy neurons: 0.9.")
+    assert drawing.description.startswith(
+        f"Median of layers 0 to 2: {middles}; a random direction: 0.41. "
+    )
+    assert drawing.description.endswith("The entropy neurons: 0.9.")
     assert [entry for entry, _ in legend(drawing.figure)] == [
         "least to greatest", "5th to 95th percentile", "quartiles", "median", "a random direction",
         "ρ ≥ 0.5 to select", "entropy neurons (3)",
@@ -926,7 +929,7 @@ def test_activation_ranges(runs: list[Counted], drawn: dict[str, Drawing]) -> No
             f"{run.name}, {len(own)} entropy neurons: least activation {least}, mean {mean}, "
             f"greatest {most}."
         )
-    assert drawing.says == " ".join(told)
+    assert drawing.description == " ".join(told)
     assert clipped == {True, False}
     words_ = [entry for entry, _ in legend(drawing.figure)]
     assert words_ == ["min to max", "mean ± standard deviation", *(LABELS[v] for v in MARKS)]
@@ -954,7 +957,9 @@ def test_no_figure_is_left_out(drawn: dict[str, Drawing]) -> None:
 
 def test_a_layer_without_rho_has_no_median_in_words() -> None:
     table = pd.DataFrame({"layer": [0, 1, 1], "neuron_idx": [0, 0, 1], "rho": [np.nan, 0.25, 0.75]})
-    assert "Median of layers 0 to 1: none, 0.50;" in layers.rho_by_layer(table, [1], "m", 2, 8).says
+    assert (
+        "Median of layers 0 to 1: none, 0.50;" in layers.rho_by_layer(table, [1], "m", 2, 8).description
+    )
 
 
 def test_a_picture_is_told_by_its_own_title_and_words(
@@ -964,7 +969,7 @@ def test_a_picture_is_told_by_its_own_title_and_words(
     entries = [*figures_across([read_results(runs[0].path)])]
     for entry, found in zip(entries, gallery.draw(entries, tmp_path), strict=True):
         drawing = entry.draw()
-        assert found.alt == f"{entry.title}. {drawing.says}"
+        assert found.alt == f"{entry.title}. {drawing.description}"
         assert found.inches == tuple(drawing.figure.get_size_inches())
         assert found.paths == (tmp_path / gallery.FOLDER / entry.stem,)
 
@@ -977,4 +982,4 @@ def test_data_of_all_figures_are_json_and_differ(drawn: dict[str, Drawing]) -> N
 def test_colours_mean_the_same_everywhere() -> None:
     assert {k: v.lower() for k, v in canvas.COLOURS.items()} == COLOURS
     assert [c.lower() for c in (canvas.RED, canvas.GREY, canvas.MATCHED_COLOUR)] == [RED, GREY, BLUE]
-    assert canvas.VALUE_LABELS == LABELS
+    assert {value.name: value.label for value in ABLATION_VALUES.values()} == LABELS

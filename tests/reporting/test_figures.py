@@ -22,19 +22,20 @@ from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.folder import MANIFEST, PROMPTS, SCORES, read_json, to_json, write_json
 from ccm.experiment.results import RunResults, read_results
-from ccm.method.ablation import ABLATION_VALUES, ActivationStatistics
+from ccm.method.ablation import ActivationStatistics
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import conversion_ratio, q_value, transition_counts
 from ccm.method.sources import RATIOS, SOURCES
-from ccm.reporting.figures import activations, gallery, log_ratios, neurons, shares
+from ccm.reporting.figures import activations, gallery, log_ratios, neurons, proportions
 from ccm.reporting.figures.canvas import (
     COLOURS,
     RED,
     Drawing,
     bandwidth,
     density,
+    drawable,
     grid_for,
     save,
-    shown,
     style,
 )
 from ccm.reporting.figures.gallery import figures_across, figures_of_run, write_figures
@@ -159,12 +160,14 @@ def _is_tick(text: mpl.text.Text, figure: Figure) -> bool:
 
 def test_every_figure_says_what_it_shows(drawn: dict[str, Drawing]) -> None:
     for stem, drawing in drawn.items():
-        assert sum(c.isdigit() for c in drawing.says) >= 3, f"{stem} says {drawing.says!r}"
+        assert sum(c.isdigit() for c in drawing.description) >= 3, (
+            f"{stem} says {drawing.description!r}"
+        )
 
 
 def test_settings_are_as_before(run: RunResults) -> None:
     before = dict(mpl.rcParams)
-    shares.class_sizes([(run.display_name, run.scores["sources"])])
+    proportions.class_sizes([(run.display_name, run.scores["sources"])])
     assert dict(mpl.rcParams) == before
 
 
@@ -194,7 +197,7 @@ def test_the_nd_bar_is_nds_even_where_the_scores_have_the_printed_one(tmp_path: 
     assert printed["ND"] == printed["PK"]
     after = run.ablated["mean_ablation"]["source"].tolist()
     true = conversion_ratio(transition_counts(run.plain["source"].tolist(), after), "ND")
-    bars = shares.conversion_ratios(scores, "m", "mean_ablation").data["bars"]
+    bars = proportions.conversion_ratios(scores, "m", "mean_ablation").data["bars"]
     assert bars[1]["own"]["count"] == true.count != printed["ND"]["count"]
 
 
@@ -364,13 +367,13 @@ def test_densities_without_spread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Ünïcode_Ω", "模型", "a$b$c", "x\x00y"])
 def test_names_that_are_not_ascii(name: str) -> None:
     sources = {s: {"count": 1, "total": 3, "percent": 33.3, "low": 0.8, "high": 90.6} for s in SOURCES}
-    drawing = shares.class_sizes([(name, sources)])
+    drawing = proportions.class_sizes([(name, sources)])
     render(drawing)  # a missing glyph would be a warning, and a warning an error
     assert name in drawing.data["models"], "the data keep the name as it is"
 
 
 def test_what_the_font_cannot_draw_is_marked() -> None:
-    assert shown("Ω模") == "Ω\ufffd"
+    assert drawable("Ω模") == "Ω\ufffd"
 
 
 def test_a_hundred_thousand_neurons_are_pixels_in_a_small_pdf(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from ccm.method.scores import ControlSummary
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
 from ccm.paper.values import printed_share
-from ccm.reporting.by_relation import group_effects
-from ccm.reporting.by_transition import EntropyChange, entropy_changes
-from ccm.reporting.figures import changes, forest, shares
+from ccm.reporting.breakdowns import EntropyChange, entropy_changes, group_effects
+from ccm.reporting.figures import changes, forest, proportions
 from ccm.reporting.figures.canvas import FEW, Drawing
 from tests.made_runs import make_run
 from tests.reporting.test_figures import render, texts
@@ -216,13 +215,13 @@ def test_no_group_at_all_is_said() -> None:
 
 def test_the_printed_nd_ratio_is_a_cross(run: RunResults) -> None:
     scores = run.scores["ablations"]
-    drawing = shares.conversion_ratios(scores[VALUES[0]], "Phi-1.5", VALUES[0], "Phi-1_5")
+    drawing = proportions.conversion_ratios(scores[VALUES[0]], "Phi-1.5", VALUES[0], "Phi-1_5")
     paper = {k: printed_share("Phi-1_5", VALUES[0], f"CR({k})") for k in SOURCES}
     lines = drawing.figure.axes[0].lines
     found = {m: [float(x.get_ydata()[0]) for x in lines if x.get_marker() == m] for m in ("x", "o")}
     assert found == {"x": [paper["ND"].value], "o": [paper["CK"].value, paper["PK"].value]}  # type: ignore[union-attr]
     assert "defect 1 of the list" in texts(drawing.figure)
-    other = shares.conversion_ratios(scores[VALUES[1]], "Phi-1.5", VALUES[1], "Phi-1_5")
+    other = proportions.conversion_ratios(scores[VALUES[1]], "Phi-1.5", VALUES[1], "Phi-1_5")
     assert "paper" not in texts(other.figure), "printed for mean ablation only"
 
 

@@ -233,7 +233,7 @@ def test_no_prompt_at_all(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_laid_side_by_side(folders: list[Path], page: Page) -> None:
-    table = key_numbers([read_results(folder) for folder in folders]).shown
+    table = key_numbers([read_results(folder) for folder in folders]).texts
     assert table["model"].tolist() == ["one", "one", HOSTILE]
     assert page.text.index("Side by side") < page.text.index("What was run")
     place = page.text.index("CR(CK) of controls")

@@ -328,7 +328,7 @@ def test_dimensions_of_a_published_model_are_the_papers(results: list[RunResults
         singular_values=np.ones(768),
         measures=pd.concat([run.measures] * 80, ignore_index=True).iloc[:3072],
     )
-    (row,) = model_dimensions([whole]).shown.to_dict("records")
+    (row,) = model_dimensions([whole]).texts.to_dict("records")
     assert (row["d_vocab"], row["layers"]) == (50257, 12) == (spec.d_vocab, spec.n_layers)
     assert (row["d_model"], row["d_mlp"]) == (768, 3072)
 
@@ -336,7 +336,7 @@ def test_dimensions_of_a_published_model_are_the_papers(results: list[RunResults
 def test_a_stand_in_under_a_published_name_has_not_the_papers_dimensions(
     results: list[RunResults],
 ) -> None:
-    (row,) = model_dimensions([results[0]]).shown.to_dict("records")
+    (row,) = model_dimensions([results[0]]).texts.to_dict("records")
     assert (row["d_model"], row["d_mlp"]) == (12, 40)
     assert (row["d_vocab"], row["layers"]) == ("–", "–"), "those of a model with other weights"
 

@@ -10,7 +10,7 @@ import pytest
 
 from ccm.experiment.results import RunResults, read_results
 from ccm.method.sources import SOURCES
-from ccm.reporting.by_relation import relation_effects
+from ccm.reporting.breakdowns import relation_effects
 from ccm.reporting.markup import escape_latex
 from ccm.reporting.table_formats import Table, latex, markdown
 from ccm.reporting.tables import (
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResults:
 
 def test_proportions_are_the_scores(run: RunResults) -> None:
     table = transition_proportions([run])
-    assert len(table.shown) == 2 * 3
+    assert len(table.texts) == 2 * 3
     assert len(table.data) == 2 * 9
     for row in table.data.to_dict("records"):
         scores = run.scores["ablations"][row["ablation_value"]]
@@ -52,7 +52,7 @@ def test_proportions_are_the_scores(run: RunResults) -> None:
         )
     own = run.scores["ablations"]["mean_ablation"]["entropy"]["transition_scores"]["CK"]["ND"]
     text = f"{own['percent']:.1f} [{own['low']:.1f}, {own['high']:.1f}]"
-    assert table.shown["entropy to ND"].iloc[0] == text
+    assert table.texts["entropy to ND"].iloc[0] == text
 
 
 def test_counts_are_the_scores(run: RunResults) -> None:
@@ -63,7 +63,7 @@ def test_counts_are_the_scores(run: RunResults) -> None:
         controls = [s["transition_counts"][row["from"]][row["to"]] for s in scores["controls"]["sets"]]
         assert row["controls_mean"] == pytest.approx(sum(controls) / len(controls))
         assert (row["controls_least"], row["controls_most"]) == (min(controls), max(controls))
-    assert table.shown["prompts"].sum() == 2 * len(run.prompts)
+    assert table.texts["prompts"].sum() == 2 * len(run.prompts)
 
 
 def test_gts_and_q_are_the_scores(run: RunResults) -> None:
@@ -77,7 +77,7 @@ def test_relations_are_those_of_the_figures(run: RunResults) -> None:
     table = relation_shares([run])
     effects = [(v, e) for v in run.values for e in relation_effects(run, v)]
     for row, shown, (value, effect) in zip(
-        table.data.to_dict("records"), table.shown.to_dict("records"), effects, strict=True
+        table.data.to_dict("records"), table.texts.to_dict("records"), effects, strict=True
     ):
         assert (row["ablation_value"], row["relation"], row["group"]) == (
             value,
@@ -95,8 +95,8 @@ def test_relations_are_those_of_the_figures(run: RunResults) -> None:
 
 def test_entropy_changes_are_the_scores(run: RunResults) -> None:
     table = entropy_by_transition([run])
-    assert len(table.shown) == 2 * 9
-    for row, shown in zip(table.data.to_dict("records"), table.shown.to_dict("records"), strict=True):
+    assert len(table.texts) == 2 * 9
+    for row, shown in zip(table.data.to_dict("records"), table.texts.to_dict("records"), strict=True):
         scores = run.scores["ablations"][row["ablation_value"]]
         mean = scores["entropy"]["entropy_difference"][row["from"]][row["to"]]
         controls = scores["controls"]["entropy_difference"][row["from"]][row["to"]]
@@ -137,7 +137,7 @@ def test_a_page_has_room_for_texts_that_wrap() -> None:
 
 
 def test_dimensions_are_the_runs(run: RunResults) -> None:
-    (row,) = model_dimensions([run]).shown.to_dict("records")
+    (row,) = model_dimensions([run]).texts.to_dict("records")
     assert row["d_model"] == len(run.singular_values)
     assert row["d_mlp"] == len(run.measures)
     assert row["entropy neurons"] == 3
@@ -145,7 +145,7 @@ def test_dimensions_are_the_runs(run: RunResults) -> None:
 
 
 def test_examples_did_change(run: RunResults) -> None:
-    table = changed_prompts([run]).shown
+    table = changed_prompts([run]).texts
     assert len(table) > 0
     for row in table.to_dict("records"):
         before, after = row["transition"].split(" → ")
@@ -199,10 +199,10 @@ def test_a_table_in_latex_has_as_many_cells_as_columns(run: RunResults) -> None:
         assert text.isascii()
         assert text.count("{") == text.count("}"), table.stem
         body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
-        assert len(body) == len(table.shown)
+        assert len(body) == len(table.texts)
         for line in body:
             cells = line.removesuffix(r" \\").replace(r"\&", "").split(" & ")
-            assert len(cells) == len(table.shown.columns), line
+            assert len(cells) == len(table.texts.columns), line
 
 
 @PDFLATEX.mark()
@@ -218,9 +218,9 @@ def test_latex_compiles(run: RunResults, tmp_path: Path) -> None:
 def test_a_line_of_markdown_is_a_row(run: RunResults) -> None:
     for table in tables_of([run]):
         lines = markdown(table).splitlines()[2:]
-        assert len(lines) == len(table.shown) + 2
+        assert len(lines) == len(table.texts) + 2
         for line in lines:
-            assert line.replace("\\|", "").count("|") == len(table.shown.columns) + 1
+            assert line.replace("\\|", "").count("|") == len(table.texts.columns) + 1
 
 
 def test_csv_reads_back_in_full(run: RunResults, tmp_path: Path) -> None:

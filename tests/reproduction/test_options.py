@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
 from conftest import _kept_together, _options

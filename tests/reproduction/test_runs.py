@@ -11,7 +11,7 @@ import torch
 
 from ccm.errors import BadInput, NotAvailable
 from ccm.experiment.folder import SCORES, read_json
-from ccm.method.ablation import ABLATION_VALUES
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED, spec_for
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights
 from ccm.paper.report import comparisons_of

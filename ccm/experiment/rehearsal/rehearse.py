@@ -25,7 +25,7 @@ from ccm.experiment.folder import RunFolder
 from ccm.experiment.rehearsal.profiler import Meter, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, PUBLISHED_PROMPTS, Rehearsal, project
 from ccm.experiment.rehearsal.stages import RehearsalConfig, Stages
-from ccm.method.ablation import ablation_values
+from ccm.method.ablation_values import ablation_values
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,

@@ -26,16 +26,8 @@ from ccm.experiment.probing import prompt_table
 from ccm.experiment.rehearsal.profiler import Meter
 from ccm.experiment.rehearsal.projection import PUBLISHED_PROMPTS
 from ccm.experiment.scoring import write_scores as score
-from ccm.method.ablation import (
-    CONTROL,
-    PLAIN,
-    Ablation,
-    AblationValue,
-    ActivationStatistics,
-    kind_of,
-    numbered,
-    plan,
-)
+from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
+from ccm.method.ablation_values import AblationValue
 from ccm.method.facts import Fact, FactSet
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import (

@@ -1,1 +1,1 @@
-"""Figures of a run (Method 10), drawn from what it stored."""
+"""Figures of finished runs: one module per kind of figure, and the gallery of all (Method 10)."""

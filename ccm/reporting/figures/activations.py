@@ -8,25 +8,38 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ccm.method.ablation import ABLATION_VALUES, STATISTICS, ActivationStatistics
-from ccm.reporting.figures.canvas import DOUBLE, GREY, VALUE_LABELS, Drawing, foot, say, shown, styled
+from ccm.method.ablation import STATISTICS, ActivationStatistics
+from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.reporting.figures.canvas import (
+    DOUBLE,
+    GREY,
+    Drawing,
+    drawable,
+    explain_empty,
+    footnote,
+    styled,
+)
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 MOST_ROWS = 30  # neurons of one panel that stay legible
-MARKS = {
-    "mean_ablation": ("o", "#000000"),
-    "median_ablation": ("s", "#56B4E9"),
-    "mode_ablation": ("D", "#CC79A7"),
-    "mean_minus_sigma_ablation": ("<", "#D55E00"),
-    "mean_plus_sigma_ablation": (">", "#D55E00"),
-}
 
 
+@register_figure(
+    per="all runs",
+    stem="neuron_activation_distributions",
+    title="Activations of the entropy neurons",
+    caption=(
+        "A row a neuron: where its activations lie, and the {n_values} constants that an ablation may "
+        "put in their place."
+    ),
+    reads=lambda runs: ([(run.display_name, run.statistics, run.entropy_neurons) for run in runs],),
+)
 @styled
 def activation_ranges(
     runs: Sequence[tuple[str, ActivationStatistics, Sequence[int]]],
 ) -> Drawing:
-    """Activations of the entropy neurons with the five ablation values (the paper's Figure 9).
+    """Activations of the entropy neurons with the ablation values (the paper's Figure 9).
 
     Only moments and extremes are stored, so a bar stands for a distribution: thin from min to max,
     thick for mean +- standard deviation.
@@ -41,22 +54,20 @@ def activation_ranges(
     small = []
     for axes, (model, statistics, neurons) in zip(panels, runs, strict=True):
         kept = list(neurons)[:MOST_ROWS]
-        axes.set_title(f"{shown(model)}: activations of the entropy neurons", loc="left")
+        axes.set_title(f"{drawable(model)}: activations of the entropy neurons", loc="left")
         axes.set_xlabel("activation after the nonlinearity (hook_post, no unit)")
         axes.set_ylabel("neuron (no.)")
         data["models"][model] = _activation_rows(axes, statistics, kept)
         if len(kept) < len(neurons):
-            small.append(f"{shown(model)}: the first {len(kept)} of {len(neurons)} neurons.")
+            small.append(f"{drawable(model)}: the first {len(kept)} of {len(neurons)} neurons.")
         if not all(np.isfinite(v) for row in data["models"][model] for v in row.values()):
-            small.append(f"{shown(model)}: statistics that are not finite are not drawn.")
+            small.append(f"{drawable(model)}: statistics that are not finite are not drawn.")
     handles = [
         Line2D([], [], color=GREY, linewidth=1, label="min to max"),
         Line2D([], [], color="#DDDDDD", linewidth=8, label="mean ± standard deviation"),
         *(
-            Line2D(
-                [], [], color=colour, marker=mark, linestyle="", markersize=4.5, label=VALUE_LABELS[v]
-            )
-            for v, (mark, colour) in MARKS.items()
+            Line2D([], [], color=v.colour, marker=v.marker, linestyle="", markersize=4.5, label=v.label)
+            for v in ABLATION_VALUES.values()
         ),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
@@ -64,7 +75,7 @@ def activation_ranges(
         "Drawn from stored statistics (min, max, mean, standard deviation, median, mode), not from "
         "single activations. μ ± 3σ are clipped to min and max, as the ablation clips them."
     )
-    foot(figure, small, 125)
+    footnote(figure, small, 125)
     said = [
         f"{model}, {len(found)} entropy neurons: least activation {extent([r['min'] for r in found])}, "
         f"mean {extent([r['mean'] for r in found])}, greatest {extent([r['max'] for r in found])}."
@@ -77,7 +88,7 @@ def _activation_rows(
     axes: Axes, statistics: ActivationStatistics, neurons: Sequence[int]
 ) -> list[dict[str, Any]]:
     if not neurons:
-        say(axes, "The entropy set is empty.")
+        explain_empty(axes, "The entropy set is empty.")
         return []
     replaced = {name: value.of(statistics) for name, value in ABLATION_VALUES.items()}
     found = []
@@ -91,12 +102,14 @@ def _activation_rows(
             linewidth=11,
             solid_capstyle="butt",
         )
-        for place, (name, (mark, colour)) in enumerate(MARKS.items()):
+        for place, (name, value) in enumerate(ABLATION_VALUES.items()):
+            # Side by side: values of one neuron may be equal.
+            side = place - (len(ABLATION_VALUES) - 1) / 2
             axes.plot(
                 [float(replaced[name][i])],
-                [row + 0.15 * (place - 2)],  # side by side: values of one neuron may be equal
-                mark,
-                color=colour,
+                [row + 0.15 * side],
+                value.marker,
+                color=value.colour,
                 markersize=4.5,
                 markeredgecolor="white",
                 markeredgewidth=0.3,

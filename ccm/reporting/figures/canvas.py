@@ -1,4 +1,4 @@
-"""What all figures share: style, colours, densities, and words where there is nothing to draw."""
+"""What figures have in common: style, colours, titles, densities, and words for empty panels."""
 
 import io
 import textwrap
@@ -23,53 +23,47 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from ccm.experiment.folder import to_json, write_formats
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import Source
 from ccm.paper.values import Printed
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
-# Okabe and Ito's colours, told apart with every common colour blindness.
+# Okabe and Ito's colours: with any common colour blindness they still look different.
 COLOURS: dict[Source, str] = {"CK": "#0072B2", "ND": "#009E73", "PK": "#E69F00"}
-HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # told apart in grey, too
+HATCHES: dict[Source, str] = {"CK": "", "ND": "///", "PK": "..."}  # they differ in grey, too
 RED = "#C8102E"  # the entropy set, and the null space
 GREY = "#8A8A8A"  # controls, and neurons that are not in the entropy set
 MATCHED_COLOUR = "#56B4E9"  # matched controls and their neurons; with another marker, too
-VALUE_LABELS = {
-    "mean_ablation": "mean (μ)",
-    "median_ablation": "median",
-    "mode_ablation": "mode",
-    "mean_minus_sigma_ablation": "μ − 3σ",
-    "mean_plus_sigma_ablation": "μ + 3σ",
-}
-# The paper's values: a ring, a cross where the value is an artefact of the released code.
+# The paper's values: a ring, or a cross if the value is an artefact of the released code.
 PRINTED_MARKS: dict[bool, dict[str, Any]] = {
     False: {"color": "#222222", "marker": "o", "fillstyle": "none", "markersize": 7.5},
     True: {"color": "#222222", "marker": "x", "markersize": 5},
 }
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
-TITLE_CHARACTERS = 12  # to an inch
+TITLE_CHARACTERS = 12  # that fit into an inch
 FINE_BINS = 4096
 GRID_POINTS = 301
-PNG_COLOURS = 256  # a third of the bytes of a PNG of all colours, and nobody sees it
-FEW = 20  # values that are drawn one by one: a density would claim more than they say
+PNG_COLOURS = 256  # a third of the size of a PNG with all colours, and looks the same
+FEW = 20  # fewer values are drawn one by one: a density would show more than is known
 _Parameters = ParamSpec("_Parameters")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with the numbers it shows: they, not its pixels, are what can be compared."""
+    """A figure with the numbers it shows. Numbers can be compared between machines, pixels cannot."""
 
     figure: Figure
     data: dict[str, Any]
-    says: str = ""  # what it shows, from its data, for whom the picture does not reach
+    description: str = ""  # what it shows, with its numbers, for those who cannot see it
 
 
 def style() -> AbstractContextManager[None]:
-    """Hold the one style for a while; whatever the user's matplotlibrc says does not matter."""
+    """Return a context with the one style of all figures, whatever the user's matplotlibrc says."""
     return matplotlib.style.context(["default", str(STYLE)])
 
 
 def styled(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawing]:
-    """Run a drawing function under the style, and leave matplotlib's settings as they were."""
+    """Run a drawing function under the style, then restore matplotlib's settings."""
 
     @wraps(draw)
     def inside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Drawing:
@@ -84,12 +78,12 @@ def styled(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawin
 
 
 def _folded(title: str, figure: Figure) -> str:
-    """Fold a title that is wider than its figure, as one with the folder of a model may be."""
+    """Fold a title that is wider than its figure: a model may have a long folder as its name."""
     return folded(title, int(TITLE_CHARACTERS * figure.get_size_inches()[0]))
 
 
 def folded(text: str, width: int) -> str:
-    r"""Fold lines that are longer than a width, of a text as `shown` gives it.
+    r"""Fold the lines of a text from `drawable` that are longer than a width.
 
     >>> folded("one two", 4), folded("a\\$b", 2)
     ('one\ntwo', 'a\n\\$b')
@@ -99,7 +93,7 @@ def folded(text: str, width: int) -> str:
 
 
 def save(drawing: Drawing, stem: Path) -> list[Path]:
-    """Write a drawing as PDF and PNG, and its data as JSON, to the same bytes every time.
+    """Write a drawing as PDF and PNG and its data as JSON. The bytes are the same every time.
 
     Args:
         drawing: What to write.
@@ -114,7 +108,7 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
         "png": partial(_write_png, figure),
         "json": lambda path: path.write_text(to_json(drawing.data), encoding="utf-8"),
     }
-    # Laid out once, for both files; with an engine left, matplotlib would draw each of them twice.
+    # Laid out once for both files: with a layout engine, matplotlib would draw each of them twice.
     with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
         engine = figure.get_layout_engine()
         if engine is not None:
@@ -128,7 +122,7 @@ def save(drawing: Drawing, stem: Path) -> list[Path]:
 
 def _write_pdf(figure: Figure, path: Path) -> None:
     metadata: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
-    whole = io.BytesIO()  # matplotlib leaves a file open that it could not write to its end
+    whole = io.BytesIO()  # if it cannot write a file to its end, matplotlib leaves it open
     figure.savefig(whole, format="pdf", metadata=metadata)
     path.write_bytes(whole.getvalue())
 
@@ -137,28 +131,28 @@ def _write_png(figure: Figure, path: Path) -> None:
     whole = io.BytesIO()
     figure.savefig(whole, format="png", metadata={"Software": None})
     with Image.open(whole) as image:
-        # Not dithered: dots would take more bytes than the colours they stand for.
+        # Not dithered: the dots would take more bytes than they save.
         flat = image.convert("RGB").quantize(PNG_COLOURS, dither=Image.Dither.NONE)
         flat.save(path, "png", optimize=True, dpi=image.info["dpi"])
 
 
-def key(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D:
-    """Make a legend's entry for dots."""
+def legend_dot(colour: str, marker: str, label: str, edge: str | None = None) -> Line2D:
+    """Make the legend entry of some dots."""
     look = {"marker": marker, "markersize": 4.0, "markeredgecolor": edge or colour}
     return Line2D([], [], color=colour, linestyle="", label=label, **look)  # type: ignore[arg-type]
 
 
 def titled_legend(figure: Figure, handles: Sequence[Artist | Container], title: str) -> None:
-    """Write a figure's title and, below it, its legend: apart from each other they would overlap."""
+    """Write a figure's title and its legend below it, in one block: two of them would overlap."""
     fitting = _folded(title, figure)
     look: dict[str, Any] = {"ncols": 4, "title": fitting, "title_fontsize": "large"}
     figure.legend(handles=handles, loc="outside upper center", **look)
 
 
-def scattered(n: int) -> Float[np.ndarray, "n"]:
-    """Places from -0.5 to 0.5 for n dots that would cover each other.
+def jitter(n: int) -> Float[np.ndarray, "n"]:
+    """Spread n dots that would cover each other: offsets from -0.5 to 0.5.
 
-    By rank of arrival: no randomness, the same picture each time.
+    They follow from the order of the dots, not from chance: the picture is the same each time.
     """
     return (np.arange(n) * 0.618) % 1 - 0.5
 
@@ -168,18 +162,28 @@ def _font() -> FT2Font:
     return font_manager.get_font(font_manager.findfont("DejaVu Sans"))
 
 
-def shown(text: str) -> str:
-    """Make a name from elsewhere safe to draw: no mathematics, no glyph the font does not have.
+def drawable(text: str) -> str:
+    """Make any text safe to draw: matplotlib must see no formula in it, nor a glyph the font lacks.
 
-    >>> shown("a$b_c")
+    >>> drawable("a$b_c")
     'a\\\\$b_c'
     """
     glyphs = (c if c.isprintable() and _font().get_char_index(ord(c)) else "\ufffd" for c in text)
     return "".join(glyphs).replace("$", r"\$")
 
 
-def say(axes: Axes, text: str) -> None:
-    """Say in the middle of a panel why nothing is drawn there, and take its scales away."""
+def ablation_title(model: str, value: str) -> str:
+    """Begin the title of a figure of one ablation value: `GPT2-small, mean (μ) ablation`.
+
+    Args:
+        model: Display name.
+        value: Name of the ablation value.
+    """
+    return f"{drawable(model)}, {ABLATION_VALUES[value].label} ablation"
+
+
+def explain_empty(axes: Axes, text: str) -> None:
+    """Write in the middle of an empty panel why it is empty, and take its scales away."""
     axes.text(
         0.5,
         0.5,
@@ -193,21 +197,21 @@ def say(axes: Axes, text: str) -> None:
     axes.set_yticks([])
 
 
-def foot(figure: Figure, lines: Sequence[str], width: int) -> None:
-    """Write small print below everything, wrapped at `width` letters."""
+def footnote(figure: Figure, lines: Sequence[str], width: int) -> None:
+    """Write small print below a figure, wrapped at `width` letters."""
     text = "\n".join(textwrap.fill(line, width) for line in lines if line)
     if text:
         figure.supxlabel(text, fontsize=6.5, color="#444444", x=0.02, ha="left")
 
 
 def draw_printed(axes: Axes, x: float, y: float, printed: Printed) -> None:
-    """Mark a value of the paper."""
+    """Mark a value that the paper printed."""
     mark = PRINTED_MARKS[printed.defect is not None]
     axes.plot(x, y, linestyle="", markeredgewidth=0.9, clip_on=False, zorder=4, **mark)
 
 
 def artefacts_in_words(printed: Iterable[Printed | None]) -> str:
-    """Explain the crosses among the paper's values; nothing where there is none."""
+    """Explain the crosses among the paper's values; an empty text if there is no cross."""
     defects = sorted({p.defect for p in printed if p is not None and p.defect is not None})
     if not defects:
         return ""
@@ -224,7 +228,7 @@ def density(
     100. Bandwidth: Silverman's rule, 0.9 min(sd, IQR / 1.34) n^(-1/5).
 
     Returns:
-        The density in one over the values' unit; None where there is none: no spread at all.
+        The density, per unit of the values; None if the values have no spread.
     """
     values = values[np.isfinite(values)]
     h = bandwidth(values)
@@ -241,7 +245,7 @@ def density(
 
 
 def bandwidth(values: Float[np.ndarray, "value"]) -> float | None:
-    """Silverman's bandwidth; None where the values have no spread that a float can hold."""
+    """Compute Silverman's bandwidth; None if the values have no spread that a float can hold."""
     if len(values) < 2:
         return None
     sd = float(values.std(ddof=1))
@@ -253,16 +257,20 @@ def bandwidth(values: Float[np.ndarray, "value"]) -> float | None:
 
 
 def grid_for(*groups: Float[np.ndarray, "_"]) -> Float[np.ndarray, "point"]:
-    """One grid for several densities: from the smallest to the largest value, with room for tails."""
+    """Make one grid for several densities: all of the values, with space for their tails."""
     values = np.concatenate([g[np.isfinite(g)] for g in groups] or [np.zeros(0)])
     if not len(values):
         return np.linspace(-1.0, 1.0, GRID_POINTS)
     low, high = float(values.min()), float(values.max())
-    room = max([3 * h for g in groups if (h := bandwidth(g[np.isfinite(g)])) is not None], default=0.0)
+    margin = max(
+        [3 * h for g in groups if (h := bandwidth(g[np.isfinite(g)])) is not None], default=0.0
+    )
     if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
-        room = 0.5 * max(1.0, abs(low), abs(high))  # one place: an axis with numbers people can read
-    room = max(room, 0.02 * (high - low))
-    return np.linspace(low - room, high + room, GRID_POINTS)
+        margin = 0.5 * max(
+            1.0, abs(low), abs(high)
+        )  # all values alike: an axis whose numbers can be read
+    margin = max(margin, 0.02 * (high - low))
+    return np.linspace(low - margin, high + margin, GRID_POINTS)
 
 
 def draw_density(

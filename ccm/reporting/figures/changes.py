@@ -12,28 +12,52 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ccm.reporting.by_transition import EntropyChange
+from ccm.experiment.results import RunResults
+from ccm.reporting.breakdowns import EntropyChange, entropy_changes
 from ccm.reporting.figures.canvas import (
     COLOURS,
     DOUBLE,
     FEW,
     GREY,
     RED,
-    VALUE_LABELS,
     Drawing,
-    foot,
-    shown,
+    ablation_title,
+    footnote,
+    jitter,
     styled,
 )
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import digits
 
 WHISKERS = (5, 95)  # percentiles
 MANY_POINTS = 500  # more are drawn as pixels inside the PDF
 
 
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_entropy_by_transition",
+    title="Entropy by transition",
+    caption=(
+        "Entropy of the next token before the ablation minus after it, prompt by prompt, for each "
+        "pair of sources before and after; the controls' means beside. Above 0 the ablation made the "
+        "model surer."
+    ),
+    reads=lambda run, value: (run, value),
+)
+@styled
+def entropy_by_transition(run: RunResults, value: str) -> Drawing:
+    """Entropy before - after for each of the nine transitions of a run.
+
+    Args:
+        run: A finished run, whose changes are computed only when they are drawn.
+        value: Name of the ablation value.
+    """
+    return by_transition(entropy_changes(run, value), run.display_name, value)
+
+
 @styled
 def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> Drawing:
-    """Entropy before - after for each of the nine transitions, the controls' means beside.
+    """Entropy before - after for each of the nine transitions, beside the controls' means.
 
     Args:
         changes: One for each transition.
@@ -43,7 +67,7 @@ def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> D
     figure = Figure(figsize=(DOUBLE, 3.4))
     axes = figure.subplots()
     axes.set_title(
-        f"{shown(model)}, {VALUE_LABELS[value]} ablation: entropy by transition",
+        f"{ablation_title(model, value)}: entropy by transition",
         loc="left",
         fontsize=9,
     )
@@ -75,7 +99,7 @@ def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> D
     ]
     if all(change.controls.mean is None for change in changes):
         small.append("No control sets were run.")
-    foot(figure, small, 125)
+    footnote(figure, small, 125)
     said = [
         f"{c.before} to {c.after}: {digits(entry['mean'], 3)} nats on average of {len(c.values)}"
         + ("" if c.controls.mean is None else f", controls {c.controls.mean:.3f}")
@@ -85,7 +109,7 @@ def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> D
 
 
 def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any]:
-    """Draw one column: the prompts left, the controls right."""
+    """Draw one column: prompts on the left, controls on the right."""
     values = change.values[np.isfinite(change.values)]
     box = boxplot_stats(values, whis=WHISKERS)[0] if len(values) >= FEW else None
     colour = COLOURS[change.before]
@@ -134,10 +158,8 @@ def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any
 
 
 def _draw_points(axes: Axes, x: float, values: Float[np.ndarray, "prompt"], colour: str) -> None:
-    # Spread by rank of arrival: no randomness, the same picture each time.
-    spread = (np.arange(len(values)) * 0.618) % 1 - 0.5
     axes.scatter(
-        x + 0.3 * spread,
+        x + 0.3 * jitter(len(values)),
         values,
         s=5,
         c=colour,

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from ccm.experiment.results import RunResults
 from ccm.method.ablation import CONTROL, MATCHED, kind_of
 from ccm.method.scores import CONFIDENCE
 from ccm.reporting.figures.canvas import (
@@ -16,16 +17,16 @@ from ccm.reporting.figures.canvas import (
     GREY,
     MATCHED_COLOUR,
     RED,
-    VALUE_LABELS,
     Drawing,
-    foot,
-    key,
-    say,
-    scattered,
-    shown,
+    ablation_title,
+    explain_empty,
+    footnote,
+    jitter,
+    legend_dot,
     styled,
     titled_legend,
 )
+from ccm.reporting.figures.registry import register_figure
 
 COLUMNS = {
     "total": "total\n(what the ablation does)",
@@ -33,18 +34,36 @@ COLUMNS = {
     "through_norm": "through the norm\n(total − direct)",
     "norm_only": "norm only\n(the scale alone)",
 }
-# Where each kind stands in a column, how it looks, and its word.
+# Kind of control: place in a column, colour, marker, word for it.
 KINDS = {CONTROL: (-0.24, GREY, "o", "controls"), MATCHED: (0.24, MATCHED_COLOUR, "D", "matched")}
 
 
+def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
+    if value not in run.effects:
+        return None
+    of_sets = run.set_effects[run.set_effects["ablation_value"] == value]
+    return run.effects[value], of_sets, run.display_name, value
+
+
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_effects",
+    title="Total, direct and norm-only effect",
+    caption=(
+        "Entropy before the ablation minus after it: in all (total), with the final norm's scale as "
+        "it was before (direct), and with the new scale alone (norm-only). What is total but not "
+        "direct acts through the norm."
+    ),
+    reads=_reads,
+)
 @styled
 def entropy_effects(
     effects: pd.DataFrame, set_effects: pd.DataFrame, model: str, value: str
 ) -> Drawing:
-    """Mean change of entropy, split, of the entropy set, its controls and its matched controls.
+    """Mean change of entropy of the entropy set and both kinds of controls, total and by path.
 
     Args:
-        effects: The entropy set's entropies, nats, a row per prompt: `entropy_plain`,
+        effects: The entropy set's entropies, nats, one row per prompt: `entropy_plain`,
             `entropy_total`, `entropy_direct`, `entropy_norm_only`.
         set_effects: Mean changes (before - after, nats) of every set under this ablation value:
             `set`, `total`, `direct`, `norm_only`, `prompts`.
@@ -53,13 +72,13 @@ def entropy_effects(
     """
     figure = Figure(figsize=(DOUBLE, 3.3))
     axes = figure.subplots()
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: what acts on entropy through the norm"
+    title = f"{ablation_title(model, value)}: what acts on entropy through the norm"
     axes.set_ylabel("mean change of entropy,\nbefore − after (nats)")
     n = len(effects)
     data: dict[str, Any] = {"prompts": n, "entropy": {}, "sets": {}}
     if not n:
         figure.suptitle(title)
-        say(axes, "There is no prompt.")
+        explain_empty(axes, "There is no prompt.")
         return Drawing(figure, data)
     changes = {
         name: (effects["entropy_plain"] - effects[f"entropy_{name}"]).to_numpy(float)
@@ -74,11 +93,11 @@ def entropy_effects(
     own = table.loc[table["set"] == "entropy", list(COLUMNS)]
     axes.axhline(0, color="#222222", linewidth=0.7)
     for x, name in enumerate(COLUMNS):
-        data["entropy"][name] = _own(axes, x, changes[name])
+        data["entropy"][name] = _draw_own(axes, x, changes[name])
         for kind, (offset, colour, marker, _) in KINDS.items():
             means = data["sets"][kind][name]
             axes.scatter(
-                x + offset + 0.2 * scattered(len(means)), means, s=6, c=colour, marker=marker, lw=0
+                x + offset + 0.2 * jitter(len(means)), means, s=6, c=colour, marker=marker, lw=0
             )
         if len(own) and sampled < n:
             axes.plot([x + 0.06], own[name], "o", markersize=4, color="none", markeredgecolor=RED)
@@ -87,11 +106,11 @@ def entropy_effects(
     axes.set_xlim(-0.5, len(COLUMNS) - 0.5)
     axes.margins(y=0.12)
     axes.grid(axis="y")
-    handles = [key(RED, "o", f"entropy set ({n:,} prompts)")]
+    handles = [legend_dot(RED, "o", f"entropy set ({n:,} prompts)")]
     if len(own) and sampled < n:
-        handles.append(key("none", "o", f"the same (the dots' {sampled:,} prompts)", edge=RED))
+        handles.append(legend_dot("none", "o", f"the same (the dots' {sampled:,} prompts)", edge=RED))
     for kind, (_, colour, marker, word) in KINDS.items():
-        handles.append(key(colour, marker, f"{word} ({len(data['sets'][kind]['set']):,})"))
+        handles.append(legend_dot(colour, marker, f"{word} ({len(data['sets'][kind]['set']):,})"))
     titled_legend(figure, handles, title)
     lines = [
         "Of the next token at the last prompt position. Above 0: the ablation lowers entropy.",
@@ -102,11 +121,11 @@ def entropy_effects(
         + ("the same prompts." if sampled == n else f"{sampled:,} of the prompts, evenly spaced."),
         _norm_words(data["entropy"]),
     ]
-    foot(figure, [" ".join(lines)], 140)
+    footnote(figure, [" ".join(lines)], 140)
     return Drawing(figure, data, lines[-1])
 
 
-def _own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, float | None]:
+def _draw_own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, float | None]:
     """Draw the entropy set's mean change with its interval (Student's t)."""
     n, mean = len(changes), float(changes.mean())
     half = None
@@ -129,7 +148,7 @@ def _own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[str, 
 
 
 def _norm_words(own: dict[str, dict[str, float | None]]) -> str:
-    """Say what the entropy set's total is the sum of."""
+    """Write the entropy set's total effect as the sum of its two parts."""
     names = ("total", "direct", "through_norm")
     total, direct, norm = (f"{own[name]['mean']:+.3f}".replace("-", "−") for name in names)
     return f"Entropy set: {total} nats in total, {direct} of them directly and {norm} through the norm."

@@ -1,4 +1,4 @@
-"""Forest plots: shares of prompts in rows, each with its exact interval and its controls (Method 8).
+"""Forest plots: one proportion per row, with its exact interval and its controls (Method 8).
 
 Across models and ablation values, with what the paper printed; and by relation group.
 """
@@ -13,29 +13,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ccm.experiment.results import RunResults
+from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import ControlSummary, Ratio
 from ccm.paper.values import Printed, printed_share
-from ccm.reporting.by_relation import RelationEffect
+from ccm.reporting.breakdowns import RelationEffect, group_effects
 from ccm.reporting.figures.canvas import (
     DOUBLE,
     GREY,
     MATCHED_COLOUR,
     PRINTED_MARKS,
     RED,
-    VALUE_LABELS,
     Drawing,
+    ablation_title,
     artefacts_in_words,
     draw_printed,
-    foot,
-    say,
-    shown,
+    drawable,
+    explain_empty,
+    footnote,
     styled,
 )
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import IN_BRACKETS
-from ccm.reporting.text import share as in_words
+from ccm.reporting.text import proportion as in_words
 
 TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)  # percent
-# Heights within a row, in rows: the entropy set, its controls, the matched ones.
+# Offsets within a row, as parts of its height: entropy set, controls, matched controls.
 OWN, CONTROLS, MATCHED_CONTROLS = -0.2, 0.08, 0.3
 SQUARE_ROOT = (lambda x: np.sqrt(np.maximum(x, 0.0)), np.square)
 PANELS = (
@@ -45,46 +48,65 @@ PANELS = (
 
 
 @dataclass(frozen=True)
-class Share:
-    """One share of prompts of the entropy set, and what it is held against."""
+class Estimate:
+    """The estimate of a proportion under the entropy set's ablation, and what it is compared with."""
 
     own: Ratio
     controls: ControlSummary
     empty: str  # what to say where there is nothing to divide by
-    matched: ControlSummary | None = None  # controls drawn to be like the entropy neurons (Method 13)
+    matched: ControlSummary | None = None  # controls that resemble the entropy neurons (Method 13)
     printed: Printed | None = None
-    note: str = ""  # small, below the count
+    note: str = ""  # small print below the count
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a share for each of `PANELS`."""
+    """One row: a proportion for each of `PANELS`."""
 
     label: str
-    shares: tuple[Share, Share]
+    estimates: tuple[Estimate, Estimate]
     section: str = ""  # rows of one section stand together under its name
 
 
+def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
+    return ([(run.model, run.display_name, run.scores["ablations"]) for run in runs],)
+
+
+@register_figure(
+    per="all runs",
+    stem="entropy_set_and_controls",
+    title="Entropy set against controls",
+    caption=(
+        "Conversion to the context and change of source, a row a model and ablation value: the "
+        "entropy set with its exact interval, the control sets with their whole range, and the "
+        "paper's value where there is one."
+    ),
+    reads=_reads,
+)
 @styled
 def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
-    """CR(CK) and GTS of every model and ablation value, beside the paper's where it has one.
+    """CR(CK) and GTS of every model and ablation value, beside the paper's value if there is one.
 
     Args:
-        runs: For each model its name, its display name, and the `ablations` of its scores.json. An
-            ablation value's part may hold `matched_controls`, built as `controls` is, with a `q_value`
+        runs: For each model its name, its display name, and the `ablations` of its scores.json. The
+            part of an ablation value may hold `matched_controls`: like `controls`, with a `q_value`
             and a `permutation_p`.
     """
     rows = [
-        Row(VALUE_LABELS[value], _shares(name, value, scores), shown(model) if len(runs) > 1 else "")
+        Row(
+            ABLATION_VALUES[value].label,
+            _estimates(name, value, scores),
+            drawable(model) if len(runs) > 1 else "",
+        )
         for name, model, ablations in runs
         for value, scores in ablations.items()
     ]
-    one = f"{shown(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
-    shares = [share for row in rows for share in row.shares]
+    one = f"{drawable(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
+    estimates = [estimate for row in rows for estimate in row.estimates]
     small = ["Q, quantile: rank of the entropy set among its controls, 0 to 100; p: permutation test."]
-    if any(share.matched is not None for share in shares):
+    if any(estimate.matched is not None for estimate in estimates):
         small.append("Behind the bar |: against the matched controls.")
-    small.append(artefacts_in_words(share.printed for share in shares))
+    small.append(artefacts_in_words(estimate.printed for estimate in estimates))
     names = [(name, model, value) for name, model, ablations in runs for value in ablations]
     data = [
         {"model": name, "display_name": model, "ablation_value": value, **_data(row)}
@@ -92,6 +114,27 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     ]
     title = one or "Entropy set and controls, model by model"
     return _forest(rows, title, "ablation value", small, data)
+
+
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_relation_groups",
+    title="Effect by relation group",
+    caption=(
+        "Where the effect comes from: conversion to the context and change of source by the group "
+        "that the prompt's relation belongs to."
+    ),
+    reads=lambda run, value: (run, value),
+)
+@styled
+def relation_groups(run: RunResults, value: str) -> Drawing:
+    """CR(CK) and GTS of each relation group of a run.
+
+    Args:
+        run: A finished run, whose groups are scored only when they are drawn.
+        value: Name of the ablation value.
+    """
+    return by_group(group_effects(run, value), run.display_name, value)
 
 
 @styled
@@ -107,15 +150,15 @@ def by_group(effects: Sequence[RelationEffect], model: str, value: str) -> Drawi
     for effect in effects:
         none = "no prompt of this group"
         all_ck = "every prompt was CK before ablation" if effect.prompts else none
-        cr_ck = Share(effect.cr_ck, effect.cr_ck_controls, all_ck, note=_mean(effect.cr_ck_controls))
-        gts = Share(effect.gts, effect.gts_controls, none, note=_mean(effect.gts_controls))
-        label = textwrap.fill(shown(effect.name), 20) + f"\n(n = {effect.prompts:,})"
+        cr_ck = Estimate(effect.cr_ck, effect.cr_ck_controls, all_ck, note=_mean(effect.cr_ck_controls))
+        gts = Estimate(effect.gts, effect.gts_controls, none, note=_mean(effect.gts_controls))
+        label = textwrap.fill(drawable(effect.name), 20) + f"\n(n = {effect.prompts:,})"
         rows.append(Row(label, (cr_ck, gts)))
     data = [
         {"group": effect.name, "prompts": effect.prompts, **_data(row)}
         for effect, row in zip(effects, rows, strict=True)
     ]
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: by relation group"
+    title = f"{ablation_title(model, value)}: by relation group"
     return _forest(rows, title, "relation group", ["n: probing prompts of the group."], data)
 
 
@@ -123,8 +166,8 @@ def _mean(controls: ControlSummary) -> str:
     return "" if controls.mean is None else f"controls' mean {controls.mean:.1f} %"
 
 
-def _shares(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Share, Share]:
-    """Read a row's shares off one ablation value's part of scores.json."""
+def _estimates(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Estimate, Estimate]:
+    """Read the proportions of a row from one ablation value's part of scores.json."""
     own, controls, matched = scores["entropy"], scores["controls"], scores.get("matched_controls")
     both = [controls] if matched is None else [controls, matched]
     ratios = [ControlSummary(**part["conversion_ratios"]["CK"]) for part in both]
@@ -135,7 +178,7 @@ def _shares(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Share, Sh
         _numbers([part[key] for part in ranked], form)
         for key, form in (("q_value", ".1f"), ("permutation_p", ".4f"))
     )
-    cr_ck = Share(
+    cr_ck = Estimate(
         Ratio(**own["conversion_ratios"]["CK"]),
         ratios[0],
         "every prompt was CK before ablation" if own["gts"]["total"] else "no prompt",
@@ -143,7 +186,7 @@ def _shares(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Share, Sh
         printed_share(name, value, "CR(CK)"),
         f"quantile {quantiles}" if quantiles else "",
     )
-    gts = Share(
+    gts = Estimate(
         Ratio(**own["gts"]),
         changes[0],
         "no prompt",
@@ -155,14 +198,14 @@ def _shares(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Share, Sh
 
 
 def _numbers(values: Sequence[float | None], form: str) -> str:
-    """Write numbers side by side; nothing where there is none at all."""
+    """Write numbers side by side; an empty text if all are missing."""
     if all(value is None for value in values):
         return ""
     return " | ".join("–" if value is None else format(value, form) for value in values)
 
 
 def _data(row: Row) -> dict[str, Any]:
-    return {"cr_ck": asdict(row.shares[0]), "gts": asdict(row.shares[1])}
+    return {"cr_ck": asdict(row.estimates[0]), "gts": asdict(row.estimates[1])}
 
 
 def _forest(
@@ -172,7 +215,7 @@ def _forest(
     small: Sequence[str],
     data: Sequence[Mapping[str, Any]],
 ) -> Drawing:
-    """Draw the rows from the top, one panel a share."""
+    """Draw rows from the top, in one panel for each kind of proportion."""
     lines = max((row.label.count("\n") + 1 for row in rows), default=1)
     at, sections = _places(rows)
     high = max(3.0, len(rows) + 0.8 * len(sections))
@@ -184,17 +227,17 @@ def _forest(
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         if not rows:
-            say(axes, "There is no prompt.")
+            explain_empty(axes, "There is no prompt.")
             continue
-        shares = [row.shares[i] for row in rows]
-        most = _highest(shares)
+        estimates = [row.estimates[i] for row in rows]
+        most = _highest(estimates)
         axes.set_xscale("function", functions=SQUARE_ROOT)
         axes.set_xlim(0, 1.08 * most)
         axes.set_xticks(_ticks(most), [f"{tick:g}" for tick in _ticks(most)])
         axes.grid(axis="x")
-        for y, share in zip(at, shares, strict=True):
+        for y, estimate in zip(at, estimates, strict=True):
             axes.axhline(y + 0.5, color="#EEEEEE", linewidth=0.6, zorder=0)
-            _draw_share(axes, y, share)
+            _draw_estimate(axes, y, estimate)
         for y, name in sections.items():
             axes.text(0, y + 0.1, name, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     if rows:
@@ -202,18 +245,18 @@ def _forest(
         panels[0].set_yticks(at, [row.label for row in rows])
         middle = (max(at) + min([*at, *sections])) / 2
         panels[0].set_ylim(middle + 0.5 * high + 0.1, middle - 0.5 * high - 0.1)
-        _legend(figure, [share for row in rows for share in row.shares])
-    foot(figure, small, 125)
+        _legend(figure, [estimate for row in rows for estimate in row.estimates])
+    footnote(figure, small, 125)
     return Drawing(figure, {"rows": list(data)}, _in_words(rows))
 
 
 def _in_words(rows: Sequence[Row]) -> str:
-    """Say every row: the entropy set's shares, the controls' means."""
+    """Describe every row: the entropy set's proportions and the controls' means."""
     said = []
     for row in rows:
         of = ", ".join(filter(None, [row.section, *row.label.split("\n")]))
         parts = []
-        for name, part in zip(("CR(CK)", "GTS"), row.shares, strict=True):
+        for name, part in zip(("CR(CK)", "GTS"), row.estimates, strict=True):
             own, mean = part.own, part.controls.mean
             beside = "" if mean is None else f", controls {mean:.1f} % on average"
             parts.append(
@@ -224,7 +267,7 @@ def _in_words(rows: Sequence[Row]) -> str:
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], dict[float, str]]:
-    """Where each row stands, counted from the top, and each section's name."""
+    """Return the height of each row, counted from the top, and each section's height and name."""
     at: list[float] = []
     sections: dict[float, str] = {}
     y, last = 0.0, ""
@@ -237,18 +280,20 @@ def _places(rows: Sequence[Row]) -> tuple[list[float], dict[float, str]]:
     return at, sections
 
 
-def _highest(shares: Sequence[Share]) -> float:
-    """The greatest number that a panel has to hold; 1 % at least."""
+def _highest(estimates: Sequence[Estimate]) -> float:
+    """Return the greatest number that a panel must hold, at least 1 %."""
     found = [1.0]
-    for share in shares:
-        found += [high for high in (share.own.high, share.controls.high) if high is not None]
-        found += [share.matched.high] if share.matched and share.matched.high is not None else []
-        found += [share.printed.value] if share.printed else []
+    for estimate in estimates:
+        found += [high for high in (estimate.own.high, estimate.controls.high) if high is not None]
+        found += (
+            [estimate.matched.high] if estimate.matched and estimate.matched.high is not None else []
+        )
+        found += [estimate.printed.value] if estimate.printed else []
     return max(found)
 
 
 def _ticks(most: float) -> list[float]:
-    """Ticks from 0 that do not run into each other on a square-root scale."""
+    """Choose ticks from 0 up that do not run into each other on a square-root scale."""
     kept: list[float] = []
     for tick in (t for t in TICKS if t <= most):
         if not kept or np.sqrt(tick) - np.sqrt(kept[-1]) >= 0.12 * np.sqrt(most):
@@ -256,11 +301,11 @@ def _ticks(most: float) -> list[float]:
     return kept
 
 
-def _draw_share(axes: Axes, y: float, share: Share) -> None:
+def _draw_estimate(axes: Axes, y: float, estimate: Estimate) -> None:
     """Draw one row of one panel, the entropy set above its controls, and write its count beside it."""
     for summary, colour, mark, place in (
-        (share.controls, GREY, "D", CONTROLS),
-        (share.matched, MATCHED_COLOUR, "s", MATCHED_CONTROLS),
+        (estimate.controls, GREY, "D", CONTROLS),
+        (estimate.matched, MATCHED_COLOUR, "s", MATCHED_CONTROLS),
     ):
         if summary is None or summary.mean is None or summary.low is None or summary.high is None:
             continue
@@ -271,29 +316,29 @@ def _draw_share(axes: Axes, y: float, share: Share) -> None:
         "va": "center",
         "fontsize": 6.5,
     }
-    if share.printed is not None:
-        draw_printed(axes, share.printed.value, y + OWN, share.printed)
-    own = share.own
+    if estimate.printed is not None:
+        draw_printed(axes, estimate.printed.value, y + OWN, estimate.printed)
+    own = estimate.own
     if own.percent is None or own.low is None or own.high is None:
-        axes.text(1.04, y, textwrap.fill(share.empty, 30), color="#444444", **beside)
+        axes.text(1.04, y, textwrap.fill(estimate.empty, 30), color="#444444", **beside)
         return
     axes.plot([own.low, own.high], [y + OWN] * 2, color=RED, linewidth=1.1, marker="|", markersize=4)
     axes.plot(own.percent, y + OWN, "o", color=RED, markersize=4, clip_on=False)
     words = f"{own.percent:.1f} % ({own.count}/{own.total}; {own.low:.1f}–{own.high:.1f})"
     axes.text(1.04, y - 0.2, words, **beside)
-    note = share.note if share.controls.mean is not None else "no controls"
+    note = estimate.note if estimate.controls.mean is not None else "no controls"
     axes.text(1.04, y + 0.2, note, color="#555555", **beside)
 
 
-def _legend(figure: Figure, shares: Sequence[Share]) -> None:
+def _legend(figure: Figure, estimates: Sequence[Estimate]) -> None:
     """Name every kind of mark that is there."""
-    artefacts = [share.printed.defect is not None for share in shares if share.printed]
+    artefacts = [estimate.printed.defect is not None for estimate in estimates if estimate.printed]
     style: dict[str, Any] = {"linewidth": 1.4, "markersize": 4}
     handles = [Line2D([], [], color=RED, marker="o", label="entropy set, exact 95 % interval", **style)]
-    if any(share.controls.mean is not None for share in shares):
+    if any(estimate.controls.mean is not None for estimate in estimates):
         label = "controls: mean, full range"
         handles.append(Line2D([], [], color=GREY, marker="D", label=label, **style))
-    if any(share.matched is not None for share in shares):
+    if any(estimate.matched is not None for estimate in estimates):
         label = "matched controls: mean, full range"
         handles.append(Line2D([], [], color=MATCHED_COLOUR, marker="s", label=label, **style))
     for artefact, mark in PRINTED_MARKS.items():

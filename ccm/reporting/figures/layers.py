@@ -1,4 +1,4 @@
-"""Rho of every layer's neurons against one null space (Methods 5 and 13)."""
+"""Rho of every layer's neurons, all for the null space of the unembedding (Methods 5 and 13)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,24 +9,45 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ccm.experiment.results import RunResults
 from ccm.reporting.figures.canvas import (
     DOUBLE,
     GREY,
     RED,
     SINGLE,
     Drawing,
-    foot,
-    say,
-    scattered,
-    shown,
+    drawable,
+    explain_empty,
+    footnote,
+    jitter,
     styled,
 )
+from ccm.reporting.figures.neurons import threshold_of
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
-FEW_LAYERS = 8  # up to so many fit a column's width
+FEW_LAYERS = 8  # up to so many layers fit into one column
 
 
+def _reads(run: RunResults) -> tuple[Any, ...] | None:
+    if not len(run.rho_by_layer):
+        return None
+    dims, d_model = int(run.identity["null_space_dims"]), len(run.singular_values)
+    own = run.entropy_neurons
+    return run.rho_by_layer, own, run.display_name, dims, d_model, threshold_of(run)
+
+
+@register_figure(
+    per="run",
+    stem="{name}/{name}_rho_by_layer",
+    title="ρ by layer",
+    caption=(
+        "The share of each neuron's output weight that lies in the null space of the unembedding, "
+        "layer by layer. The entropy neurons are red."
+    ),
+    reads=_reads,
+)
 @styled
 def rho_by_layer(
     table: pd.DataFrame,
@@ -42,21 +63,21 @@ def rho_by_layer(
         table: Columns `layer`, `neuron_idx`, `rho` (share of the norm, 0 to 1).
         entropy_neurons: Of the last layer.
         model: Display name.
-        null_space_dims: Directions of the null space.
-        d_model: Of all directions: a random one has rho near sqrt(dims / d_model).
+        null_space_dims: Dimensions of the null space.
+        d_model: All dimensions. A random direction has rho near sqrt(null_space_dims / d_model).
         min_rho: The selection's threshold; None where neurons were named instead.
     """
     last = int(table["layer"].max()) if len(table) else -1
     wide = SINGLE if last < FEW_LAYERS else DOUBLE
     figure = Figure(figsize=(wide, 3.1))
     axes = figure.subplots()
-    figure.suptitle(f"{shown(model)}: ρ of every layer's neurons")
+    figure.suptitle(f"{drawable(model)}: ρ of every layer's neurons")
     chance = float(np.sqrt(null_space_dims / d_model))
     data: dict[str, Any] = {"layers": [], "entropy_neurons": [], "random_direction": chance}
     axes.set_xlabel("layer (number, first is 0)")
     axes.set_ylabel("ρ (share of the norm, 0 to 1)")
     if not np.isfinite(table["rho"].to_numpy(float)).any():
-        say(axes, "No neuron has a ρ.")
+        explain_empty(axes, "No neuron has a ρ.")
         return Drawing(figure, data)
     for layer, rho in table.groupby("layer")["rho"]:
         values = rho.to_numpy(float)
@@ -88,7 +109,7 @@ def rho_by_layer(
     own = own[np.isfinite(own["rho"])]
     data["entropy_neurons"] = own[["neuron_idx", "rho"]].to_dict("records")
     axes.scatter(
-        last + 0.4 * scattered(len(own)),
+        last + 0.4 * jitter(len(own)),
         own["rho"],
         s=13,
         c=RED,
@@ -111,7 +132,7 @@ def rho_by_layer(
     missing = sorted(set(range(last + 1)) - set(at.tolist()))
     if missing:
         small.append(f"Layers without one output matrix: {', '.join(map(str, missing))}.")
-    foot(figure, small, 68 if wide == SINGLE else 140)
+    footnote(figure, small, 68 if wide == SINGLE else 140)
     medians = ", ".join(f"{m:.2f}" if np.isfinite(m) else "none" for m in of[50])
     says = f"Median of layers {at[0]} to {at[-1]}: {medians}; a random direction: {chance:.2f}. "
     return Drawing(figure, data, says + f"The entropy neurons: {extent(own['rho'].to_numpy(float))}.")

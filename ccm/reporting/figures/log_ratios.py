@@ -1,7 +1,7 @@
 """Log-ratios between the CK, PK and ND answers, before and after ablation (Method 9)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,17 +15,18 @@ from ccm.reporting.figures.canvas import (
     COLOURS,
     DOUBLE,
     SINGLE,
-    VALUE_LABELS,
     Drawing,
+    ablation_title,
     draw_density,
+    explain_empty,
     grid_for,
-    say,
-    shown,
     styled,
 )
+from ccm.reporting.figures.registry import register_figure
 
 LINES: dict[Source, str] = {"CK": "-", "ND": "-.", "PK": "--"}
 Values = Float[np.ndarray, "prompt"]
+_Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
 
 
 def ratios_of(cell: pd.DataFrame) -> dict[str, Values]:
@@ -44,7 +45,7 @@ def _formula(over: str, under: str) -> str:
 def _draw_classes(
     axes: Axes, groups: Mapping[Source, np.ndarray], grid: Float[np.ndarray, "point"]
 ) -> dict[str, Any]:
-    """Draw a density for every class; a class that cannot have one is described in words."""
+    """Draw a density for every class; a class without one is described in words."""
     found: dict[str, Any] = {}
     words = []
     for source, values in groups.items():
@@ -71,7 +72,7 @@ def _draw_classes(
             "density": curve,
         }
     if not any(len(v[np.isfinite(v)]) for v in groups.values()):
-        say(axes, "No prompt has a log-ratio that could be drawn.")
+        explain_empty(axes, "No prompt has a log-ratio that could be drawn.")
     elif words:
         axes.text(
             0.02,
@@ -88,7 +89,7 @@ def _draw_classes(
 
 
 def _highest(drawn: Mapping[str, Any]) -> float:
-    """Peak of the densities of one panel; 0 where there is none."""
+    """Return the peak of a panel's densities; 0 if it has none."""
     peaks = [float(d["density"].max()) for d in drawn.values() if d["density"] is not None]
     return max(peaks, default=0.0)
 
@@ -101,7 +102,7 @@ def _set_height(axes: Axes, peak: float) -> None:
 
 
 def _means(*drawn: Mapping[str, Any]) -> str:
-    """Say the mean of every class, in one panel or in several: `CK (n = 3) 0.12 and 0.34; ...`."""
+    """Write the mean of every class in one or several panels: `CK (n = 3) 0.12 and 0.34; ...`."""
     said = []
     for source in SOURCES:
         means = ["none" if d[source]["mean"] is None else f"{d[source]['mean']:.2f}" for d in drawn]
@@ -109,13 +110,36 @@ def _means(*drawn: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
+def _once_per_ratio(draw: _Draw) -> _Draw:
+    """Register a drawing function for each of `RATIOS`."""
+    for over, under in RATIOS:
+        register_figure(
+            per="ablation value",
+            stem=f"{{name}}/{{name}}_{{value}}_ablation_log_{over.lower()}_{under.lower()}",
+            title=f"Log-ratio of {over} to {under}",
+            caption=(
+                f"How much likelier the first token of the {over} answer is than that of the {under} "
+                "answer, before (top) and after the ablation (bottom), by the source before it."
+            ),
+            reads=lambda run, value, ratio=(over, under): (
+                run.plain,
+                run.ablated[value],
+                ratio,
+                run.display_name,
+                value,
+            ),
+        )(draw)
+    return draw
+
+
+@_once_per_ratio
 @styled
 def log_ratio(
     plain: pd.DataFrame, ablated: pd.DataFrame, names: tuple[str, str], model: str, value: str
 ) -> Drawing:
-    """One log-ratio by class, before (top) and after ablation (bottom), the boundary at 0.
+    """One log-ratio by class, before (top) and after ablation (bottom), with a line at 0.
 
-    Classes are those before ablation in both panels: the same prompts, moved or not.
+    In both panels a prompt belongs to its class before ablation.
 
     Args:
         plain: The plain run's cell.
@@ -131,7 +155,7 @@ def log_ratio(
     grid = grid_for(before, after)
     figure = Figure(figsize=(SINGLE, 3.8))
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation")
+    figure.suptitle(ablation_title(model, value))
     data: dict[str, Any] = {"ratio": key, "grid": grid}
     for axes, when, values in zip(panels, ("before", "after"), (before, after), strict=True):
         axes.set_title(f"{when} ablation", loc="left")
@@ -153,6 +177,16 @@ def log_ratio(
     return Drawing(figure, data, said)
 
 
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_ablation_empirical_noises",
+    title="Change of the log-ratios",
+    caption=(
+        "The three log-ratios before the ablation minus after it, by the source before it. At 0 "
+        "nothing has changed."
+    ),
+    reads=lambda run, value: (run.plain, run.ablated[value], run.display_name, value),
+)
 @styled
 def log_ratio_differences(
     plain: pd.DataFrame, ablated: pd.DataFrame, model: str, value: str
@@ -169,7 +203,7 @@ def log_ratio_differences(
     before, after = ratios_of(plain), ratios_of(ablated)
     figure = Figure(figsize=(DOUBLE, 2.5))
     panels = figure.subplots(1, 3)
-    figure.suptitle(f"{shown(model)}, {VALUE_LABELS[value]} ablation: log-ratios, before − after")
+    figure.suptitle(f"{ablation_title(model, value)}: log-ratios, before − after")
     data: dict[str, Any] = {}
     handles: dict[str, Any] = {}
     for axes, (over, under) in zip(panels, RATIOS, strict=True):

@@ -1,4 +1,4 @@
-"""The entropy set against plain and matched controls, and how well those match (Method 13)."""
+"""The entropy set beside plain and matched controls, and how well the latter match (Method 13)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from ccm.experiment.results import RunResults
 from ccm.method.neurons import match_plane
 from ccm.method.scores import conversion_ratio, permutation_p
 from ccm.method.sources import SOURCES
@@ -18,24 +19,41 @@ from ccm.reporting.figures.canvas import (
     GREY,
     MATCHED_COLOUR,
     RED,
-    VALUE_LABELS,
     Drawing,
-    foot,
-    key,
-    say,
-    scattered,
-    shown,
+    ablation_title,
+    explain_empty,
+    footnote,
+    jitter,
+    legend_dot,
     styled,
     titled_legend,
 )
 from ccm.reporting.figures.neurons import MANY_POINTS
-from ccm.reporting.figures.shares import Scores, counts_of
-from ccm.reporting.text import digits, mean_and_most, share
+from ccm.reporting.figures.proportions import Scores, counts_of
+from ccm.reporting.figures.registry import register_figure
+from ccm.reporting.text import digits, mean_and_most, proportion
 
 KINDS = {"controls": "controls", "matched_controls": "matched"}  # keys of scores.json, words for them
 LOOKS = {"controls": (GREY, "o"), "matched_controls": (MATCHED_COLOUR, "D")}
 
 
+def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
+    scores, norm = run.scores["ablations"][value], run.measures["norm"].to_numpy(float)
+    if "matched_controls" not in scores:
+        return None
+    return scores, norm, run.sigma, run.display_name, value
+
+
+@register_figure(
+    per="ablation value",
+    stem="{name}/{name}_{value}_matched_controls",
+    title="Matched controls",
+    caption=(
+        "Part of any contrast is size: beside the plain controls, sets drawn to be like the entropy "
+        "neurons in weight norm and in the spread of their activations. Right: how alike."
+    ),
+    reads=_reads,
+)
 @styled
 def matched_controls(
     scores: Scores,
@@ -44,7 +62,7 @@ def matched_controls(
     model: str,
     value: str,
 ) -> Drawing:
-    """GTS and CR(CK) of the entropy set among both kinds of controls; norm and sigma of the neurons.
+    """GTS and CR(CK) of the entropy set and both kinds of controls; norm and sigma of all neurons.
 
     Args:
         scores: One ablation value's part of scores.json, with `matched_controls`.
@@ -71,7 +89,7 @@ def matched_controls(
         "Every prompt was CK before ablation." if own["gts"]["total"] else "There is no prompt.",
     )
     handles = _plane(right, norm, sigma, data["neurons"])
-    title = f"{shown(model)}, {VALUE_LABELS[value]} ablation: controls of like norm and spread"
+    title = f"{ablation_title(model, value)}: controls of like norm and spread"
     titled_legend(figure, handles, title)
     lines = [
         "Red line: entropy set; band: its exact 95 % interval. Dots: one control set "
@@ -79,8 +97,9 @@ def matched_controls(
         "permutation test, at least 1 / (sets + 1).",
         _match_words(data["neurons"]),
     ]
-    foot(figure, lines, 140)
-    said = [f"Entropy set: GTS {share(own['gts'])}, CR(CK) {share(own['conversion_ratios']['CK'])}"]
+    footnote(figure, lines, 140)
+    gts, to_ck = proportion(own["gts"]), proportion(own["conversion_ratios"]["CK"])
+    said = [f"Entropy set: GTS {gts}, CR(CK) {to_ck}"]
     for kind, word in KINDS.items():
         rank = digits(data["gts"][kind]["quantile"], 1)
         said.append(f"GTS of {word}, mean and greatest: {mean_and_most(scores[kind]['gts'])}; Q {rank}")
@@ -88,7 +107,7 @@ def matched_controls(
 
 
 def _gts(scores: Scores) -> dict[str, Any]:
-    """Every control's GTS with the entropy set's Q and p against each kind."""
+    """Collect the GTS of every control, and the entropy set's Q and p among each kind."""
     ranks = {"controls": scores["entropy"], "matched_controls": scores["matched_controls"]}
     return {
         kind: {
@@ -101,7 +120,7 @@ def _gts(scores: Scores) -> dict[str, Any]:
 
 
 def _to_ck(scores: Scores) -> dict[str, Any]:
-    """The same of CR(CK), whose denominator no ablation changes, so that counts compare as it does."""
+    """Collect the same of CR(CK). No ablation changes its denominator, so p is computed from counts."""
     own = conversion_ratio(counts_of(scores["entropy"]["transition_counts"]), SOURCES[0])
     found = {}
     for kind in KINDS:
@@ -123,7 +142,7 @@ def _strip(
 ) -> None:
     """Draw every control as a dot in its kind's column, the entropy set across both."""
     if own["percent"] is None:
-        say(axes, empty)
+        explain_empty(axes, empty)
         return
     axes.axhspan(own["low"], own["high"], color=RED, alpha=0.13, linewidth=0)
     axes.axhline(own["percent"], color=RED)
@@ -136,7 +155,7 @@ def _strip(
         colour, marker = LOOKS[kind]
         if len(values):
             axes.scatter(
-                x + 0.6 * scattered(len(values)), values, s=7, c=colour, marker=marker, linewidths=0
+                x + 0.6 * jitter(len(values)), values, s=7, c=colour, marker=marker, linewidths=0
             )
             axes.hlines(values.mean(), x - 0.36, x + 0.36, color="#222222", linewidth=1.2)
             q, p = found[kind]["quantile"], found[kind]["permutation_p"]
@@ -154,7 +173,7 @@ def _strip(
 def _neurons(
     scores: Scores, norm: Float[np.ndarray, "d_mlp"], sigma: Float[np.ndarray, "d_mlp"]
 ) -> dict[str, Any]:
-    """Which neurons are which, and how far apart matched ones lie, in standard deviations."""
+    """Collect the neurons of each group, and how far apart matched ones lie (standard deviations)."""
     own = sorted(scores["entropy"]["neurons"])
     sets = [s["neurons"] for s in scores["matched_controls"]["sets"]]
     places, others = match_plane(norm, sigma, own)
@@ -170,7 +189,7 @@ def _neurons(
 
 
 def _means(distances: Sequence[Float[np.ndarray, "pair 2"]]) -> list[float | None]:
-    """Mean distances in log norm and log sigma; None where no pair has any."""
+    """Average distances in log norm and log sigma; None if no pair has a finite one."""
     rows = np.concatenate([np.zeros((0, 2)), *distances])
     rows = rows[np.isfinite(rows).all(1)]
     return [float(v) for v in rows.mean(0)] if len(rows) else [None, None]
@@ -193,7 +212,7 @@ def _plane(
     sigma: Float[np.ndarray, "d_mlp"],
     neurons: Mapping[str, Any],
 ) -> list[Line2D]:
-    """Draw norm against sigma of all neurons; return what the dots of all panels are."""
+    """Draw sigma against norm of all neurons; return legend entries for the dots of all panels."""
     axes.set_xlabel("norm of the output weight\n(weight units)")
     axes.set_ylabel("σ of the activation (no unit)")
     group = np.zeros(len(norm), dtype=int)
@@ -231,8 +250,8 @@ def _plane(
             at = axes.transAxes
             axes.text(0.98, 0.02, words, transform=at, ha="right", va="bottom", fontsize=6.5)
     else:
-        say(axes, "No neuron has a norm and a σ above 0.")
+        explain_empty(axes, "No neuron has a norm and a σ above 0.")
     return [
-        key(colour, marker, f"{word} ({int((group == i).sum()):,})")
+        legend_dot(colour, marker, f"{word} ({int((group == i).sum()):,})")
         for i, (colour, marker, word) in enumerate(looks)
     ]

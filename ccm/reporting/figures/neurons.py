@@ -10,6 +10,7 @@ from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ccm.experiment.results import RunResults
 from ccm.reporting.figures.canvas import (
     FEW,
     GREY,
@@ -17,20 +18,37 @@ from ccm.reporting.figures.canvas import (
     SINGLE,
     Drawing,
     draw_density,
+    drawable,
+    explain_empty,
     grid_for,
-    say,
-    shown,
     styled,
 )
+from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 MANY_POINTS = 2000  # more are drawn as pixels inside the PDF, which stays small
-SMALLEST = 1e-5  # singular values below this share of the largest are rounding
+SMALLEST = 1e-5  # of the largest singular value: what is below is rounding error
 
 
+def threshold_of(run: RunResults) -> float | None:
+    """Return the least rho to be selected; None if the neurons were named by hand instead."""
+    return None if run.identity.get("neurons") is not None else float(run.identity["min_rho"])
+
+
+@register_figure(
+    per="run",
+    stem="{name}/{name}_logitvar_and_rho-nb_neurons_with_low_logitvar={k}",
+    title="LogitVar against ρ",
+    caption=(
+        "Each point is a neuron of the last layer. Entropy neurons (red) write almost only into the "
+        "null space of the unembedding (ρ near 1, right) and move all logits alike (low LogitVar, "
+        "bottom)."
+    ),
+    reads=lambda run: (run.measures, run.display_name, threshold_of(run)),
+)
 @styled
 def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None = None) -> Drawing:
-    """LogitVar against rho, marginal densities at the sides, the entropy set in red (Method 5).
+    """LogitVar against rho with densities at the sides, the entropy set in red (Method 5).
 
     Args:
         measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (share of the
@@ -43,7 +61,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     axes = figure.add_subplot(grid[1, 0])
     top = figure.add_subplot(grid[0, 0], sharex=axes)
     right = figure.add_subplot(grid[1, 1], sharey=axes)
-    figure.suptitle(f"{shown(model)}: last-layer neurons")
+    figure.suptitle(f"{drawable(model)}: last-layer neurons")
     rho, variance = measures["rho"].to_numpy(float), measures["logitvar"].to_numpy(float)
     # A logarithmic axis has no place for zero; a neuron without output weight has no rho.
     drawn = np.isfinite(rho) & np.isfinite(variance) & (variance > 0)
@@ -66,7 +84,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     right.set_xticks([])
     if not drawn.any():
         words = "No neuron has a LogitVar above 0 and a ρ."
-        say(axes, words)
+        explain_empty(axes, words)
         return Drawing(figure, data, words)
     axes.set_yscale("log")
     log_variance = np.log10(variance, where=drawn, out=np.full(len(variance), np.nan))
@@ -98,7 +116,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     log_grid = grid_for(log_variance[drawn])
     data["rho_density"] = {"at": rho_grid, "of": draw_density(top, rho[drawn], rho_grid, GREY, "_")}
     found = draw_density(right, log_variance[drawn], log_grid, GREY, "_", sideways=True)
-    # The panel shares a logarithmic scale, so its densities are drawn over 10**grid.
+    # The panel has the logarithmic scale of its neighbour: densities are drawn over 10**grid.
     right.clear()
     _log_marginal(right, log_grid, found, variance[drawn])
     for value in rho[own]:
@@ -147,6 +165,16 @@ def _log_marginal(
     axes.tick_params(labelleft=False)
 
 
+@register_figure(
+    per="run",
+    stem="{name}/singular_values_and_null_space_nb_dims={null_space_dims}",
+    title="Spectrum of the unembedding",
+    caption=(
+        "Singular values of the unembedding, largest first. What is written into the directions of "
+        "the lowest ones (red, the null space) barely reaches the logits."
+    ),
+    reads=lambda run: (run.singular_values, int(run.identity["null_space_dims"]), run.display_name),
+)
 @styled
 def singular_value_spectrum(
     singular_values: Float[np.ndarray, "d_model"], null_space_dims: int, model: str
@@ -160,7 +188,7 @@ def singular_value_spectrum(
     """
     figure = Figure(figsize=(SINGLE, 2.6))
     axes = figure.subplots()
-    figure.suptitle(f"{shown(model)}: spectrum of the unembedding")
+    figure.suptitle(f"{drawable(model)}: spectrum of the unembedding")
     values = np.asarray(singular_values, dtype=float)
     d_model = len(values)
     index = np.arange(1, d_model + 1)
@@ -176,7 +204,7 @@ def singular_value_spectrum(
     axes.set_ylabel("singular value of $W_U$ (weight units)")
     if not d_model or floor == 0.0:
         words = "No singular value is above 0."
-        say(axes, words)
+        explain_empty(axes, words)
         return Drawing(figure, data, words)
     lowest = float(values[~tiny].min())
     axes.set_yscale("log")
@@ -187,7 +215,7 @@ def singular_value_spectrum(
         axes.scatter(
             index[part & ~tiny], values[part & ~tiny], s=7, c=colour, linewidths=0, label=label
         )
-        # Zero has no place on the axis: a triangle at its foot.
+        # The axis is logarithmic and has no zero: a triangle at its lower end.
         axes.scatter(
             index[part & tiny],
             np.full(int((part & tiny).sum()), lowest / 1.6),
@@ -215,6 +243,16 @@ def singular_value_spectrum(
     return Drawing(figure, data, said)
 
 
+@register_figure(
+    per="run",
+    stem="{name}/{name}_weight_norm_distro-nb_neurons_with_low_logitvar={k}",
+    title="Weight norms",
+    caption=(
+        "Norms of the output weights of the entropy neurons (red) and of all other neurons of the "
+        "last layer: density above, quartiles below."
+    ),
+    reads=lambda run: (run.measures, run.display_name),
+)
 @styled
 def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     """Distribution of output weight norms, entropy neurons against the others, with box plots.
@@ -225,7 +263,7 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     """
     figure = Figure(figsize=(SINGLE, 2.8))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-    figure.suptitle(f"{shown(model)}: output weight norms")
+    figure.suptitle(f"{drawable(model)}: output weight norms")
     chosen = measures["entropy_neuron"].to_numpy(bool)
     norms = measures["norm"].to_numpy(float)
     groups = {"entropy neurons": norms[chosen], "other neurons": norms[~chosen]}

@@ -1,4 +1,7 @@
-"""Effects relation by relation: a mean over all prompts may come from a few relations (Method 3, 8)."""
+"""Effects broken down: relation by relation, and transition by transition (Method 3, 8).
+
+A mean over all prompts may come from a few relations, or from one kind of transition.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from ccm.method.scores import (
     global_transition_score,
     summarise,
 )
-from ccm.method.sources import SOURCES
+from ccm.method.sources import SOURCES, Source
 
 CK = SOURCES.index("CK")
 
@@ -44,9 +47,11 @@ def group_effects(run: RunResults, value: str) -> list[RelationEffect]:
 
 
 def relation_effects(run: RunResults, value: str) -> list[RelationEffect]:
-    """Score every relation apart, group by group, as `group_effects` does."""
+    """Score every relation apart, group by group. Same arguments as `group_effects`."""
     of, groups = run.relation_groups, list(dict.fromkeys(run.relation_groups.values()))
-    names = sorted(of, key=lambda name: groups.index(of[name]))  # stable: the table's order within
+    names = sorted(
+        of, key=lambda name: groups.index(of[name])
+    )  # sorting is stable: within a group the order of the table
     return _effects(run, value, "rel_lemma", names, [of[name] for name in names])
 
 
@@ -56,8 +61,10 @@ def _effects(
     index = {name: i for i, name in enumerate(names)}
     part = np.asarray([index[str(name)] for name in run.prompts[column]], dtype=np.int64)
     before = source_codes(run.plain["source"])
-    (own,) = part_counts(part, before, source_codes(run.ablated[value]["source"])[None], len(names))
-    controls = part_counts(part, before, run.control_sources[value], len(names))
+    (own,) = _transition_counts(
+        part, before, source_codes(run.ablated[value]["source"])[None], len(names)
+    )
+    controls = _transition_counts(part, before, run.control_sources[value], len(names))
     gts, cr_ck = _gts_percent(controls), _cr_ck_percent(controls)
     found = []
     for i, (name, group) in enumerate(zip(names, groups, strict=True)):
@@ -80,16 +87,16 @@ def _summary(own: Ratio, controls: Float[np.ndarray, "set"]) -> ControlSummary:
     return summarise(float("nan") if own.percent is None else own.percent, controls.tolist())
 
 
-def part_counts(
+def _transition_counts(
     part: Int[np.ndarray, "prompt"],
     before: Int8[np.ndarray, "prompt"],
     after: Int8[np.ndarray, "set prompt"],
     parts: int,
 ) -> Int[np.ndarray, "set part from=3 to=3"]:
-    """Count transitions of several sets, part by part of the prompts.
+    """Count the transitions of several sets in each part of the prompts.
 
     Args:
-        part: Which part a prompt belongs to, from 0.
+        part: The part that each prompt belongs to, from 0.
         before: Sources without ablation, as places in `SOURCES`.
         after: Sources under each set.
         parts: How many parts there are.
@@ -112,6 +119,45 @@ def _cr_ck_percent(counts: Int[np.ndarray, "set part 3 3"]) -> Float[np.ndarray,
 def _percent(
     count: Int[np.ndarray, "set part"], total: Int[np.ndarray, "set part"]
 ) -> Float[np.ndarray, "set part"]:
-    share = np.full(count.shape, np.nan)
-    np.divide(100.0 * count, total, out=share, where=total > 0)
-    return share
+    percent = np.full(count.shape, np.nan)
+    np.divide(100.0 * count, total, out=percent, where=total > 0)
+    return percent
+
+
+@dataclass(frozen=True)
+class EntropyChange:
+    """How the entropy changed for the prompts that made one transition."""
+
+    before: Source
+    after: Source
+    values: Float[np.ndarray, "prompt"]  # H before - H after under the entropy set, nats
+    controls: ControlSummary  # of the control sets' means, nats
+    control_sets: int  # how many of them had a prompt that made this transition
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the prompts; None if there are none."""
+        return float(self.values.mean()) if len(self.values) else None
+
+
+def entropy_changes(run: RunResults, value: str) -> list[EntropyChange]:
+    """List the nine transitions of the entropy set, by source before, then after.
+
+    Args:
+        run: A finished run.
+        value: Name of the ablation value.
+    """
+    ablated, controls = run.ablated[value], run.scores["ablations"][value]["controls"]
+    before, after = (cell["source"].to_numpy(object) for cell in (run.plain, ablated))
+    change = (run.plain["entropy"] - ablated["entropy"]).to_numpy(float)
+    return [
+        EntropyChange(
+            before=k,
+            after=k2,
+            values=change[(before == k) & (after == k2)],
+            controls=ControlSummary(**controls["entropy_difference"][k][k2]),
+            control_sets=sum(entry["transition_counts"][k][k2] > 0 for entry in controls["sets"]),
+        )
+        for k in SOURCES
+        for k2 in SOURCES
+    ]

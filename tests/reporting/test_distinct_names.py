@@ -16,13 +16,13 @@ from ccm.errors import BadInput
 from ccm.experiment.folder import MANIFEST, read_json, write_json
 from ccm.experiment.results import RunResults, read_results
 from ccm.reporting import report
+from ccm.reporting.distinct_names import distinct_names
 from ccm.reporting.figures import gallery
 from ccm.reporting.figures.canvas import style
 from ccm.reporting.figures.gallery import FOLDER, Entry, figures_across, figures_of_run, write_figures
 from ccm.reporting.report import HTML, MARKDOWN
 from ccm.reporting.tables import FOLDER as TABLES
 from ccm.reporting.tables import tables_of
-from ccm.reporting.telling_apart import told_apart
 from tests.made_runs import make_run
 from tests.reporting.test_report import Page
 
@@ -47,8 +47,8 @@ def made(
 
 def names_of(tmp_path: Path, *runs: dict[str, Any]) -> list[tuple[str, str]]:
     """The names people read and those of files, of runs in folders 0, 1, 2 ..."""
-    found = told_apart([made(tmp_path / str(i), **given) for i, given in enumerate(runs)])
-    assert told_apart(found) == found, "names are given once"
+    found = distinct_names([made(tmp_path / str(i), **given) for i, given in enumerate(runs)])
+    assert distinct_names(found) == found, "names are given once"
     assert [run.path.name for run in found] == [str(i) for i in range(len(runs))]
     return [(run.display_name, run.name) for run in found]
 
@@ -187,10 +187,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[RunResults]:
 
 
 def test_tables_and_figures_tell_them_apart(pair: list[RunResults]) -> None:
-    runs = told_apart(pair)
+    runs = distinct_names(pair)
     for table in tables_of(runs):
-        assert set(table.shown["model"]) == {"a/final", "b/final"}, table.stem
-        expected = {"a/final", "b/final"} if table.data is table.shown else {"a-final", "b-final"}
+        assert set(table.texts["model"]) == {"a/final", "b/final"}, table.stem
+        expected = {"a/final", "b/final"} if table.data is table.texts else {"a-final", "b-final"}
         assert set(table.data["model"]) == expected, table.stem
     stems = [entry.stem for run in runs for entry in figures_of_run(run)]
     assert len({stem.casefold() for stem in stems}) == len(stems)
@@ -202,12 +202,12 @@ def test_tables_and_figures_tell_them_apart(pair: list[RunResults]) -> None:
     rows = across["entropy_set_and_controls"].data["rows"]
     assert [row["display_name"] for row in rows] == ["a/final", "b/final"]
     for drawing in across.values():
-        assert "a/final" in drawing.says
-        assert "b/final" in drawing.says
+        assert "a/final" in drawing.description
+        assert "b/final" in drawing.description
 
 
 def test_what_the_paper_printed_is_found_under_any_name(tmp_path: Path) -> None:
-    runs = told_apart(
+    runs = distinct_names(
         [made(tmp_path / dtype, "gpt2-small", dtype=dtype) for dtype in ("float32", "bfloat16")]
     )
     across = {entry.stem: entry.draw() for entry in figures_across(runs)}
@@ -255,7 +255,7 @@ def test_figures_of_two_checkpoints(
 
 def test_long_names_stay_in_the_picture(tmp_path: Path) -> None:
     long = "checkpoints-of-the-second-run/step-100000"
-    runs = told_apart(
+    runs = distinct_names(
         [
             made(tmp_path / str(i), "final", f"{long}/final", dtype=dtype)
             for i, dtype in enumerate(("float32", "bfloat16"))

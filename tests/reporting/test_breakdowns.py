@@ -10,8 +10,7 @@ from ccm.errors import BadInput
 from ccm.experiment.results import RunResults, read_results, source_codes
 from ccm.method.scores import conversion_ratio, global_transition_score, summarise, transition_counts
 from ccm.method.sources import SOURCES
-from ccm.reporting.by_relation import group_effects, relation_effects
-from ccm.reporting.by_transition import entropy_changes
+from ccm.reporting.breakdowns import entropy_changes, group_effects, relation_effects
 from tests.made_runs import RELATIONS, make_run
 
 VALUE = "mean_ablation"

@@ -1,4 +1,4 @@
-"""Names that tell runs of one model apart: by what differs, in as few words as that takes."""
+"""Names for runs of one model: each says what sets its run apart, in as few words as possible."""
 
 import re
 from collections import defaultdict
@@ -11,10 +11,10 @@ from ccm.errors import BadInput
 from ccm.experiment.results import RunResults
 from ccm.models.specs import MODELS
 
-LONGEST_VALUE = 40  # characters of what differs, or the run's folder says it better
-LONGEST_NAME = 100  # bytes of a file's name that are the run's
-# How an entry of a run's identity is said, where `seed 7` would not do; the rest follows in its order.
-_SAID: dict[str, Callable[[Any], str]] = {
+LONGEST_VALUE = 40  # characters; a setting that is longer is no name, and the run's folder is used
+LONGEST_NAME = 100  # bytes that a run's name may take in the name of a file
+# How to write a setting in words, best first. Others follow as they are: `seed 7`.
+_IN_WORDS: dict[str, Callable[[Any], str]] = {
     "dtype": str,
     "protocol": str,
     "facts": lambda value: f"facts {value}",
@@ -27,15 +27,15 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "device": str,
     "device_name": str,
 }
-_NOT_SAID = ("model", "versions", "shard")
+_LEFT_OUT = ("model", "versions", "shard")
 
 
-def told_apart(runs: Sequence[RunResults]) -> list[RunResults]:
-    """Give runs names of their own: those people read, and those in file names.
+def distinct_names(runs: Sequence[RunResults]) -> list[RunResults]:
+    """Give each run a name of its own, for people and for file names.
 
-    A run whose model is run but once keeps the model's. Others are told apart by where their weights
-    came from (`a/final` and `b/final`, a revision), then by their settings (`Organism (float32)`), then
-    by their run folders.
+    The only run of a model is named after the model. Several runs of one model are named after what
+    differs: where their weights came from (`a/final` and `b/final`, or a revision), else their
+    settings (`Organism (float32)`), else their run folders.
 
     Args:
         runs: Finished runs.
@@ -44,7 +44,7 @@ def told_apart(runs: Sequence[RunResults]) -> list[RunResults]:
         The same runs in the same order.
 
     Raises:
-        BadInput: two are the same run.
+        BadInput: two of them are the same run.
     """
     groups = defaultdict[str, list[int]](list)
     for i, run in enumerate(runs):
@@ -52,25 +52,27 @@ def told_apart(runs: Sequence[RunResults]) -> list[RunResults]:
     named = list(runs)
     single = [i for group in groups.values() for i in group if len(group) == 1]
     names = {runs[i].name.casefold() for i in single}
-    shown = {runs[i].display_name for i in single}
+    taken = {runs[i].display_name for i in single}
     for group in groups.values():
         if len(group) == 1:
             continue
         labels = _labels([runs[i] for i in group])
         for i, (label, file_label) in zip(group, labels, strict=True):
             named[i] = replace(
-                runs[i], display_name=_unlike(label, shown), name=_unlike(_safe(file_label), names)
+                runs[i],
+                display_name=_numbered_if_taken(label, taken),
+                name=_numbered_if_taken(_safe_in_file_names(file_label), names),
             )
-            shown.add(named[i].display_name)
+            taken.add(named[i].display_name)
             names.add(named[i].name.casefold())
     return named
 
 
 def _labels(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
-    """Say what tells runs of one model apart: for people, and for names of files."""
+    """Name runs of one model: for each, a name for people and one for files."""
     _check_distinct(runs)
     distinctions = _distinctions(runs)
-    chosen = _that_tell(distinctions)
+    chosen = _needed(distinctions)
     labels = [_label(run, i, distinctions[0], chosen) for i, run in enumerate(runs)]
     if len({label for label, _ in labels}) < len(runs):  # a folder may have a known model's name
         chosen.append(distinctions[-1])
@@ -81,7 +83,7 @@ def _labels(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
 def _label(
     run: RunResults, i: int, sources: Sequence[str], chosen: Sequence[Sequence[str]]
 ) -> tuple[str, str]:
-    """Put a run's name together from the texts that are its own, the i-th ones."""
+    """Put the i-th run's name together from the i-th text of each chosen difference."""
     words, base, file = [texts[i] for texts in chosen if texts[i]], run.display_name, run.model
     if run.model not in MODELS and words[:1] == [sources[i]] and PurePath(words[0]).name == run.model:
         base = file = words.pop(0)  # the model has its name from the folder
@@ -89,19 +91,19 @@ def _label(
 
 
 def _distinctions(runs: Sequence[RunResults]) -> list[list[str]]:
-    """What may tell runs apart, the best first: each with a text for every run."""
+    """List what runs may differ in, the best first: one text per run for each."""
     revisions = [_revision(run) for run in runs]
     tails = _tails([_source(run) for run in runs])
     found = [[revision or tail for revision, tail in zip(revisions, tails, strict=True)]]
-    for key in dict.fromkeys([*_SAID, *(key for run in runs for key in run.identity)]):
+    for key in dict.fromkeys([*_IN_WORDS, *(key for run in runs for key in run.identity)]):
         texts = [_setting(key, run.identity.get(key)) for run in runs]
         if all(0 < len(text) <= LONGEST_VALUE for text in texts):
             found.append(texts)
     return [*found, _tails([run.path.resolve() for run in runs])]
 
 
-def _that_tell(distinctions: Iterable[list[str]]) -> list[list[str]]:
-    """Keep those that tell some runs apart which those before do not."""
+def _needed(distinctions: Iterable[list[str]]) -> list[list[str]]:
+    """Keep those differences that set runs apart which look alike by the ones before."""
     chosen, classes = list[list[str]](), 1
     for texts in distinctions:
         finer = len(set(zip(*chosen, texts, strict=True)))
@@ -121,9 +123,9 @@ def _check_distinct(runs: Sequence[RunResults]) -> None:
 
 
 def _source(run: RunResults) -> PurePath:
-    """Where the weights came from: the folder that was loaded, or what was asked for."""
-    said = run.manifest.get("weights", {}).get("source") or run.manifest.get("asked", {}).get("model")
-    return PurePath(str(said or ""))
+    """Return where the weights came from: the folder that was loaded, or what was asked for."""
+    source = run.manifest.get("weights", {}).get("source") or run.manifest.get("asked", {}).get("model")
+    return PurePath(str(source or ""))
 
 
 def _revision(run: RunResults) -> str:
@@ -132,16 +134,16 @@ def _revision(run: RunResults) -> str:
 
 
 def _setting(key: str, value: object) -> str:
-    """Say a setting, if it says anything to people: no hashes, no lists of versions."""
-    if key in _NOT_SAID or key.endswith("sha256") or isinstance(value, dict):
+    """Write a setting in words; nothing for one that tells people nothing, like a hash."""
+    if key in _LEFT_OUT or key.endswith("sha256") or isinstance(value, dict):
         return ""
-    if key in _SAID:
-        return _SAID[key](value)
+    if key in _IN_WORDS:
+        return _IN_WORDS[key](value)
     return f"{key.replace('_', ' ')} {value}"
 
 
 def _tails(paths: Sequence[PurePath]) -> list[str]:
-    """Cut paths to as few last parts as tell those apart that are not the same."""
+    """Shorten paths to their last few parts, as few as keep different paths different."""
     most = max(len(path.parts) for path in paths)
     for n in range(1, most + 1):
         tails = ["/".join(path.parts[-n:]) for path in paths]
@@ -150,14 +152,14 @@ def _tails(paths: Sequence[PurePath]) -> list[str]:
     return [path.as_posix() for path in paths]
 
 
-def _safe(text: str) -> str:
-    """Turn any text into what may begin the name of a file, or name a folder."""
+def _safe_in_file_names(text: str) -> str:
+    """Turn any text into one that can begin the name of a file or name a folder."""
     safe = re.sub(r"[^\w.+=-]+", "-", text).strip("-.")
     return safe.encode()[-LONGEST_NAME:].decode(errors="ignore").strip("-.") or "run"
 
 
-def _unlike(text: str, taken: Iterable[str]) -> str:
-    """Number a name that is taken."""
+def _numbered_if_taken(text: str, taken: Iterable[str]) -> str:
+    """Add a number to a name that another run has already."""
     found, n = text, 1
     while found in taken or found.casefold() in taken:
         n += 1
