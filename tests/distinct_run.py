@@ -168,5 +168,7 @@ def _identity(path: Path, seed: int) -> dict[str, object]:
         "template": "plain",
         "versions": {"python": "3.1.4", "torch": "2.7.1"},
     }
+    named = ("matched_controls", "seed", "device", "dtype", "engine")
+    manifest["asked"] |= {name: manifest["identity"][name] for name in named}
     write_json(path / MANIFEST, manifest)
     return dict(manifest["identity"])

@@ -62,6 +62,8 @@ def make_run(
         "shard": None,
     }
     folder = RunFolder(path, identity)
+    named = ("model", "protocol", "ablation_values", "controls")
+    folder.note(asked={name: identity[name] for name in named})
     others = [i for i in range(d_mlp) if i not in chosen]
     like = [others[-1 - i % len(others)] for i in range(controls if matched is None else matched)]
     sets = {"entropy": chosen, **{f"control_{i:03d}": [i] * k for i in range(controls)}}

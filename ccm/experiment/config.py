@@ -331,11 +331,14 @@ class RunConfig:
 
 def given(config: RunConfig) -> dict[str, Any]:
     """What differs from the defaults, for a manifest: `RunConfig.read(**...)` makes the same of it."""
-    return {
+    differing = {
         f.name: value
         for f in fields(config)
         if not option_of(f).is_default(value := getattr(config, f.name))
     }
+    if config.model_paths:
+        differing["model_paths"] = {name: str(path) for name, path in config.model_paths.items()}
+    return differing
 
 
 def command_line(config: RunConfig) -> list[str]:

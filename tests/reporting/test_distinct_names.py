@@ -129,7 +129,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
     ),
     "a folder of the same name as a model people know": (
         [{"model": "organism"}, {"model": "Organism", "source": "/x/Organism"}],
-        [("Organism (0)", "organism-0"), ("Organism (1)", "Organism-1")],
+        [("Organism (organism)", "organism-organism"), ("Organism", "Organism")],
     ),
     "names that meet another's": (
         [{"source": "a/final"}, {"source": "b/final", "seed": 1}, {"model": "A-FINAL"}],

@@ -391,7 +391,7 @@ def test_the_command_does_the_same_run_again(
 
 def test_defaults_need_not_be_said() -> None:
     assert command_of({"asked": given(RunConfig())}) == (
-        "ccm run --model organism --ablation-value mean_ablation --controls 100 --device cpu --seed 123"
+        "ccm run --model organism --device cpu --ablation-value mean_ablation --controls 100 --seed 123"
     )
 
 
@@ -458,7 +458,7 @@ def test_a_folder_that_cannot_be_written_to(
 def test_a_share_has_no_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["run", "--model", "organism", "--shard", "1/2", "--report", "--out", str(tmp_path / "o")]
     assert main(words) == 2
-    assert "a share of a run has no scores" in capsys.readouterr().err
+    assert "a shard of a run has no scores" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
