@@ -44,8 +44,13 @@ class Plan:
     device: torch.device
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet | None = None) -> Plan:
     """Check a configuration without loading any weights.
+
+    Args:
+        config: What to run.
+        spec: The model's, where it is no checkpoint's: nothing is looked for then.
+        facts: Instead of those that the configuration names.
 
     Raises:
         BadInput: any name, number or file that cannot be used.
@@ -53,7 +58,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     protocol = PROTOCOLS[config.protocol]
     values = tuple(ablation_values(config.ablation_values))
-    spec = check_weights(spec_for(config.model, model_paths(config)))
+    if spec is None:
+        spec = check_weights(spec_for(config.model, model_paths(config)))
     _check_engine(config)
     if config.stats == "released":
         read_released_statistics(spec, finite=protocol.name != "released")
@@ -71,7 +77,7 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         config=config,
         spec=spec,
-        facts=find_facts(config.facts, spec),
+        facts=facts or find_facts(config.facts, spec),
         template=template,
         bos=bos,
         protocol=protocol,
@@ -183,8 +189,13 @@ PACKAGES = (
 )
 
 
-def identity(plan_: Plan) -> dict[str, Any]:
-    """Everything a result depends on: two starts with the same identity give the same bytes."""
+def identity(plan_: Plan, hashes: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """Everything a result depends on: two starts with the same identity give the same bytes.
+
+    Args:
+        plan_: What is run.
+        hashes: Of the model's files, where they are not those of a checkpoint.
+    """
     config = plan_.config
     facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
     options = {f.name: getattr(config, f.name) for f in fields(config) if option_of(f).result}
@@ -196,7 +207,7 @@ def identity(plan_: Plan) -> dict[str, Any]:
     released = config.stats == "released"
     return {
         "model": plan_.spec.name,
-        **file_hashes(plan_.spec),
+        **(file_hashes(plan_.spec) if hashes is None else hashes),
         "facts": plan_.facts.name,
         "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
         "statistics_sha256": released_statistics_hash(plan_.spec) if released else None,
