@@ -11,12 +11,11 @@ from ccm.errors import BadInput
 from ccm.experiment.clock import Clock
 from ccm.experiment.folder import (
     FILES,
-    MANIFEST,
     PROMPT_EFFECTS,
     RunFolder,
     ShardStore,
     check_folder,
-    read_json,
+    read_manifest,
     write_atomically,
 )
 from ccm.experiment.locking import locked, refuse_if_locked
@@ -107,15 +106,13 @@ def _files(manifest: dict[str, Any]) -> list[str]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a finished share."""
-    if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder}: no run folder (no {MANIFEST}). Give folders of `ccm run --shard`.")
-    manifest = read_json(folder / MANIFEST)
-    shard = manifest.get("identity", {}).get("shard") if isinstance(manifest, dict) else None
+    manifest = read_manifest(folder, "Give folders of `ccm run --shard`.")
+    shard = manifest["identity"].get("shard")
     if shard is None:
         raise BadInput(f"{folder}: no share of a run. Give folders of `ccm run --shard i/n`.")
-    if not manifest.get("complete"):
+    if not manifest["complete"]:
         raise BadInput(f"{folder}: shard {shard} is not finished. Run its command again.")
-    return dict(manifest)
+    return manifest
 
 
 def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:

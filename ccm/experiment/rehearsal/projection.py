@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ccm.errors import BadInput
+from ccm.errors import BadInput, listed
 from ccm.experiment.clock import Per
 
 PUBLISHED_FACTS = 4688  # rows of the released ParaRel statements (Method 3)
@@ -193,6 +193,7 @@ def rehearsal_table(r: Rehearsal) -> str:
         of = "the model" if s.per == "run" else f"{s.items} {s.per}s"
         projected = duration(r.published.stages[s.name]) if s.in_run else "-"
         lines.append(_row(s.name, of, duration(s.seconds), _size(s.peak_bytes), projected))
+    still = [s.name for s in r.stages if s.in_run and s.few_items and not s.per_item]
     measured = sum(s.seconds for s in r.stages if s.in_run)
     lines.append(_row("a whole run", "", duration(measured), "", duration(r.published.total)))
     lines += [
@@ -201,9 +202,14 @@ def rehearsal_table(r: Rehearsal) -> str:
         f"projected: {r.published.facts:,} facts and {r.published.prompts:,} prompts, the published "
         "numbers, on this machine.",
         "What is done once counts once; all else follows, stage by stage, the straight line through",
-        f"two runs, of {r.few_prompts} and of {r.prompts} prompts. Reading real weights replaces building",
-        "them. Random weights decode all 10 tokens of every set; real ones may branch more or less, and",
-        "end earlier.",
+        f"two runs, of {r.few_prompts} and of {r.prompts} prompts. Reading real weights replaces",
+        "building them. Random weights decode all 10 tokens of every set; real ones may branch more or",
+        "less, and end earlier.",
+        *(
+            [f"too few prompts, or a busy machine: no growth was seen of {listed(still)}"]
+            if still
+            else []
+        ),
         "",
     ]
     for name, work in r.work.items():
