@@ -43,7 +43,6 @@ def make_run(
     relations: Sequence[tuple[str, str]] = RELATIONS,
     seed: int = 0,
     matched: int | None = None,  # sets of matched controls; None: as many as controls
-    beyond: bool = True,  # False: a run from before rho by layer and effects were kept
     layers: int = 3,
 ) -> RunFolder:
     """Write a run folder with everything figures and tables read."""
@@ -132,8 +131,7 @@ def make_run(
     groups = {**dict(relations), "is-subclass": "hierarchy"}  # of the last no prompt is left
     facts = {"facts": 20, "recalled": 15, "relation_groups": groups}
     folder.note(sets=sets, entropy_neurons=chosen, facts=facts)
-    if beyond:
-        _add_beyond(folder, random, rho, layers, prompts)
+    _add_beyond(folder, random, rho, layers, prompts)
     write_scores(folder, protocol == "released")
     folder.note(complete=True)
     return folder

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from ccm.experiment import run as story
 from ccm.experiment.config import RunConfig
 from ccm.experiment.effects import SAMPLED
 from ccm.experiment.folder import RunFolder, read_json, write_json
+from ccm.experiment.plan import Plan
 from ccm.experiment.rehearsal import rehearse as rehearsal
 from ccm.experiment.rehearsal.profiler import Profiler
 from ccm.experiment.rehearsal.projection import (
@@ -44,6 +45,7 @@ from ccm.method.prompts import probing_text, same_name
 from ccm.models import memory
 from ccm.models import random as stand_in
 from ccm.models.load import assemble, load
+from ccm.models.model import LoadedModel
 from ccm.models.random import (
     ARCHITECTURES,
     Architecture,
@@ -365,8 +367,8 @@ def test_every_fact_is_asked_and_its_answer_given(
 ) -> None:
     chosen = choose_facts(facts, 12)
     asked: list[tuple[str, int, dict[str, Any]]] = []
-    nonsense = np.full((4, 1), -1.0)
-    first = FirstToken(nonsense[:, 0], nonsense, nonsense, nonsense, nonsense)
+    nonsense, none = np.full((4, 1), -1.0), np.full((4, 2), 0)
+    first = FirstToken(nonsense[:, 0], none[:, :1], nonsense, none, np.tile(nonsense, 2))
     said = Completions(((1,),) * 4, ("?",) * 4, first)
 
     def ask(folder: Any, plan_: Any, stage: str) -> Callable[..., Completions]:
@@ -377,9 +379,8 @@ def test_every_fact_is_asked_and_its_answer_given(
         return decode
 
     monkeypatch.setattr(rehearsal, "stage_decoder", ask)
-    plan_: Any = SimpleNamespace(facts=chosen)
-    model: Any = SimpleNamespace(first_token=len)
-    folder: Any = None
+    folder, plan_, model = (Mock(spec=kind) for kind in (RunFolder, Plan, LoadedModel))
+    plan_.facts, model.first_token = chosen, len
     answers = knowing_decoder(folder, plan_, "answers")(model, [[1]] * 4, a=1)
     assert [text.strip(" .") for text in answers.texts] == [f.object for f in chosen.facts]
     assert answers.first.top_tokens[:, 0].tolist() == [len(f.object) for f in chosen.facts]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from ccm.errors import BadInput, listed
@@ -205,18 +206,15 @@ def rehearsal_table(r: Rehearsal) -> str:
         f"two runs, of {r.few_prompts} and of {r.prompts} prompts. Reading real weights replaces",
         "building them. Random weights decode all 10 tokens of every set; real ones may branch more or",
         "less, and end earlier.",
-        *(
-            [f"too few prompts, or a busy machine: no growth was seen of {listed(still)}"]
-            if still
-            else []
-        ),
-        "",
     ]
+    if still:
+        lines += wrap(f"too few prompts, or a busy machine: no growth was seen of {listed(still)}", 96)
+    lines.append("")
     for name, work in r.work.items():
         counts = ", ".join(
             f"{work[k]:,} {k.replace('_', ' ')}"
             for k in ("forward_tokens", "nodes", "certified", "shortlisted", "full_rows", "refereed")
         )
         lines.append(f"work of {name}: {counts}")
-    lines.append(", ".join(f"{name} {number}" for name, number in r.versions.items()))
+    lines += wrap(", ".join(f"{name} {number}" for name, number in r.versions.items()), 96)
     return "\n".join(lines)

@@ -130,14 +130,11 @@ def knowing_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[...,
     ask = stage_decoder(folder, plan_, stage)
 
     def answer(model: LoadedModel, tokens: Sequence[Tokens], **options: Any) -> Completions:
-        said = ask(model, tokens, **options)
-        objects = [fact.object for fact in plan_.facts.facts]
-        first = np.asarray([[model.first_token(name)] for name in objects])
-        return replace(
-            said,
-            texts=tuple(f" {name}." for name in objects),
-            first=replace(said.first, top_tokens=first),
-        )
+        said, objects = ask(model, tokens, **options), [fact.object for fact in plan_.facts.facts]
+        top = said.first.top_tokens.copy()
+        top[:, 0] = [model.first_token(name) for name in objects]
+        texts = tuple(f" {name}." for name in objects)
+        return replace(said, texts=texts, first=replace(said.first, top_tokens=top))
 
     return answer if stage == "answers" else ask
 
@@ -174,7 +171,7 @@ def rehearse(
     run, facts = config.run, facts or rehearsal_facts()
     hf_config = (architecture or architecture_of(run.model)).config()
     few_prompts = max(N_COUNTER_OBJECTS, config.prompts // 4)
-    few_plan, plan_ = (_plan(run, hf_config, facts, n) for n in (few_prompts, config.prompts))
+    plan_, few_plan = (_plan(run, hf_config, facts, n) for n in (config.prompts, few_prompts))
     _check(config, hf_config)
     dtype, parameters = dtype_for(run.dtype), n_parameters(hf_config)
     check_memory(run.model, needed_bytes(plan_.spec, parameters, dtype), plan_.device, dtype)
