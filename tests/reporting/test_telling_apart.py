@@ -40,7 +40,7 @@ def made(
     make_run(path, model=model, prompts=6, controls=1, moved=1.0)
     manifest = read_json(path / MANIFEST)
     manifest["identity"] |= identity
-    manifest["weights"] = {"source": source, "revision": revision}
+    manifest["weights"] = {"source": source or "", "revision": revision}
     write_json(path / MANIFEST, manifest)
     return read_results(path)
 
