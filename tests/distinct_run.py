@@ -19,7 +19,7 @@ from ccm.experiment.folder import (
 )
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import ActivationStatistics
-from tests.made_runs import make_run
+from tests.made_runs import NO_OBJECTS, make_run
 
 NAMES = ("gpt2-small", "made")  # one whose printed values are drawn, one without any
 VALUES = {
@@ -115,6 +115,7 @@ def _make(path: Path, name: str, seed: int) -> None:
     _statistics(path, random, len(measures))
     groups = {r: group for r, (group, _) in RELATIONS.items()} | {"is-subclass": "hierarchy"}
     facts = {"facts": 523 + seed, "recalled": 389 + seed, "relation_groups": groups}
+    facts["objects_with_splitter"] = NO_OBJECTS
     more = {
         "timings_s": {"load": 3.25, "decode": 47.5 + seed, "score": 1.125},
         "work": {"prompts": 411, "forward_tokens": 5123, "nodes": 1789, "peak_bytes": 0},
@@ -168,7 +169,6 @@ def _identity(path: Path, seed: int) -> dict[str, object]:
         "template": "plain",
         "versions": {"python": "3.1.4", "torch": "2.7.1"},
     }
-    named = ("matched_controls", "seed", "device", "dtype", "engine")
-    manifest["asked"] |= {name: manifest["identity"][name] for name in named}
+    manifest["asked"] |= {"seed": 123 + seed, "matched_controls": MATCHED}
     write_json(path / MANIFEST, manifest)
     return dict(manifest["identity"])

@@ -23,6 +23,7 @@ from ccm.method.ablation import MATCHED, ActivationStatistics, numbered
 from ccm.method.sources import SOURCES
 
 RELATIONS = (("capital-of", "places"), ("born-in", "places"), ("play-the", "music"))  # name, group
+NO_OBJECTS = {"count": 0, "of": 20, "names": [], "prompts": 0, "counter_begins": 0, "pairs": []}
 
 
 def make_run(
@@ -43,17 +44,29 @@ def make_run(
     relations: Sequence[tuple[str, str]] = RELATIONS,
     seed: int = 0,
     matched: int | None = None,  # sets of matched controls; None: as many as controls
-    beyond: bool = True,  # False: a run from before rho by layer and effects were kept
     layers: int = 3,
 ) -> RunFolder:
     """Write a run folder with everything figures and tables read."""
     random = np.random.default_rng(seed)
     chosen = sorted(int(i) for i in random.choice(d_mlp, k, replace=False))
-    identity = {
+    of_both = controls if matched is None else matched
+    asked_for = {
         "model": model,
         "protocol": protocol,
         "ablation_values": list(values),
         "controls": controls,
+        "matched_controls": of_both,
+    }
+    identity = {
+        **asked_for,
+        "weights_sha256": "0" * 64,
+        "facts": "made",
+        "seed": 123,
+        "device": "cpu",
+        "device_name": "a machine",
+        "dtype": "float32",
+        "engine": "shared",
+        "versions": {"python": "3.1.4"},
         "null_space_dims": 2,
         "k": k,
         "min_rho": 0.5,
@@ -62,10 +75,8 @@ def make_run(
         "shard": None,
     }
     folder = RunFolder(path, identity)
-    named = ("model", "protocol", "ablation_values", "controls")
-    folder.note(asked={name: identity[name] for name in named})
     others = [i for i in range(d_mlp) if i not in chosen]
-    like = [others[-1 - i % len(others)] for i in range(controls if matched is None else matched)]
+    like = [others[-1 - i % len(others)] for i in range(of_both)]
     sets = {"entropy": chosen, **{f"control_{i:03d}": [i] * k for i in range(controls)}}
     sets |= numbered(MATCHED, [[i] * k for i in like])
     source = np.asarray([before[i % len(before)] for i in range(prompts)], dtype=object)
@@ -132,10 +143,17 @@ def make_run(
         ),
     )
     groups = {**dict(relations), "is-subclass": "hierarchy"}  # of the last no prompt is left
-    facts = {"facts": 20, "recalled": 15, "relation_groups": groups}
-    folder.note(sets=sets, entropy_neurons=chosen, facts=facts)
-    if beyond:
-        _add_beyond(folder, random, rho, layers, prompts)
+    facts = {
+        "facts": 20,
+        "recalled": 15,
+        "relation_groups": groups,
+        "objects_with_splitter": NO_OBJECTS,
+    }
+    folder.note(
+        **{"sets": sets, "entropy_neurons": chosen, "facts": facts, "nested_objects": NO_OBJECTS},
+        **{"asked": asked_for, "weights": {"source": "", "revision": None}, "work": {}},
+    )
+    _add_beyond(folder, random, rho, layers, prompts)
     write_scores(folder, protocol == "released")
     folder.note(complete=True)
     return folder

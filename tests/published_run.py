@@ -99,7 +99,11 @@ def published_run(path: Path, model: str = "gpt2-small", **identity: Any) -> Pat
         "versions": {"torch": "2.13"},
         **identity,
     }
-    manifest |= {"prompts": 7, "prompts_sha256": "2" * 64, "weights": {"revision": "abc123"}}
+    manifest |= {
+        "prompts": 7,
+        "prompts_sha256": "2" * 64,
+        "weights": {"source": "", "revision": "abc123"},
+    }
     write_json(folder.path / MANIFEST, manifest)
     write_json(folder.path / SCORES, scores_of(found(model)))
     return path

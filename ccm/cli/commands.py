@@ -307,30 +307,16 @@ def ablate(options: argparse.Namespace) -> None:
 
 def rehearse(options: argparse.Namespace) -> None:
     """Rehearse a published model's run with random weights."""
-    from ccm.method.ablation_values import ablation_values
-
     out = None if options.out is None else new_file(options.out)
-    values = tuple(value.strip() for value in options.ablation_value.split(","))
-    ablation_values(values)
+    run = RunConfig.read(**given_options(options))
 
     from ccm.experiment.folder import write_json
     from ccm.experiment.rehearsal.projection import rehearsal_table
-    from ccm.experiment.rehearsal.rehearse import rehearse
-    from ccm.experiment.rehearsal.stages import RehearsalConfig
+    from ccm.experiment.rehearsal.rehearse import RehearsalConfig, rehearse
 
     _limit_threads()
-    config = RehearsalConfig(
-        model=options.model,
-        prompts=options.prompts,
-        controls=options.controls,
-        ablation_value=values,
-        device=options.device,
-        dtype=options.dtype,
-        tokenizer=options.tokenizer,
-        seed=options.seed,
-        hooked=options.hooked,
-    )
-    found = rehearse(config, keep=options.keep)
+    own = {name: getattr(options, name) for name in ("prompts", "tokenizer", "hooked", "keep")}
+    found = rehearse(RehearsalConfig(run, **own))
     if out is not None:
         write_json(out, found)
     print(rehearsal_table(found))

@@ -1,25 +1,37 @@
 """Options of the commands: those of a run are derived from `RunConfig`, the rest stands here."""
 
 import argparse
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ccm.experiment import config
 from ccm.experiment.config import Option, option_of
-from ccm.method.ablation_values import ALL
 
 PROGRAM = "ccm"
 
 
-def add_options(command: argparse.ArgumentParser, *names: str) -> None:
+def add_options(
+    command: argparse.ArgumentParser,
+    *names: str,
+    changed: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Add options of a run by their names in `RunConfig`, or all of them.
 
     What is not given is not in the namespace, so that every default stands in one place.
+
+    Args:
+        command: What gets them.
+        names: Their names.
+        changed: What the command has another way, of each option: its `default`, what is `told` of it.
     """
     known = {f.name: option_of(f) for f in fields(config.RunConfig)}
     for name in names or known:
-        _add(command, name, known[name])
+        own = (changed or {}).get(name, {})
+        _add(command, name, replace(known[name], **own))
+        if "default" in own:
+            command.set_defaults(**{name: own["default"]})
     command.set_defaults(run_options=names or tuple(known))
 
 
@@ -42,22 +54,23 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def rehearse_options(command: argparse.ArgumentParser) -> None:
     """What to rehearse, and on what."""
-    command.add_argument("--model", required=True, help="one of the five published models")
-    command.add_argument("--prompts", type=int, default=256, help="probing prompts (default: 256)")
-    command.add_argument("--controls", type=int, default=100, help="random sets (default: 100)")
-    command.add_argument(
-        "--ablation-value", default=ALL, help="as for `ccm run` (default: all, in one decode)"
+    add_options(
+        command,
+        *("model", "ablation_values", "controls", "matched_controls", "seed"),
+        *("device", "dtype", "memory_budget"),
+        changed={
+            "model": {"told": "one of the five published models"},
+            "ablation_values": {"default": ("all",)},
+            "seed": {"told": "of weights and controls"},
+            "device": {"default": "auto"},
+        },
     )
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: auto)")
-    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    command.add_argument("--prompts", type=int, default=256, help="probing prompts (default: 256)")
     command.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
         help="with tokenizer.json (default: a stand-in whose prompts are about as long)",
-    )
-    command.add_argument(
-        "--seed", type=int, default=123, help="of weights, prompts and controls (default: 123)"
     )
     command.add_argument(
         "--hooked", action="store_true", help="time a plain pass with TransformerLens hooks, too"

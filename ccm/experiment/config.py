@@ -19,7 +19,7 @@ from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import DTYPES
 
 STATISTICS_FROM = ("own", "released")
-PUBLISHED = "published"  # instead of neurons: those that the paper's authors picked
+PUBLISHED_NEURONS = "published"  # instead of neurons: those that the paper's authors picked
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def neuron_numbers(text: str) -> tuple[int, ...]:
 
 def neurons_or_published(text: str) -> tuple[int, ...] | str:
     """Read `1,2,3`, or leave `published` as it is."""
-    return text if text == PUBLISHED else neuron_numbers(text)
+    return text if text == PUBLISHED_NEURONS else neuron_numbers(text)
 
 
 def model_folders(entries: str | Iterable[str] | Mapping[str, str | Path]) -> dict[str, Path]:
@@ -305,9 +305,9 @@ class RunConfig:
         if self.k is not None and self.neurons is not None:
             raise BadInput(f"-k {self.k}: --neurons says how many there are. Drop one of the two.")
         values = self.ablation_values
-        ablation_values(values)
         if len(values) > 1 and ALL in values:
             raise BadInput(f"--ablation-value {_joined(values)!r}: all are more than these. Drop one.")
+        ablation_values(values)
         if self.shard is not None:
             i, n = self.shard
             if not 1 <= i <= n:

@@ -22,6 +22,7 @@ from ccm.experiment.writing import write_atomically as write_atomically
 from ccm.experiment.writing import write_formats as write_formats
 from ccm.method.ablation import STATISTICS, ActivationStatistics
 
+FORMAT = 1  # of run folders; a folder of another is not read
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.parquet"
 MEASURES = "measures.parquet"
@@ -157,6 +158,31 @@ def check_folder(path: Path) -> None:
         raise BadInput(f"{path}: not empty and holds no run. Nothing was written; give another --out.")
 
 
+def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
+    """Read what a run folder says of itself.
+
+    Args:
+        folder: The folder.
+        way_out: What to do where it holds no run, for the message.
+
+    Raises:
+        BadInput: no manifest there, not a run's, or one of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BadInput(f"{folder}: no run folder (no {MANIFEST}). {way_out}")
+    manifest = read_json(path)
+    parts = [manifest.get(p) for p in ("identity", "timings_s")] if isinstance(manifest, dict) else []
+    if not (parts and all(isinstance(part, dict) for part in parts)):
+        raise BadInput(f"{path}: not a run's manifest. {way_out}")
+    if manifest.get("format") != FORMAT:
+        raise BadInput(
+            f"{folder}: a run folder of format {manifest.get('format', 'none')}, and this version of "
+            f"ccm reads format {FORMAT}. Run again in a new folder."
+        )
+    return dict(manifest)
+
+
 def _names(path: Path) -> set[str]:
     """What a folder holds besides a lock and what was being written when its process was killed."""
     return {p.name for p in path.iterdir() if p.suffix != PARTIAL and not p.name.startswith(LOCK)}
@@ -211,17 +237,14 @@ class RunFolder:
         """Return the manifest that is there, or write a new one."""
         path = self.path
         check_folder(path)
-        fresh = {"identity": identity, "timings_s": {}, "done": [], "complete": False}
+        fresh = {"format": FORMAT, "identity": identity, "timings_s": {}, "done": [], "complete": False}
         if os.path.isfile(path / MANIFEST):
-            held = read_json(path / MANIFEST)
-            parts = [held.get(p) for p in ("identity", "timings_s")] if isinstance(held, dict) else []
-            if not (parts and all(isinstance(p, dict) for p in parts)):
-                raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give another --out.")
+            held = read_manifest(path, "Give another --out.")
             if _names(path) == {MANIFEST} and held["identity"] != identity:  # nothing to lose
                 held = fresh
             self._check_same(identity, held["identity"])
-            if held.get("complete"):  # it may be where nobody can write
-                return dict(held)
+            if held["complete"]:  # it may be where nobody can write
+                return held
         else:
             held = fresh
         # A folder that cannot be written to is found out before the work: all that is done to files
@@ -232,7 +255,7 @@ class RunFolder:
         trial.rmdir()
         for _ in range(2):
             write_json(path / MANIFEST, held)
-        return dict(held)
+        return held
 
     def _check_same(self, identity: dict[str, Any], held: dict[str, Any]) -> None:
         for key in sorted(identity.keys() | held.keys()):
@@ -260,9 +283,8 @@ class RunFolder:
         """Add to the time a stage has taken over all starts of this run: it is done."""
         timings = self.manifest["timings_s"]
         timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
-        done = self.manifest.setdefault("done", [])
-        if stage not in done:
-            done.append(stage)
+        if stage not in self.manifest["done"]:
+            self.manifest["done"].append(stage)
         self.save_manifest()
 
     def has(self, name: str) -> bool:

@@ -8,21 +8,18 @@ from typing import Any
 
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
+from ccm.experiment.clock import Clock
 from ccm.experiment.folder import (
     FILES,
-    MANIFEST,
     PROMPT_EFFECTS,
-    PROMPTS,
     RunFolder,
     ShardStore,
     check_folder,
-    read_json,
-    read_table,
+    read_manifest,
     write_atomically,
 )
 from ccm.experiment.locking import locked, refuse_if_locked
-from ccm.experiment.probing import table_prompts
-from ccm.experiment.run import Clock, finish, read_scores
+from ccm.experiment.run import finish, read_scores
 from ccm.method.protocol import PROTOCOLS
 
 # What every share was told or made for itself, and must have made alike.
@@ -64,13 +61,10 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     check_folder(out)
     with locked(out):
         merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
-        clock = Clock(merged)
         if merged.missing():
             merged.note(complete=False)
             _join(folders, manifests, stores, merged)
-        if not merged.manifest["complete"]:
-            clock("scores")
-            merged.note(complete=True)
+        finish(merged, PROTOCOLS[merged.manifest["identity"]["protocol"]], Clock(merged))
         return read_scores(merged)
 
 
@@ -80,7 +74,7 @@ def _join(
     stores: Sequence[ShardStore],
     merged: RunFolder,
 ) -> None:
-    """Copy what all shares have alike and gather what each decoded, then go on as a run does."""
+    """Copy what all shares have alike and gather what each decoded."""
     for name in _files(manifests[0]):
         write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
     work, timings = Work(), dict[str, float]()
@@ -103,8 +97,6 @@ def _join(
     for source in stores:
         for shard in source.read():
             store.write(shard)
-    protocol = PROTOCOLS[merged.manifest["identity"]["protocol"]]
-    finish(merged, protocol, table_prompts(read_table(merged.path / PROMPTS)))
 
 
 def _files(manifest: dict[str, Any]) -> list[str]:
@@ -114,15 +106,13 @@ def _files(manifest: dict[str, Any]) -> list[str]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a finished share."""
-    if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder}: no run folder (no {MANIFEST}). Give folders of `ccm run --shard`.")
-    manifest = read_json(folder / MANIFEST)
-    shard = manifest.get("identity", {}).get("shard") if isinstance(manifest, dict) else None
+    manifest = read_manifest(folder, "Give folders of `ccm run --shard`.")
+    shard = manifest["identity"].get("shard")
     if shard is None:
         raise BadInput(f"{folder}: no share of a run. Give folders of `ccm run --shard i/n`.")
-    if not manifest.get("complete"):
+    if not manifest["complete"]:
         raise BadInput(f"{folder}: shard {shard} is not finished. Run its command again.")
-    return dict(manifest)
+    return manifest
 
 
 def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:

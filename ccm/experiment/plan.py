@@ -13,7 +13,7 @@ import torch
 
 from ccm.decoding.engines import ENGINES
 from ccm.errors import BadInput, allowed, one_of
-from ccm.experiment.config import PUBLISHED, RunConfig, option_of
+from ccm.experiment.config import PUBLISHED_NEURONS, RunConfig, option_of
 from ccm.experiment.fact_files import load_pararel, read_fact_folder
 from ccm.experiment.folder import to_json
 from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
@@ -47,8 +47,13 @@ class Plan:
     device: torch.device
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet | None = None) -> Plan:
     """Check a configuration without loading any weights.
+
+    Args:
+        config: What to run.
+        spec: The model's, where it is no checkpoint's: nothing is looked for then.
+        facts: Instead of those that the configuration names.
 
     Raises:
         BadInput: any name, number or file that cannot be used.
@@ -56,7 +61,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     protocol = PROTOCOLS[config.protocol]
     values = tuple(ablation_values(config.ablation_values))
-    spec = check_weights(spec_for(config.model, model_paths(config)))
+    if spec is None:
+        spec = check_weights(spec_for(config.model, model_paths(config)))
     _check_engine(config)
     if config.stats == "released":
         read_released_statistics(spec, finite=protocol.name != "released")
@@ -74,7 +80,7 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         config=config,
         spec=spec,
-        facts=find_facts(config.facts, spec),
+        facts=facts or find_facts(config.facts, spec),
         template=template,
         bos=bos,
         protocol=protocol,
@@ -127,7 +133,7 @@ def _neurons(config: RunConfig, spec: ModelSpec) -> tuple[int, ...] | None:
     """The fixed entropy set, if one is asked for."""
     if config.neurons is None:
         return None
-    if config.neurons == PUBLISHED:
+    if config.neurons == PUBLISHED_NEURONS:
         if not spec.published_neurons:
             raise BadInput(f"--neurons published: none are published for {spec.name}. Give 1,2,3.")
         return spec.published_neurons
@@ -186,8 +192,13 @@ PACKAGES = (
 )
 
 
-def identity(plan_: Plan) -> dict[str, Any]:
-    """Everything a result depends on: two starts with the same identity give the same bytes."""
+def identity(plan_: Plan, hashes: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """Everything a result depends on: two starts with the same identity give the same bytes.
+
+    Args:
+        plan_: What is run.
+        hashes: Of the model's files, where they are not those of a checkpoint.
+    """
     config = plan_.config
     facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]
     options = {f.name: getattr(config, f.name) for f in fields(config) if option_of(f).result}
@@ -199,7 +210,7 @@ def identity(plan_: Plan) -> dict[str, Any]:
     released = config.stats == "released"
     return {
         "model": plan_.spec.name,
-        **file_hashes(plan_.spec),
+        **(file_hashes(plan_.spec) if hashes is None else hashes),
         "facts": plan_.facts.name,
         "facts_sha256": hashlib.sha256(to_json(facts).encode()).hexdigest(),
         "statistics_sha256": released_statistics_hash(plan_.spec) if released else None,

@@ -15,7 +15,6 @@ from ccm.errors import BadInput
 from ccm.experiment.effects import EFFECTS
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
-    MANIFEST,
     MEASURES,
     PROMPT_EFFECTS,
     PROMPTS,
@@ -24,6 +23,7 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
     SINGULAR_VALUES,
     read_json,
+    read_manifest,
     read_statistics,
     read_table,
 )
@@ -67,7 +67,6 @@ class RunResults:
     plain: pd.DataFrame  # the plain run's cell
     ablated: Mapping[str, pd.DataFrame]  # the entropy set's cell by ablation value
     manifest: Mapping[str, Any]  # manifest.json: what else is known of the run
-    # Of runs that were made without them (Method 13), empty.
     rho_by_layer: pd.DataFrame  # a row per neuron of every layer
     effects: Mapping[str, pd.DataFrame]  # by ablation value, a row per probing prompt
     set_effects: pd.DataFrame  # a row per ablation value and set
@@ -91,10 +90,8 @@ class RunResults:
 
     @cached_property
     def relation_groups(self) -> dict[str, str]:
-        """Group of every relation, those without a prompt too where the run noted them."""
-        columns = (self.prompts[name].astype(str) for name in ("rel_lemma", "relation_group_id"))
-        noted = self.manifest.get("facts", {}).get("relation_groups", {})
-        return {**noted, **dict(zip(*columns, strict=True))}
+        """Group of every relation, those without a prompt too."""
+        return dict(self.manifest["facts"]["relation_groups"])
 
     @cached_property
     def control_sources(self) -> dict[str, Int8[np.ndarray, "control prompt"]]:
@@ -125,21 +122,17 @@ def read_results(path: Path) -> RunResults:
 
     Raises:
         BadInput: no folder, no run, a share of a run, a run that is not finished, or a file of it
-            that is missing or damaged.
+            that is missing or damaged, or a folder of another format.
     """
     if not path.is_dir():
         raise BadInput(f"{path}: no such folder. Give a run folder of `ccm run`.")
-    if not (path / MANIFEST).is_file():
-        raise BadInput(f"{path}: no run folder (no {MANIFEST}). Give a run folder of `ccm run`.")
-    manifest = read_json(path / MANIFEST)
-    identity = manifest.get("identity") if isinstance(manifest, dict) else None
-    if not isinstance(identity, dict) or not {"model", "ablation_values"} <= identity.keys():
-        raise BadInput(f"{path / MANIFEST}: not a run's manifest. Give a run folder of `ccm run`.")
+    manifest = read_manifest(path, "Give a run folder of `ccm run`.")
+    identity = manifest["identity"]
     if identity.get("shard"):
         raise BadInput(
             f"{path}: share {identity['shard']} of a run has no scores. Join all with `ccm merge`."
         )
-    if not manifest.get("complete"):
+    if not manifest["complete"]:
         raise BadInput(f"{path}: the run is not finished. Run its command again with --out {path}.")
     model = str(identity["model"])
     names = [str(value) for value in identity["ablation_values"]]
@@ -160,21 +153,9 @@ def read_results(path: Path) -> RunResults:
         plain=_table(path / "plain.parquet", CELL_COLUMNS),
         ablated={name: _table(path / name / "entropy.parquet", CELL_COLUMNS) for name in names},
         manifest=manifest,
-        rho_by_layer=(
-            _table(path / RHO_BY_LAYER, RHO_COLUMNS)
-            if "layers_with_rho" in manifest
-            else pd.DataFrame(columns=RHO_COLUMNS)
-        ),
-        effects={
-            name: _table(path / name / PROMPT_EFFECTS, EFFECT_COLUMNS)
-            for name in names
-            if "effects" in manifest
-        },
-        set_effects=(
-            _table(path / SET_EFFECTS, SET_EFFECT_COLUMNS)
-            if "effects" in manifest
-            else pd.DataFrame(columns=SET_EFFECT_COLUMNS)
-        ),
+        rho_by_layer=_table(path / RHO_BY_LAYER, RHO_COLUMNS),
+        effects={name: _table(path / name / PROMPT_EFFECTS, EFFECT_COLUMNS) for name in names},
+        set_effects=_table(path / SET_EFFECTS, SET_EFFECT_COLUMNS),
     )
 
 
@@ -215,7 +196,6 @@ def _scores(path: Path, names: list[str]) -> dict[str, Any]:
 def _statistics(path: Path, identity: Mapping[str, Any]) -> ActivationStatistics:
     """Read the statistics, with sigma as the run's protocol had it (defect 3)."""
     statistics, positions = read_statistics(_present(path / ACTIVATION_STATS))
-    protocol = PROTOCOLS.get(str(identity.get("protocol")))
-    if protocol is not None and protocol.float16_sigma and identity.get("stats") != "released":
+    if PROTOCOLS[identity["protocol"]].float16_sigma and identity["stats"] != "released":
         return float16_sigma(statistics, positions)
     return statistics

@@ -7,7 +7,6 @@ killed goes on where it stopped and ends with the same bytes.
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,6 +24,7 @@ from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Completions, Work, merge
 from ccm.experiment.cells import CellReader, decode_stored
+from ccm.experiment.clock import Clock
 from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.experiment.config import RunConfig, given
 from ccm.experiment.effects import evenly_spaced
@@ -50,15 +50,8 @@ from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import build_prompts, prompt_table, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
-from ccm.method.ablation import (
-    CONTROL,
-    PLAIN,
-    Ablation,
-    ActivationStatistics,
-    kind_of,
-    numbered,
-    plan,
-)
+from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
+from ccm.method.ablation_values import AblationValue
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import (
     ProbingPrompt,
@@ -98,11 +91,8 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
         clock = Clock(folder)
         if folder.missing():  # a file that was removed from a finished run is made again
             folder.note(complete=False)
-            prompts = decode_everything(folder, plan_, clock)
-            finish(folder, plan_.protocol, prompts)
-        if not folder.manifest["complete"]:
-            clock("scores")
-            folder.note(complete=True)
+            decode_everything(folder, plan_, clock)
+        finish(folder, plan_.protocol, clock)
         return read_scores(folder)
 
 
@@ -156,60 +146,76 @@ def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]
         dtype, parameters = dtype_for(config.dtype), n_parameters(weight_files(plan_.spec))
         needed = needed_bytes(plan_.spec, parameters, dtype)
         check_memory(plan_.spec.name, needed, plan_.device, dtype)
-    known = identity(plan_)
+    with hold_folder(plan_, identity(plan_), out) as folder:
+        yield folder, plan_
+
+
+@contextmanager
+def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFolder]:
+    """Hold a run's folder open, made where it is not there.
+
+    Args:
+        plan_: What is run there.
+        known: The run's identity.
+        out: The folder.
+
+    Raises:
+        BadInput: the folder is another run's, or none.
+        InUse: another process is at work there.
+    """
     check_folder(out)
     with locked(out):
         folder = RunFolder(out, known)
         if "memory_budget" not in folder.manifest:
             # Kept, because parts cut otherwise would round otherwise when the run is resumed.
-            budget = config.memory_budget or default_budget(plan_.device)
-            folder.note(memory_budget=budget, work=Work(), asked=given(config))
-        yield folder, plan_
+            budget = plan_.config.memory_budget or default_budget(plan_.device)
+            folder.note(memory_budget=budget, work=Work(), asked=given(plan_.config))
+        yield folder
 
 
-def decode_everything(folder: RunFolder, plan_: Plan, clock: "Clock") -> list[ProbingPrompt]:
+def decode_everything(folder: RunFolder, plan_: Plan, clock: Clock) -> None:
     """Every step that needs the model, in order."""
-    config = plan_.config
-    if config.device_map is None:
-        model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
-    else:
-        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
-    engine = ENGINES[config.engine]
-    engine.check(model)
-    weights = {
-        "source": model.source,
-        "revision": revision(plan_.spec),
-        "files": [path.name for path in weight_files(plan_.spec)],
-    }
-    folder.note(weights=weights, special_tokens=model.special_tokens)
-    clock("load")
-    prompts = prompts_step(folder, plan_, model)
-    clock("prompts")
-    entropy_neurons = neurons_step(folder, plan_, model)
-    clock("measures")
-    tokens = [model.encode(prompt.text) for prompt in prompts]
-    folder.note(first_prompt_tokens=tokens[0])
-    statistics = statistics_step(folder, plan_, model, tokens)
-    clock("activation_stats")
-    sets = sets_step(folder, plan_, entropy_neurons)
-    # All cells are planned first, so that a value that is not finite is found before any decoding.
-    planned = {
-        value.name: [plan(name, neurons, value, statistics) for name, neurons in sets.items()]
-        for value in plan_.values
-    }
-    ablations_step(folder, plan_, model, prompts, tokens, planned)
-    clock("ablations")
-    effects_step(folder, model, tokens, planned, engine)
-    if model.noise is not None:  # lower precisions measure none, nor does reading back what is there
-        folder.note(batch_noise=model.noise)
-    clock("effects")
-    return prompts
+    with clock("load"):
+        model = load_step(folder, plan_)
+    with clock("prompts", "fact", len(plan_.facts.facts)):
+        prompts = prompts_step(folder, plan_, model, stage_decoder)
+    decode_prompts(folder, plan_, model, prompts, clock)
 
 
-def finish(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
-    """Turn what was decoded into cells, and cells into scores."""
-    cells_step(folder, protocol, prompts)
-    write_scores(folder, protocol.nd_ratio_of_pk)
+def decode_prompts(
+    folder: RunFolder,
+    plan_: Plan,
+    model: LoadedModel,
+    prompts: Sequence[ProbingPrompt],
+    clock: Clock,
+) -> None:
+    """Every step that needs the model once its prompts are there, in order."""
+    with clock("measures"):
+        entropy_neurons = neurons_step(folder, plan_, model)
+    with clock("activation_stats", "prompt", len(prompts)):
+        tokens = [model.encode(prompt.text) for prompt in prompts]
+        folder.note(first_prompt_tokens=tokens[0])
+        statistics = statistics_step(folder, plan_, model, tokens)
+    with clock("ablations", "prompt", len(prompts)):
+        sets = sets_step(folder, plan_, entropy_neurons)
+        # All cells are planned first, so that a value that is not finite is found before any decoding.
+        planned = plan_sets(plan_.values, sets, statistics)
+        ablations_step(folder, plan_, model, prompts, tokens, planned)
+    with clock("effects", "prompt", len(prompts)):
+        effects_step(folder, model, tokens, planned, ENGINES[plan_.config.engine])
+        if model.noise is not None:  # lower precisions measure none, nor does reading what is there
+            folder.note(batch_noise=model.noise)
+
+
+def finish(folder: RunFolder, protocol: Protocol, clock: Clock) -> None:
+    """Turn what was decoded into cells, and cells into scores, unless the run is complete."""
+    if folder.manifest["complete"]:
+        return
+    prompts = table_prompts(read_table(folder.path / PROMPTS))
+    with clock("scores", "prompt", len(prompts)):
+        cells_step(folder, protocol, prompts)
+        write_scores(folder, protocol.nd_ratio_of_pk)
+    folder.note(complete=True)
 
 
 def read_scores(folder: RunFolder) -> dict[str, Any]:
@@ -218,25 +224,36 @@ def read_scores(folder: RunFolder) -> dict[str, Any]:
     return scores
 
 
-class Clock:
-    """Writes the time since its last call to the manifest, stage by stage."""
+# --- the model ------------------------------------------------------------------------------------
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Start the clock."""
-        self.folder, self.last = folder, time.perf_counter()
 
-    def __call__(self, stage: str) -> None:
-        """Write down a stage that is done."""
-        now = time.perf_counter()
-        self.folder.time(stage, now - self.last)
-        self.last = now
+def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
+    """Load the model, on one device or over all, and see that the engine computes it."""
+    config = plan_.config
+    if config.device_map is None:
+        model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
+    else:
+        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+    ENGINES[config.engine].check(model)
+    weights = {
+        "source": model.source,
+        "revision": revision(plan_.spec),
+        "files": [path.name for path in weight_files(plan_.spec)],
+    }
+    folder.note(weights=weights, special_tokens=model.special_tokens)
+    return model
 
 
 # --- facts -> probing prompts (Method 4) -----------------------------------------------------------
 
 
-def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[ProbingPrompt]:
-    """Build the probing prompts, or read them back."""
+def prompts_step(
+    folder: RunFolder,
+    plan_: Plan,
+    model: LoadedModel,
+    decoder: Callable[[RunFolder, Plan, str], Callable[..., Completions]],
+) -> list[ProbingPrompt]:
+    """Build the probing prompts, or read them back; `decoder` gives what asks the model."""
     if not folder.has(PROMPTS):
         split = split_objects([fact.object for fact in plan_.facts.facts])
         if split.count:
@@ -246,7 +263,7 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
             plan_.facts,
             plan_.template,
             lower_case=plan_.protocol.lower_case_objects,
-            decoder=partial(_decoder, folder, plan_),
+            decoder=partial(decoder, folder, plan_),
         )
         prompts = list(built.prompts)
         if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
@@ -267,7 +284,7 @@ def prompts_step(folder: RunFolder, plan_: Plan, model: LoadedModel) -> list[Pro
     return table_prompts(read_table(folder.path / PROMPTS))
 
 
-def _decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
+def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
     """What decodes a stage, and goes on where an earlier start of it stopped."""
 
     def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
@@ -339,6 +356,16 @@ def sets_step(
     sets |= draw_matched(folder, plan_.matched_controls, entropy_neurons, config.seed)
     folder.note(sets=sets)
     return sets
+
+
+def plan_sets(
+    values: Sequence[AblationValue], sets: Mapping[str, Sequence[int]], statistics: ActivationStatistics
+) -> dict[str, list[Ablation]]:
+    """Plan every set under every ablation value."""
+    return {
+        value.name: [plan(name, neurons, value, statistics) for name, neurons in sets.items()]
+        for value in values
+    }
 
 
 def ablations_step(

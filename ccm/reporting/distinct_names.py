@@ -123,13 +123,12 @@ def _check_distinct(runs: Sequence[RunResults]) -> None:
 
 
 def _source(run: RunResults) -> PurePath:
-    """Return where the weights came from: the folder that was loaded, or what was asked for."""
-    source = run.manifest.get("weights", {}).get("source") or run.manifest.get("asked", {}).get("model")
-    return PurePath(str(source or ""))
+    """Return where the weights came from: the folder that was loaded."""
+    return PurePath(run.manifest["weights"]["source"])
 
 
 def _revision(run: RunResults) -> str:
-    revision = run.manifest.get("weights", {}).get("revision")
+    revision = run.manifest["weights"]["revision"]
     return f"revision {str(revision)[:8]}" if revision else ""
 
 

@@ -241,7 +241,7 @@ def _section(
         held=held,
         same_run=held is not None and dict(held.provenance) == dict(run.identity),
         timings=[(stage, f"{seconds:.1f} s") for stage, seconds in manifest["timings_s"].items()],
-        work=[(k, f"{v:,}", WORK.get(k, "")) for k, v in manifest.get("work", {}).items()],
+        work=[(k, f"{v:,}", WORK.get(k, "")) for k, v in manifest["work"].items()],
         manifest=[
             pair
             for key, value in manifest.items()
@@ -272,25 +272,24 @@ def _held(run: RunResults, given: Path | None) -> Comparison | None:
 
 
 def _what_was_run(run: RunResults) -> Pairs:
-    """List what was run; what the manifest does not hold is left out."""
-    identity, facts = run.identity, run.manifest.get("facts", {})
-    split, nested = facts.get("objects_with_splitter", {}), run.manifest.get("nested_objects", {})
+    """List what was run."""
+    identity, facts = run.identity, run.manifest["facts"]
+    split, nested = facts["objects_with_splitter"], run.manifest["nested_objects"]
     spec = MODELS.get(run.model)
     neurons = ", ".join(str(i) for i in run.entropy_neurons)
     how = (
         "named by hand"
-        if identity.get("neurons") is not None
+        if identity["neurons"] is not None
         else f"the {identity['k']} of lowest LogitVar with ρ of at least {identity['min_rho']:g}"
     )
-    versions, alike = identity.get("versions", {}), identity.get("matched_controls")
+    alike = identity["matched_controls"]
     matched = f"; {alike} that match it in norm and spread" if alike else ""
-    recalled, asked = facts.get("recalled"), facts.get("facts")
-    known = "" if asked is None else f": {asked:,} asked, {recalled:,} answered rightly"
+    known = f"{facts['facts']:,} asked, {facts['recalled']:,} answered rightly"
     found: dict[str, Any] = {
         "Model": run.display_name + (f" ({spec.hub_id})" if spec and spec.hub_id else ""),
-        "Weights (SHA-256)": identity.get("weights_sha256"),
-        "Facts": f"{identity['facts']}{known}" if "facts" in identity else None,
-        "Never recalled": never_recalled(split) if split.get("count") else None,
+        "Weights (SHA-256)": identity["weights_sha256"],
+        "Facts": f"{identity['facts']}: {known}",
+        "Never recalled": never_recalled(split) if split["count"] else None,
         "Probing prompts": f"{run.scores['n_prompts']:,}",
         "Nested objects": (
             both_named(
@@ -298,18 +297,18 @@ def _what_was_run(run: RunResults) -> Pairs:
                 run.scores["n_prompts"],
                 counter_first=PROTOCOLS[identity["protocol"]].counter_first,
             )
-            if nested.get("prompts")
+            if nested["prompts"]
             else None
         ),
         "Protocol": identity["protocol"],
         "Entropy set": f"{neurons} ({how})",
         "Controls": f"{identity['controls']} random sets of as many neurons{matched}",
-        "Seed": identity.get("seed"),
+        "Seed": identity["seed"],
         "Ablation values": ", ".join(ABLATION_VALUES[value].label for value in run.values),
-        "Device": identity.get("device_name"),
-        "Number type": identity.get("dtype"),
-        "Engine": identity.get("engine"),
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or None,
+        "Device": identity["device_name"],
+        "Number type": identity["dtype"],
+        "Engine": identity["engine"],
+        "Versions": ", ".join(f"{name} {number}" for name, number in identity["versions"].items()),
     }
     return [(term, str(text)) for term, text in found.items() if text is not None]
 

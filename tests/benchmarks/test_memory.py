@@ -8,7 +8,7 @@ import psutil
 
 from ccm.decoding import hooked
 from ccm.decoding.shared import decode_sets
-from ccm.experiment.rehearsal.profiler import Meter
+from ccm.experiment.rehearsal.profiler import Profiler
 from ccm.method.ablation import Ablation
 from ccm.models.load import load
 from ccm.models.specs import MODELS
@@ -24,8 +24,8 @@ def measure_peak(
     model = load(MODELS["organism"])
     hooked.decode(model, prompts[:1])  # libraries take their own workspace once
     before, size = psutil.Process().memory_info().rss, 0
-    meter = Meter(model.device, say=lambda text: None)
-    with meter.stage("work"):
+    profiler = Profiler(model.device)
+    with profiler("work"):
         if ablations is None:
             hooked.decode(model, prompts, batch_size=BATCH_SIZE)
         else:
@@ -33,7 +33,7 @@ def measure_peak(
             for shard in kept:
                 arrays = (shard.leaf, shard.entropy, shard.asked, shard.log_probs)
                 size += sum(array.nbytes for array in arrays)
-    answer.put((before, meter.stages[0].peak_bytes, size))
+    answer.put((before, profiler.stages["work"].peak_bytes, size))
 
 
 def test_peak_memory_of_506_runs(benchmark: Any) -> None:

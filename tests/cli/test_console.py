@@ -162,16 +162,18 @@ REHEARSED = Rehearsal(
     facts_name="pararel",
     facts=13,
     prompts=39,
+    few_prompts=9,
     mean_prompt_tokens=17.25,
     mean_fact_prompt_tokens=41.75,
     first_prompt_tokens=[1, 2],
     ablation_values=["mean_ablation", "mode_ablation"],
     controls=6,
+    matched_controls=4,
     entropy_neurons=[4, 8],
     stages=(
         Stage("load", 2.5, 1 << 30, "run", 1),
         Stage("ask", 26.0, 5 << 28, "fact", 13),
-        Stage("decode", 11.0, 7 << 28, "prompt", 39, fixed_seconds=3.2),
+        Stage("decode", 11.0, 7 << 28, "prompt", 39, few_items=9, few_seconds=5.0),
         Stage("by hooks", 99.0, 9 << 28, "prompt", 3, in_run=False),
     ),
     work={"decode": WORK, "by hooks": {name: n + 3 for name, n in WORK.items()}},
@@ -198,7 +200,8 @@ def test_a_rehearsal_is_shown_as_it_was_measured() -> None:
         "on cpu: a machine, 5 threads",
         "39 probing prompts, 17.2 tokens on average, of pararel facts;",
         "13 facts asked in 41.8 tokens; tokenizer: a stand-in",
-        "grid: mean_ablation, mode_ablation, the entropy set and 6 controls each: 14 sets",
+        "grid: mean_ablation, mode_ablation, the entropy set, 6 controls and 4 matched ones each: 22 "
+        "sets",
     ]
     ends = [0, 34, 48, 60, 72, 86]
     header, *rows = ([line[a:b].strip() for a, b in pairwise(ends)] for line in table)
@@ -207,6 +210,7 @@ def test_a_rehearsal_is_shown_as_it_was_measured() -> None:
     assert {len(line) for line in table} == {86}
     assert notes[0] == "peak memory: the process's resident memory"
     assert notes[1].startswith("projected: 4,688 facts and 10,684 prompts")
+    assert "the straight line through two runs, of 9 and of 39 prompts." in " ".join(notes)
     of = ("forward_tokens", "nodes", "certified", "shortlisted", "full_rows", "refereed")
     assert last == [
         *(
@@ -217,6 +221,15 @@ def test_a_rehearsal_is_shown_as_it_was_measured() -> None:
     ]
 
 
+def test_a_stage_that_did_not_grow_is_named() -> None:
+    assert "no growth" not in rehearsal_table(REHEARSED)
+    load, ask, decode, by_hooks = REHEARSED.stages
+    still = (replace(ask, few_items=5, few_seconds=27.0), replace(decode, few_seconds=11.0))
+    by_hooks = replace(by_hooks, few_items=1, few_seconds=99.0)
+    text = rehearsal_table(replace(REHEARSED, stages=(load, *still, by_hooks)))
+    assert "too few prompts, or a busy machine: no growth was seen of ask and decode\n" in text
+
+
 def test_a_rehearsal_of_every_value_on_a_gpu_says_so() -> None:
     text = rehearsal_table(
         replace(
@@ -224,4 +237,7 @@ def test_a_rehearsal_of_every_value_on_a_gpu_says_so() -> None:
         )
     )
     assert "on cuda: a GPU\n" in text
-    assert "grid: 5 ablation values, the entropy set and 6 controls each: 35 sets\n" in text
+    assert (
+        "grid: 5 ablation values, the entropy set, 6 controls and 4 matched ones each: 55 sets\n"
+        in text
+    )

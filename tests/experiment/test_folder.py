@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from ccm.errors import BadInput
 from ccm.experiment.folder import (
+    FORMAT,
     MANIFEST,
     RunFolder,
     read_json,
+    read_manifest,
     read_statistics,
     to_json,
     write_atomically,
@@ -231,6 +233,23 @@ def test_a_manifest_of_another_shape_is_refused(manifest: str, tmp_path: Path) -
     (tmp_path / MANIFEST).write_text(manifest)
     with pytest.raises(BadInput):
         RunFolder(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize(("number", "said"), [(None, "none"), (0, "0"), (2, "2"), ("1", "1")])
+def test_a_folder_of_another_format_is_refused(number: Any, said: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", IDENTITY)
+    assert folder.manifest["format"] == FORMAT == 1
+    manifest = {k: v for k, v in folder.manifest.items() if k != "format"}
+    write_json(folder.path / MANIFEST, manifest if number is None else {**manifest, "format": number})
+    before = contents(tmp_path)
+    for read in (lambda: RunFolder(folder.path, IDENTITY), lambda: read_manifest(folder.path, "")):
+        with pytest.raises(BadInput) as caught:
+            read()
+        assert str(caught.value) == (
+            f"{folder.path}: a run folder of format {said}, and this version of ccm reads format 1. "
+            "Run again in a new folder."
+        )
+    assert contents(tmp_path) == before
 
 
 def test_cells(tmp_path: Path) -> None:

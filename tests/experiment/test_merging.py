@@ -161,6 +161,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another n": (lambda m: m["identity"].update(shard="3/4"), r"shard 3/4, beside 1/3 of"),
     "the same share": (lambda m: m["identity"].update(shard="1/3"), r"shard 1/3 is given twice"),
     "unfinished": (lambda m: m.update(complete=False), r"shard 3/3 is not finished\. Run its command"),
+    "another format": (lambda m: m.update(format=2), r"other: a run folder of format 2, and this"),
+    "no format": (lambda m: m.pop("format"), r"other: a run folder of format none, and this"),
     "a whole run": (lambda m: m["identity"].update(shard=None), r"no share of a run\. Give folders of"),
 }
 

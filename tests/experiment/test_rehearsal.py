@@ -3,10 +3,11 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -19,13 +20,16 @@ from ccm.cli.parser import main
 from ccm.decoding.results import Completions, FirstToken
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
+from ccm.experiment import run as story
+from ccm.experiment.config import RunConfig
+from ccm.experiment.effects import SAMPLED
 from ccm.experiment.fact_files import read_fact_folder
-from ccm.experiment.folder import read_json, write_json
+from ccm.experiment.folder import RunFolder, read_json, write_json
+from ccm.experiment.plan import Plan
 from ccm.experiment.rehearsal import rehearse as rehearsal
-from ccm.experiment.rehearsal.profiler import Meter
+from ccm.experiment.rehearsal.profiler import Profiler
 from ccm.experiment.rehearsal.projection import (
     PUBLISHED_FACTS,
-    PUBLISHED_PROMPTS,
     Rehearsal,
     Stage,
     duration,
@@ -33,13 +37,14 @@ from ccm.experiment.rehearsal.projection import (
     read_rehearsal,
     rehearsal_table,
 )
-from ccm.experiment.rehearsal.rehearse import choose_facts, rehearse
-from ccm.experiment.rehearsal.stages import RehearsalConfig, build_prompts, repeat
+from ccm.experiment.rehearsal.rehearse import RehearsalConfig, choose_facts, knowing_decoder, rehearse
+from ccm.experiment.results import read_results
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.facts import FactSet
-from ccm.method.prompts import same_name
+from ccm.method.prompts import probing_text, same_name
 from ccm.models import memory
 from ccm.models.load import assemble, load
+from ccm.models.model import LoadedModel
 from ccm.models.random import (
     Architecture,
     StandInTokenizer,
@@ -60,8 +65,8 @@ PARAMETERS = {  # the well-known totals
     "Meta-Llama-3-8B": 8_030_261_248,
 }
 N_PROMPTS, N_CONTROLS, D_VOCAB = 7, 3, 640
-IN_RUN = ("build", "measures", "parametric answers", "activation statistics", "ablation grid")
-IN_RUN = (*IN_RUN, "effects, entropy set", "effects, controls", "tables and scores")
+OWN, REST = rehearsal.OWN, rehearsal.REST
+IN_RUN = ("load", "prompts", "measures", "activation_stats", "ablations", OWN, REST, "scores")
 
 
 def small(name: str) -> Architecture:
@@ -77,9 +82,9 @@ def small(name: str) -> Architecture:
     return architecture.with_options(vocab_size=D_VOCAB, bos_token_id=0, eos_token_id=0, **sizes)
 
 
-def config(name: str = "gpt2-small", **changes: Any) -> RehearsalConfig:
-    few = RehearsalConfig(name, prompts=N_PROMPTS, controls=N_CONTROLS, device="cpu")
-    return replace(few, **changes)
+def config(name: str = "gpt2-small", seed: int = 123, **own: Any) -> RehearsalConfig:
+    run = RunConfig(name, device="cpu", ablation_values=("all",), controls=N_CONTROLS, seed=seed)
+    return RehearsalConfig(run, prompts=N_PROMPTS, **own)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def done(facts: FactSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rehe
     """A rehearsal of GPT-2, made small, and what it kept; read-only."""
     folder = tmp_path_factory.mktemp("rehearsal") / "kept"
     small_one = small("gpt2-small")
-    return rehearse(config(hooked=True), architecture=small_one, facts=facts, keep=folder), folder
+    return rehearse(config(hooked=True, keep=folder), architecture=small_one, facts=facts), folder
 
 
 # --- the architectures -------------------------------------------------------------------------------
@@ -182,33 +187,42 @@ def test_a_model_in_memory_is_the_model_read_from_its_folder() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_stage_of_every_family_runs(name: str, facts: FactSet) -> None:
-    told: list[str] = []
+    few_prompts, told = 3, list[str]()
     found = rehearse(config(name), architecture=small(name), facts=facts, say=told.append)
     by_name = {s.name: s for s in found.stages}
     assert tuple(s.name for s in found.stages if s.in_run) == IN_RUN
-    assert told == [f"{name} ..." for name in by_name]
+    # All but the model twice, the smaller run first.
+    for line in ("measures ...", "ablations, 3 prompts ...", f"ablations, {N_PROMPTS} prompts ..."):
+        assert line in told, line
+    assert told[:2] == ["load ...", "prompts, 4 facts ..."]
     for stage in found.stages:
-        items = {"run": 1, "fact": 3, "prompt": N_PROMPTS}[stage.per]
+        items = {"run": 1, "fact": 4, "prompt": N_PROMPTS}[stage.per]
         assert stage.items == items, stage
-        assert stage.seconds > 0, stage
+        assert stage.seconds > 0 or stage.name == REST, stage
         assert 0 <= stage.fixed_seconds <= stage.seconds, stage
         assert stage.peak_bytes > 1 << 20, stage
-    assert (found.facts, found.prompts, found.n_sets) == (3, N_PROMPTS, 5 * (1 + N_CONTROLS))
+        grows = stage.in_run and stage.per == "prompt"
+        assert stage.few_items == (few_prompts if grows else 0), stage
+        assert (stage.few_seconds > 0) == grows or stage.name == REST, stage
+        assert stage.most == (SAMPLED if stage.name == REST else None), stage
+    assert (found.facts, found.prompts, found.few_prompts) == (4, N_PROMPTS, few_prompts)
+    assert found.n_sets == 5 * (1 + 2 * N_CONTROLS)
     assert found.ablation_values == list(ABLATION_VALUES)
     assert found.weight_bytes == 4 * found.parameters
     assert len(found.entropy_neurons) == MODELS[name].n_entropy_neurons
-    grid, plain = found.work["ablation grid"], found.work["plain pass"]
+    assert by_name["load"].per == by_name["measures"].per == "run"
+    grid, plain = found.work["ablations"], found.work["plain pass, shared engine"]
     assert grid["prompts"] == plain["prompts"] == N_PROMPTS
     assert grid["forward_tokens"] >= plain["forward_tokens"] > N_PROMPTS * 9
-    # No stand-in token ends an answer, so the plain run reads ten distributions a prompt.
+    # No stand-in token ends an answer, so the plain run reads ten distributions for each prompt.
     assert plain["nodes"] <= grid["nodes"]
     assert 9 * N_PROMPTS < plain["nodes"] <= 10 * N_PROMPTS
     assert found.published.facts == PUBLISHED_FACTS == 4688
-    assert found.published.prompts == PUBLISHED_PROMPTS[name]
+    assert found.published.prompts == MODELS[name].published_prompts
 
 
 def test_published_prompts_are_the_sums_of_figure_5() -> None:
-    assert PUBLISHED_PROMPTS == {
+    assert {name: MODELS[name].published_prompts for name in PUBLISHED} == {
         "gpt2-small": 9986 + 666 + 32,
         "EleutherAI_pythia-1.4b": 6274 + 101 + 360,
         "Phi-1_5": 3801 + 1131 + 1578,
@@ -217,35 +231,89 @@ def test_published_prompts_are_the_sums_of_figure_5() -> None:
     }
 
 
-def test_what_is_kept_is_a_run_folder(done: tuple[Rehearsal, Path]) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary run with the same options; read-only."""
+    out = tmp_path_factory.mktemp("ordinary") / "run"
+    story.run(replace(config().run, model="organism", max_prompts=N_PROMPTS), out)
+    return out
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_kept_is_what_a_run_leaves_behind(done: tuple[Rehearsal, Path], whole: Path) -> None:
     found, folder = done
-    manifest = read_json(folder / "manifest.json")
-    assert manifest["complete"] is True
-    assert manifest["identity"]["weights"] == "random"
-    assert manifest["sets"]["entropy"] == found.entropy_neurons
-    prompts = pd.read_parquet(folder / "prompts.parquet")
-    assert len(prompts) == N_PROMPTS
-    assert len([*folder.rglob("control_*.parquet")]) == 5 * N_CONTROLS
-    for value in ABLATION_VALUES:
-        assert len(pd.read_parquet(folder / value / "entropy.parquet")) == N_PROMPTS
-    scores = read_json(folder / "scores.json")
-    assert set(scores["ablations"]) == set(ABLATION_VALUES)
-    assert scores["n_prompts"] == N_PROMPTS
-    assert not (folder / "shards").exists()
+    assert names(folder) == names(whole)
+    mine, its = (read_json(path / "manifest.json") for path in (folder, whole))
+    assert mine.keys() == its.keys()
+    for part in ("timings_s", "facts", "effects", "work", "special_tokens", "weights"):
+        assert mine[part].keys() == its[part].keys(), part
+    assert mine["done"] == its["done"]
+    assert mine["sets"].keys() == its["sets"].keys()
+    assert mine["complete"] is True
+    hashes = {"config_sha256", "tokenizer_sha256", "generation_config_sha256"}  # there are no files
+    assert mine["identity"].keys() == its["identity"].keys() - hashes
+    assert mine["identity"]["weights_sha256"] == "random weights, seed 123"
+    assert mine["weights"] == {"source": "random weights, seed 123", "revision": None, "files": []}
+    assert mine["sets"]["entropy"] == found.entropy_neurons
+    results = read_results(folder)
+    assert len(results.prompts) == results.scores["n_prompts"] == N_PROMPTS
+    assert results.values == tuple(ABLATION_VALUES)
+
+
+def test_what_is_measured_of_a_run_is_what_its_manifest_says(done: tuple[Rehearsal, Path]) -> None:
+    found, folder = done
+    timings = read_json(folder / "manifest.json")["timings_s"]
+    measured = {s.name: s.seconds for s in found.stages if s.in_run}
+    measured["effects"] = max(measured.pop(OWN) + measured.pop(REST), timings["effects"])
+    assert measured["measures"] >= timings["measures"] - 1e-3  # the longer of both runs
+    for stage in timings.keys() - {"measures"}:
+        assert measured[stage] == pytest.approx(timings[stage], abs=1e-3), stage
+
+
+def test_the_steps_of_a_rehearsal_are_those_of_a_run(
+    facts: FactSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def recorded(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            called.append(name)
+            return step(*args, **options)
+
+        return call
+
+    steps = {n: f for n, f in vars(story).items() if n.endswith("_step") or n == "write_scores"}
+    assert len(steps) >= 8
+    for name, step in steps.items():
+        for module in (story, rehearsal):
+            if name in vars(module):
+                monkeypatch.setattr(module, name, recorded(name, step))
+    story.run(RunConfig(max_prompts=3, controls=0), tmp_path / "run")
+    ordinary, called[:] = [*called], []
+    assert sorted(ordinary) == sorted(steps), "every step once"
+    run = replace(config().run, controls=0, ablation_values=("mean_ablation",))
+    rehearse(replace(config(), run=run), architecture=small("gpt2-small"), facts=facts)
+    assert ordinary[0] == "load_step"
+    assert called == 2 * ordinary[1:], "the model is built once, all else is as in a run, twice"
 
 
 def test_the_hooked_pass_is_for_comparison_only(done: tuple[Rehearsal, Path]) -> None:
     found, _ = done
-    names = [s.name for s in found.stages if not s.in_run]
-    assert names == ["plain pass, shared engine", "plain pass, hooks"]
-    assert not set(names) & set(found.published.stages)
+    beside = [s.name for s in found.stages if not s.in_run]
+    assert beside == ["plain pass, shared engine", "plain pass, hooked engine"]
+    assert not set(beside) & set(found.published.stages)
 
 
 def test_the_same_seed_gives_the_same_work(done: tuple[Rehearsal, Path], facts: FactSet) -> None:
     found, _ = done
     again = rehearse(config(), architecture=small("gpt2-small"), facts=facts)
-    for name in ("first_prompt_tokens", "entropy_neurons", "work", "mean_prompt_tokens"):
+    for name in ("first_prompt_tokens", "entropy_neurons", "mean_prompt_tokens"):
         assert getattr(again, name) == getattr(found, name), name
+    for stage, work in again.work.items():
+        assert work == found.work[stage], stage
     other = rehearse(config(seed=5), architecture=small("gpt2-small"), facts=facts)
     assert other.entropy_neurons != found.entropy_neurons
     assert other.first_prompt_tokens != found.first_prompt_tokens
@@ -254,28 +322,78 @@ def test_the_same_seed_gives_the_same_work(done: tuple[Rehearsal, Path], facts: 
 # --- prompts -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [3, 7, 60])
-def test_prompts_contradict_true_objects_with_others_of_the_relation(n: int, facts: FactSet) -> None:
-    answers, candidates = choose_facts(facts, n)
-    prompts = build_prompts(answers, candidates, facts, n, seed=1)
-    assert len(answers) == math.ceil(n / 3)
-    assert len(prompts) == n
+@pytest.mark.parametrize("n", [3, 7, 12, 13, 60, 200, 900])
+def test_chosen_facts_contradict_each_other(n: int, facts: FactSet) -> None:
+    chosen = choose_facts(facts, n)
+    assert n <= 3 * len(chosen.facts) < n + 12
+    assert set(chosen.facts) <= set(facts.facts)
+    assert len(set(chosen.facts)) == len(chosen.facts)
+    assert [facts.facts.index(f) for f in chosen.facts] == sorted(map(facts.facts.index, chosen.facts))
+    objects: dict[str, set[str]] = {}
+    for fact in chosen.facts:
+        objects.setdefault(fact.relation, set()).add(same_name(fact.object))
+    assert min(map(len, objects.values())) >= 4, "three others of every relation"
+    assert len(objects) == min(len(facts.relations), math.ceil(math.ceil(n / 3) / 4))
+    assert (chosen.relations, chosen.name) == (facts.relations, facts.name)
+
+
+def test_all_facts_can_be_asked(facts: FactSet) -> None:
+    with pytest.raises(BadInput, match=r"^--prompts 999999: out of range") as caught:
+        choose_facts(facts, 999999)
+    most = int(str(caught.value).split(" to ")[1].split(",")[0])
+    assert len(choose_facts(facts, most).facts) == most / 3
+    with pytest.raises(BadInput, match=rf"Allowed: 3 .those of one fact. to {most}, of the organism's"):
+        choose_facts(facts, most + 1)
+
+
+def test_prompts_contradict_true_objects_with_others_of_the_relation(
+    done: tuple[Rehearsal, Path], facts: FactSet
+) -> None:
+    table = pd.read_parquet(done[1] / "prompts.parquet")
     truth = {(f.subject, f.relation): f.object for f in facts.facts}
     objects = {r: {f.object for f in facts.facts if f.relation == r} for r in facts.relations}
-    for prompt in prompts:
-        assert prompt.parametric_object == truth[prompt.subject, prompt.relation]
-        assert prompt.counter_object in objects[prompt.relation] - {prompt.parametric_object}
-        assert prompt.text == f"{prompt.query} {prompt.counter_object}. {prompt.query}"
-    own = [p.counter_object for p in prompts if p.query == prompts[0].query]
-    assert len({same_name(o) for o in own}) == 3
-    again, other = (build_prompts(answers, candidates, facts, n, seed=s) for s in (1, 2))
-    assert again == prompts
-    assert other != prompts
+    assert len(table) == N_PROMPTS
+    for row in table.to_dict("records"):
+        own, other = row["parametric_knowledge_object"], row["counter_knowledge_object"]
+        assert own == truth[row["statement_subject"], row["rel_lemma"]]
+        assert other in objects[row["rel_lemma"]] - {own}
+        assert row["knowledge_probing_prompt"] == probing_text(row["statement_query"], other)
+    assert read_json(done[1] / "manifest.json")["facts"]["recalled"] == 4
 
 
-def test_facts_are_chosen_over_all_relations(facts: FactSet) -> None:
-    answers, _ = choose_facts(facts, 90)
-    assert {a.fact.relation for a in answers} == set(facts.relations)
+def test_every_fact_is_asked_and_its_answer_given(
+    facts: FactSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choose_facts(facts, 12)
+    asked: list[tuple[str, int, dict[str, Any]]] = []
+    nonsense, none = np.full((4, 1), -1.0), np.full((4, 2), 0)
+    first = FirstToken(nonsense[:, 0], none[:, :1], nonsense, none, np.tile(nonsense, 2))
+    said = Completions(((1,),) * 4, ("?",) * 4, first)
+
+    def ask(folder: Any, plan_: Any, stage: str) -> Callable[..., Completions]:
+        def decode(model: Any, tokens: Sequence[Any], **options: Any) -> Completions:
+            asked.append((stage, len(tokens), options))
+            return said
+
+        return decode
+
+    monkeypatch.setattr(rehearsal, "stage_decoder", ask)
+    folder, plan_, model = (Mock(spec=kind) for kind in (RunFolder, Plan, LoadedModel))
+    plan_.facts, model.first_token = chosen, len
+    answers = knowing_decoder(folder, plan_, "answers")(model, [[1]] * 4, a=1)
+    assert [text.strip(" .") for text in answers.texts] == [f.object for f in chosen.facts]
+    assert answers.first.top_tokens[:, 0].tolist() == [len(f.object) for f in chosen.facts]
+    assert knowing_decoder(folder, plan_, "first_tokens")(model, [[1]] * 4, b=2) is said
+    assert asked == [("answers", 4, {"a": 1}), ("first_tokens", 4, {"b": 2})]
+
+
+def texts_of(facts: FactSet, n: int) -> list[tuple[str, str]]:
+    """Queries of chosen facts with probing prompts made of them, each with the next fact's object."""
+    chosen = choose_facts(facts, n).facts
+    return [
+        (f.query, probing_text(f.query, other.object))
+        for f, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)
+    ]
 
 
 @given(st.text(max_size=60), st.integers(3, 60_000), st.integers(0, 2))
@@ -288,12 +406,11 @@ def test_the_stand_in_tokenizer_stays_in_the_vocabulary(text: str, d_vocab: int,
 
 
 def test_prompts_of_a_fact_share_their_beginning_and_keep_their_length(facts: FactSet) -> None:
-    answers, candidates = choose_facts(facts, 60)
     tokenizer = StandInTokenizer(50257, 0)
-    for prompt in build_prompts(answers, candidates, facts, 60, seed=1):
-        ids, query = tokenizer.encode(prompt.text), tokenizer.encode(prompt.query)
-        assert ids[: len(query)] == query
-        assert len(ids) > 2 * len(query)
+    for query, text in texts_of(facts, 60):
+        ids, beginning = tokenizer.encode(text), tokenizer.encode(query)
+        assert ids[: len(beginning)] == beginning
+        assert len(ids) > 2 * len(beginning)
     assert tokenizer.decode([5, 7]) != tokenizer.decode([57]) != tokenizer.decode([7, 5])
     assert len(tokenizer.encode("headquartered")) == 3
     assert tokenizer.encode("is") != tokenizer.encode(" is")
@@ -301,9 +418,7 @@ def test_prompts_of_a_fact_share_their_beginning_and_keep_their_length(facts: Fa
 
 @FACTS.mark()
 def test_pararel_prompts_come_to_four_characters_a_token() -> None:
-    facts = rehearsal.rehearsal_facts()
-    answers, candidates = choose_facts(facts, 600)
-    texts = [p.text for p in build_prompts(answers, candidates, facts, 600, seed=1)]
+    texts = [text for _, text in texts_of(rehearsal.rehearsal_facts(), 600)]
     tokenizer = StandInTokenizer(50257, 0)
     assert 3.9 < sum(map(len, texts)) / sum(len(tokenizer.encode(t)) for t in texts) < 4.3
 
@@ -316,10 +431,11 @@ def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
     assert read_tokenizer(tmp_path, D_VOCAB).encode("Paris") == [
         *read_tokenizer(folder, D_VOCAB).encode("Paris")
     ]
-    answers, candidates = choose_facts(facts, N_PROMPTS)
-    first = build_prompts(answers, candidates, facts, N_PROMPTS, seed=123)[0].text
-    for where in (folder, tmp_path):
-        found = rehearse(config(tokenizer=where), architecture=small("gpt2-small"), facts=facts)
+    for i, where in enumerate((folder, tmp_path)):
+        kept = tmp_path / f"kept_{i}"
+        own = config(tokenizer=where, keep=kept)
+        found = rehearse(own, architecture=small("gpt2-small"), facts=facts)
+        first = pd.read_parquet(kept / "prompts.parquet")["knowledge_probing_prompt"][0]
         assert found.tokenizer == where.name
         assert found.first_prompt_tokens == [0, *read_tokenizer(folder, D_VOCAB).encode(first)]
 
@@ -328,8 +444,8 @@ def test_a_tokenizer_folder_is_used_with_or_without_its_configuration(
 
 STAGES = (
     Stage("build", 2.0, 1, "run", 1),
-    Stage("answers", 6.0, 1, "fact", 4, fixed_seconds=2.0),
-    Stage("grid", 8.0, 1, "prompt", 10, fixed_seconds=3.0),
+    Stage("answers", 6.0, 1, "fact", 4, few_items=1, few_seconds=3.0),  # 2 and 1 for each
+    Stage("grid", 8.0, 1, "prompt", 10, few_items=4, few_seconds=5.0),  # 3 and 0.5 for each
     Stage("beside", 99.0, 1, "prompt", 10, in_run=False),
 )
 
@@ -345,13 +461,53 @@ def test_a_projection_to_what_was_measured_is_what_was_measured() -> None:
     assert found.stages == {s.name: s.seconds for s in STAGES if s.in_run}
 
 
+seconds = st.floats(0, 1e5)
+
+
+@given(
+    fixed=seconds,
+    each=seconds,
+    few=st.integers(1, 100),
+    more=st.integers(1, 1000),
+    full=st.integers(1, 10**6),
+)
+def test_a_straight_line_is_projected_exactly(
+    fixed: float, each: float, few: int, more: int, full: int
+) -> None:
+    one, two = (Stage("grid", fixed + each * n, 1, "prompt", n) for n in (few, few + more))
+    found = two.beside(one)
+    assert found.projected(full) == pytest.approx(fixed + each * full, rel=1e-6, abs=1e-6 * full)
+    assert found.fixed_seconds == pytest.approx(fixed, abs=1e-6 * (1 + two.seconds))
+
+
+def test_a_projection_is_neither_below_nor_above_what_growth_allows() -> None:
+    ten = Stage("grid", 8.0, 1, "prompt", 10)
+    slower = ten.beside(Stage("grid", 9.0, 1, "prompt", 5))  # noise: the smaller run took longer
+    assert (slower.per_item, slower.fixed_seconds) == (0.0, 8.0)
+    assert slower.projected(10**6) == 8.0
+    steep = ten.beside(Stage("grid", 3.0, 1, "prompt", 5))  # a line that begins below 0
+    assert (steep.per_item, steep.fixed_seconds) == (0.8, 0.0)
+    assert steep.projected(1000) == 800.0
+    between = ten.beside(Stage("grid", 6.0, 1, "prompt", 5))
+    assert 8.0 < between.projected(1000) == 404.0 < 800.0
+
+
+def test_of_what_is_done_once_the_longer_time_counts() -> None:
+    one, two = Stage("measures", 2.0, 5, "run", 1), Stage("measures", 3.0, 4, "run", 1)
+    assert two.beside(one) == one.beside(two) == two
+    assert (two.projected(10**6), two.fixed_seconds) == (3.0, 3.0)
+
+
+def test_a_smaller_run_that_did_no_less_tells_nothing() -> None:
+    capped = Stage("effects", 6.0, 1, "prompt", 20, most=20)
+    found = capped.beside(replace(capped, seconds=5.0))
+    assert found == capped
+    assert [found.projected(n) for n in (10, 20, 10**6)] == [3.0, 6.0, 6.0]
+
+
 def test_a_stage_of_few_prompts_grows_no_further() -> None:
-    sampled = Stage("effects", 6.0, 1, "prompt", 10, fixed_seconds=1.0, most=20)
+    sampled = Stage("effects", 6.0, 1, "prompt", 10, few_items=2, few_seconds=2.0, most=20)
     assert [sampled.projected(n) for n in (10, 20, 10**6)] == [6.0, 11.0, 11.0]
-
-
-def test_more_is_fixed_than_was_measured_only_by_noise() -> None:
-    assert Stage("grid", 1.0, 1, "prompt", 10, fixed_seconds=1.5).projected(10**6) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -385,7 +541,13 @@ def test_the_table_tells_measured_from_projected(done: tuple[Rehearsal, Path]) -
         says = duration(found.published.stages[stage.name]) if stage.in_run else "-"
         assert row.endswith(" " + says)
     assert any(line.startswith("a whole run") for line in lines)
-    for said in ("4,688 facts and 10,684 prompts", "Random weights decode all 10 tokens", "stand-in"):
+    for said in (
+        "4,688 facts and 10,684 prompts",
+        f"runs, of 3 and of {N_PROMPTS} prompts",
+        "Random weights decode all 10 tokens",
+        "3 controls and 3 matched ones each",
+        "stand-in",
+    ):
         assert said in text, said
     assert max(map(len, lines)) <= 120
 
@@ -401,42 +563,30 @@ def test_a_report_reads_back_as_it_was(done: tuple[Rehearsal, Path], tmp_path: P
             read_rehearsal(path)
 
 
-def test_a_meter_sees_the_highest_memory_of_each_stage() -> None:
-    meter = Meter(torch.device("cpu"), lambda text: None)
-    with meter.stage("before"):
+def test_a_profiler_sees_the_highest_memory_of_each_stage() -> None:
+    told: list[str] = []
+    profiler = Profiler(torch.device("cpu"), say=told.append)
+    with profiler("before"):
         pass
-    with meter.stage("large", "prompt", 2):
+    with profiler("large", "prompt", 2):
         torch.ones(1 << 26).sum()  # 256 MiB, gone at the end
-    with meter.stage("after"):
+    with profiler("after"):
         pass
-    before, large, after = (s.peak_bytes for s in meter.stages)
+    before, large, after = (profiler.stages[s].peak_bytes for s in ("before", "large", "after"))
     assert large - before > 200 << 20
     assert large - after > 200 << 20
-    meter.fix(1e9)
-    assert meter.stages[-1].fixed_seconds == meter.stages[-1].seconds
-    assert (meter.stages[1].per, meter.stages[1].items) == ("prompt", 2)
+    assert (profiler.stages["large"].per, profiler.stages["large"].items) == ("prompt", 2)
+    assert told == ["before ...", "large, 2 prompts ...", "after ..."]
 
 
-def test_a_stage_that_fails_is_no_stage() -> None:
-    meter = Meter(torch.device("cpu"), lambda text: None)
-    with pytest.raises(KeyError), meter.stage("fails"):
+def test_a_stage_that_fails_is_no_stage(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {"model": "made"})
+    profiler = Profiler(torch.device("cpu"), folder)
+    with profiler("works"):
+        pass
+    with pytest.raises(KeyError), profiler("fails"):
         raise KeyError
-    assert meter.stages == []
-
-
-def test_repeated_completions_are_the_same_ones_again() -> None:
-    first = FirstToken(
-        entropy=np.array([0.5, 1.0]),
-        asked=np.array([[1], [2]]),
-        log_probs=np.array([[-1.0], [-2.0]]),
-        top_tokens=np.array([[3], [4]]),
-        top_log_probs=np.array([[-0.1], [-0.2]]),
-    )
-    found = repeat(Completions(((1,), (2, 3)), ("a", "b"), first), 3)
-    assert found.texts == ("a", "b") * 3
-    assert found.tokens == ((1,), (2, 3)) * 3
-    assert found.first.entropy.tolist() == [0.5, 1.0] * 3
-    assert found.first.top_tokens.tolist() == [[3], [4]] * 3
+    assert [*profiler.stages] == folder.manifest["done"] == ["works"]
 
 
 # --- refusals ----------------------------------------------------------------------------------------
@@ -494,7 +644,10 @@ no_cuda = NO_GPU.mark()
         (given_as("--model", str(CHECKPOINT)), f"model '{CHECKPOINT}': has no published architecture"),
         (given_as("--prompts", "2"), "--prompts 2: out of range. Allowed: 3 (those of one fact) to"),
         (given_as("--prompts", "100000"), "--prompts 100000: out of range. Allowed: 3"),
-        (given_as("--controls", "-1"), "-1 controls: out of range. Allowed: 0 and more"),
+        (
+            given_as("--controls", "-1"),
+            "controls -1: out of range. Allowed: 0 and more, for --controls",
+        ),
         (given_as("--seed", "-1"), "seed -1: out of range. Allowed: 0 to 4294967295"),
         (
             given_as("--ablation-value", "mean"),
@@ -554,7 +707,7 @@ def test_the_command_prints_a_table_and_writes_a_report(
     printed = capsys.readouterr()
     found = read_rehearsal(out)
     assert printed.out == rehearsal_table(found) + "\n"
-    assert printed.err.startswith("rehearsal: build ...\n")
+    assert printed.err.startswith("rehearsal: load ...\n")
     assert (found.model, found.prompts, found.n_sets) == ("Phi-1_5", 3, 1)
     assert found.facts_name == "the organism's"
     assert [*tmp_path.iterdir()] == [out]

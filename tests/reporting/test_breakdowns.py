@@ -80,12 +80,6 @@ def test_groups_are_those_of_the_relations_in_their_order(run: RunResults) -> No
         assert group.gts.count == sum(effect.gts.count for effect in of_group)
 
 
-def test_a_run_that_noted_no_groups_has_those_of_its_prompts(run: RunResults, tmp_path: Path) -> None:
-    folder = make_run(tmp_path)
-    folder.note(facts={"facts": 20, "recalled": 15})
-    assert [e.name for e in group_effects(read_results(tmp_path), VALUE)] == ["places", "music"]
-
-
 def test_without_controls_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     make_run(tmp_path, controls=0)
     run = read_results(tmp_path)

@@ -128,17 +128,6 @@ def test_boxes_are_the_percentiles_of_each_layer(run: RunResults, drawn: dict[st
 # --- what a run may lack ------------------------------------------------------------------------------
 
 
-def test_a_run_from_before_has_none_of_it(tmp_path: Path) -> None:
-    make_run(tmp_path, beyond=False, matched=0)
-    old = read_results(tmp_path)
-    assert old.rho_by_layer.empty
-    assert old.set_effects.empty
-    assert not old.effects
-    stems = [entry.stem for entry in figures_of_run(old)]
-    assert not [s for s in stems if s.endswith(("_rho_by_layer", "_matched_controls", "_effects"))]
-    draw_all(tmp_path)
-
-
 @pytest.mark.parametrize("name", [RHO_BY_LAYER, f"{VALUE}/{PROMPT_EFFECTS}", SET_EFFECTS])
 def test_a_file_that_should_be_there_is_missed(name: str, tmp_path: Path) -> None:
     make_run(tmp_path)

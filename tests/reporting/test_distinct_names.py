@@ -40,7 +40,7 @@ def made(
     make_run(path, model=model, prompts=6, controls=1, moved=1.0)
     manifest = read_json(path / MANIFEST)
     manifest["identity"] |= identity
-    manifest["weights"] = {"source": source, "revision": revision}
+    manifest["weights"] = {"source": source or "", "revision": revision}
     write_json(path / MANIFEST, manifest)
     return read_results(path)
 
@@ -129,7 +129,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str]]]] = {
     ),
     "a folder of the same name as a model people know": (
         [{"model": "organism"}, {"model": "Organism", "source": "/x/Organism"}],
-        [("Organism (organism)", "organism-organism"), ("Organism", "Organism")],
+        [("Organism (0)", "organism-0"), ("Organism (1)", "Organism-1")],
     ),
     "names that meet another's": (
         [{"source": "a/final"}, {"source": "b/final", "seed": 1}, {"model": "A-FINAL"}],

@@ -554,6 +554,8 @@ def _broken(how: str, path: Path) -> None:
         manifest["identity"]["shard"] = "1/2"
     if how == "unfinished":
         manifest["complete"] = False
+    if how == "other format":
+        manifest["format"] = 2
     if how == "foreign":
         manifest = {"name": "a web site"}
     write_json(path / MANIFEST, manifest)
@@ -577,6 +579,7 @@ def _broken(how: str, path: Path) -> None:
         ("share", "share 1/2 of a run has no scores"),
         ("unfinished", "the run is not finished"),
         ("foreign", "not a run's manifest"),
+        ("other format", "a run folder of format 2, and this version of ccm reads format 1. Run again"),
         ("no manifest", "no run folder"),
         ("no scores", "missing from the run folder"),
         ("other scores", "not the scores of this run"),

@@ -1,26 +1,39 @@
-"""Measures stages: wall time, and the highest memory while each ran."""
+"""A clock that also measures memory: the highest while each stage ran."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
-from ccm.experiment.rehearsal.projection import Per, Stage
+from ccm.experiment.clock import Clock, Per
+from ccm.experiment.folder import RunFolder
+from ccm.experiment.rehearsal.projection import Stage
 
 SAMPLE_SECONDS = 0.005  # between two looks at the process's memory
 Say = Callable[[str], None]
 
 
-class Meter:
+def _nothing(text: str) -> None:
+    pass
+
+
+class Profiler(Clock):
     """Measures stages: wall time, and the highest memory while each ran."""
 
-    def __init__(self, device: torch.device, say: Say) -> None:
-        """Start with no stages."""
-        self.device, self.say = device, say
-        self.stages: list[Stage] = []
+    def __init__(
+        self, device: torch.device, folder: RunFolder | None = None, say: Say = _nothing
+    ) -> None:
+        """Start with no stages.
+
+        Args:
+            device: Whose work is waited for, and whose memory is measured.
+            folder: Whose manifest gets the times, too; None: no run's.
+            say: Told what begins.
+        """
+        self.device, self.folder, self.say = device, folder, say
+        self.stages: dict[str, Stage] = {}
 
     @property
     def memory(self) -> str:
@@ -30,40 +43,21 @@ class Meter:
         return f"resident memory of the process, looked at every {1000 * SAMPLE_SECONDS:.0f} ms"
 
     @contextmanager
-    def stage(
-        self,
-        name: str,
-        per: Per = "run",
-        items: int = 1,
-        *,
-        in_run: bool = True,
-        most: int | None = None,
-    ) -> Iterator[None]:
+    def __call__(self, stage: str, per: Per = "run", items: int = 1) -> Iterator[None]:
         """Measure what the block does."""
-        self.say(f"{name} ...")
+        self.say(f"{stage} ..." if per == "run" else f"{stage}, {items} {per}s ...")
         peak = self._start()
         start = time.perf_counter()
         try:
             yield
-            self.wait()
+            self._wait()
             seconds = time.perf_counter() - start
         finally:
             peak_bytes = peak()
-        stage = Stage(name, seconds, peak_bytes, per, items, in_run=in_run, most=most)
-        self.stages.append(stage)
+        self.stages[stage] = Stage(stage, seconds, peak_bytes, per, items)
+        self.done(stage, seconds)
 
-    def seconds(self, step: Callable[[], object]) -> float:
-        """Time one call; what it returns is let go of."""
-        start = time.perf_counter()
-        step()
-        self.wait()
-        return time.perf_counter() - start
-
-    def fix(self, seconds: float) -> None:
-        """Say how much of the last stage more items leave as it is."""
-        self.stages[-1] = replace(self.stages[-1], fixed_seconds=min(seconds, self.stages[-1].seconds))
-
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Wait for the device, whose work is queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

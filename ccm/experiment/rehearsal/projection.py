@@ -1,49 +1,67 @@
 """What a rehearsal measured, and what the full grid would take: pure arithmetic, and its table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import wrap
+from typing import Any
 
-from ccm.errors import BadInput
+from ccm.errors import BadInput, listed
+from ccm.experiment.clock import Per
 
 PUBLISHED_FACTS = 4688  # rows of the released ParaRel statements (Method 3)
-# Probing prompts of each published run: the sum of its class sizes (Figure 5).
-PUBLISHED_PROMPTS: Mapping[str, int] = {
-    "gpt2-small": 10684,
-    "EleutherAI_pythia-1.4b": 6735,
-    "Phi-1_5": 6510,
-    "Mistral-7B-v0.1": 3135,
-    "Meta-Llama-3-8B": 9586,
-}
-
-Per = Literal["run", "fact", "prompt"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it was measured, and how its time grows."""
+    """One stage as it was measured, and how its time grows: along a straight line through two runs."""
 
     name: str
     seconds: float  # as measured
     peak_bytes: int  # highest while it ran; of what, `Rehearsal.memory` says
     per: Per  # what it is done once for
     items: int  # facts or prompts it was measured on; 1 for a run
-    fixed_seconds: float = 0.0  # the part of `seconds` that more items leave as it is
+    few_items: int = 0  # those of the smaller run; 0 where there is none, and all of the time grows
+    few_seconds: float = 0.0
     in_run: bool = True  # False: for comparison only, no part of `ccm run`
     most: int | None = None  # items that a run does it for at most; None: for all
 
-    def projected(self, items: int) -> float:
-        """Seconds for so many facts or prompts: the fixed part, and the rest scaled linearly.
+    def beside(self, few: "Stage") -> "Stage":
+        """Keep what the smaller run measured of the same stage.
 
-        >>> Stage("decode", 5.0, 0, "prompt", items=10, fixed_seconds=1.0).projected(100)
+        Of what is done once, the longer time counts. A smaller run that did no less tells nothing.
+        """
+        if self.per == "run":
+            return max(few, self, key=lambda stage: stage.seconds)
+        if few.items >= self.items:
+            return self
+        return replace(self, few_items=few.items, few_seconds=few.seconds)
+
+    @property
+    def per_item(self) -> float:
+        """Seconds that each more fact or prompt takes; neither they nor the rest are below 0.
+
+        >>> Stage("decode", 5.0, 0, "prompt", items=10, few_items=5, few_seconds=3.0).per_item
+        0.4
+        """
+        slope = (self.seconds - self.few_seconds) / (self.items - self.few_items)
+        return min(max(slope, 0.0), self.seconds / self.items)
+
+    @property
+    def fixed_seconds(self) -> float:
+        """Seconds that more items leave as they are."""
+        return self.seconds if self.per == "run" else self.seconds - self.per_item * self.items
+
+    def projected(self, items: int) -> float:
+        """Seconds for so many facts or prompts.
+
+        >>> Stage("decode", 5.0, 0, "prompt", items=10, few_items=5, few_seconds=3.0).projected(100)
         41.0
         """
         if self.per == "run":
             return self.seconds
         items = items if self.most is None else min(items, self.most)
-        fixed = min(self.fixed_seconds, self.seconds)
-        return fixed + (self.seconds - fixed) / self.items * items
+        return self.fixed_seconds + self.per_item * items
 
 
 @dataclass(frozen=True)
@@ -80,11 +98,13 @@ class Rehearsal:
     facts_name: str
     facts: int  # asked for their objects
     prompts: int
+    few_prompts: int  # of the smaller run
     mean_prompt_tokens: float  # BOS included
     mean_fact_prompt_tokens: float  # of the prompts that ask for an object
     first_prompt_tokens: list[int]
     ablation_values: list[str]
     controls: int
+    matched_controls: int
     entropy_neurons: list[int]
     stages: tuple[Stage, ...]
     work: Mapping[str, Mapping[str, int]]  # stage -> counts of `ccm.decoding.results.Work`
@@ -94,7 +114,7 @@ class Rehearsal:
     @property
     def n_sets(self) -> int:
         """Neuron sets of the grid, the plain run not counted."""
-        return len(self.ablation_values) * (1 + self.controls)
+        return len(self.ablation_values) * (1 + self.controls + self.matched_controls)
 
 
 def rehearsal_of(found: Any, where: str = "report") -> Rehearsal:
@@ -157,8 +177,8 @@ def rehearsal_table(r: Rehearsal) -> str:
         f"{r.prompts} probing prompts, {r.mean_prompt_tokens:.1f} tokens on average, of {r.facts_name} "
         "facts;",
         f"{r.facts} facts asked in {r.mean_fact_prompt_tokens:.1f} tokens; tokenizer: {r.tokenizer}",
-        f"grid: {_values(r.ablation_values)}, the entropy set and {r.controls} controls each: "
-        f"{r.n_sets} sets",
+        f"grid: {_values(r.ablation_values)}, the entropy set, {r.controls} controls and "
+        f"{r.matched_controls} matched ones each: {r.n_sets} sets",
         "",
         _row("stage", "measured on", "measured", "peak memory", "projected"),
     ]
@@ -166,6 +186,7 @@ def rehearsal_table(r: Rehearsal) -> str:
         of = "the model" if s.per == "run" else f"{s.items} {s.per}s"
         projected = duration(r.published.stages[s.name]) if s.in_run else "-"
         lines.append(_row(s.name, of, duration(s.seconds), _size(s.peak_bytes), projected))
+    still = [s.name for s in r.stages if s.in_run and s.few_items and not s.per_item]
     measured = sum(s.seconds for s in r.stages if s.in_run)
     lines.append(_row("a whole run", "", duration(measured), "", duration(r.published.total)))
     lines += [
@@ -173,16 +194,19 @@ def rehearsal_table(r: Rehearsal) -> str:
         f"peak memory: {r.memory}",
         f"projected: {r.published.facts:,} facts and {r.published.prompts:,} prompts, the published "
         "numbers, on this machine.",
-        "What is done once counts once; the rest is scaled by the number of facts or prompts. Reading",
-        "real weights replaces building them. Random weights decode all 10 tokens of every set; real",
-        "ones may branch more or less, and end earlier.",
-        "",
+        "What is done once counts once; all else follows, stage by stage, the straight line through",
+        f"two runs, of {r.few_prompts} and of {r.prompts} prompts. Reading real weights replaces",
+        "building them. Random weights decode all 10 tokens of every set; real ones may branch more or",
+        "less, and end earlier.",
     ]
+    if still:
+        lines += wrap(f"too few prompts, or a busy machine: no growth was seen of {listed(still)}", 96)
+    lines.append("")
     for name, work in r.work.items():
         counts = ", ".join(
             f"{work[k]:,} {k.replace('_', ' ')}"
             for k in ("forward_tokens", "nodes", "certified", "shortlisted", "full_rows", "refereed")
         )
         lines.append(f"work of {name}: {counts}")
-    lines.append(", ".join(f"{name} {number}" for name, number in r.versions.items()))
+    lines += wrap(", ".join(f"{name} {number}" for name, number in r.versions.items()), 96)
     return "\n".join(lines)

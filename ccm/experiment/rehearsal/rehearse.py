@@ -1,16 +1,15 @@
-"""The dress rehearsal: every stage of a run on a published architecture with random weights.
+"""The dress rehearsal: an ordinary run of a published architecture, with random weights.
 
 Time and memory follow from shapes, so they can be measured before a checkpoint of many gigabytes is
-downloaded. Prompts are built from the facts themselves, because a random model knows no object: its
-parametric object is taken to be the true one, and three other objects of the relation contradict it.
+downloaded. The steps are those of `ccm.experiment.run`, timed one by one. A random model knows no
+object, so its answers are given: it is asked as any model is, and the true objects are taken for what
+it said. To tell what grows with the prompts from what does not, the run is made twice, at two sizes.
 """
 
-import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,34 +17,65 @@ from typing import Any
 import numpy as np
 import torch
 
+from ccm.decoding.engines import ENGINES
+from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
+from ccm.experiment.config import RunConfig
+from ccm.experiment.effects import SAMPLED, measure_effects
 from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_folder
-from ccm.experiment.folder import RunFolder
-from ccm.experiment.rehearsal.profiler import Meter, Say
-from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, PUBLISHED_PROMPTS, Rehearsal, project
-from ccm.experiment.rehearsal.stages import RehearsalConfig, Stages
-from ccm.method.ablation_values import ablation_values
+from ccm.experiment.folder import ACTIVATION_STATS, RunFolder, read_statistics
+from ccm.experiment.plan import Plan, identity, make_plan
+from ccm.experiment.rehearsal.profiler import Profiler, Say
+from ccm.experiment.rehearsal.projection import (
+    PUBLISHED_FACTS,
+    Rehearsal,
+    Stage,
+    project,
+)
+from ccm.experiment.run import (
+    decode_prompts,
+    finish,
+    hold_folder,
+    plan_sets,
+    prompts_step,
+    stage_decoder,
+)
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,
-    Candidate,
     ParametricAnswer,
-    counter_candidates,
+    answer_object,
     filter_answers,
+    parametric_prompt,
+    same_name,
 )
 from ccm.models.bridge import Tokens
-from ccm.models.devices import device_for, dtype_for
+from ccm.models.devices import dtype_for
 from ccm.models.memory import check_memory, needed_bytes
-from ccm.models.random import (
-    LETTERS,
-    Architecture,
-    architecture_of,
-    build,
-    n_parameters,
-)
+from ccm.models.model import LoadedModel
+from ccm.models.random import LETTERS, Architecture, architecture_of, build, n_parameters
 from ccm.models.specs import CHECKPOINT, MODELS, dimensions
 from ccm.models.tokenizer import read_tokenizer
+
+TOGETHER = (
+    1 + N_COUNTER_OBJECTS
+)  # facts of a relation with distinct objects, which contradict each other
+OWN, REST = "effects, entropy sets", "effects, all other sets"  # two parts of one stage of a run
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """What to rehearse: a run, and how much of it."""
+
+    run: RunConfig
+    prompts: int = 256  # of the larger of the two runs
+    tokenizer: Path | None = None  # a folder; None: the stand-in
+    hooked: bool = False  # a plain pass through TransformerLens hooks too, for comparison
+    keep: Path | None = None  # folder for what the larger run leaves behind; None: it goes
+
+
+# --- facts that a model is taken to know ------------------------------------------------------------
 
 
 def rehearsal_facts() -> FactSet:
@@ -55,41 +85,66 @@ def rehearsal_facts() -> FactSet:
     return read_fact_folder(CHECKPOINT, "the organism's")
 
 
-def choose_facts(
-    facts: FactSet, n_prompts: int
-) -> tuple[list[ParametricAnswer], Mapping[str, list[Candidate]]]:
-    """Choose facts as a model that knows all of them would be probed on, evenly over the relations.
+def choose_facts(facts: FactSet, n_prompts: int) -> FactSet:
+    """Choose facts that give so many prompts, or a few more, to a model that knows all of them.
 
-    Args:
-        facts: Facts and relations.
-        n_prompts: Prompts wanted, up to three a fact.
-
-    Returns:
-        Answers whose parametric object is the true one (no tokens yet), and all objects by relation.
+    Every fact is contradicted by three others of its relation, so facts are taken four at a time,
+    evenly over the relations; one by one only where every relation has its four.
 
     Raises:
         BadInput: fewer than 3 prompts, or more than the facts give.
     """
-    answers = [ParametricAnswer(row, f, "", "", f.object, 0) for row, f in enumerate(facts.facts)]
-    answers = filter_answers(answers, facts.relations)
-    candidates = counter_candidates(answers)
-    probed = [a for a in answers if len(candidates[a.fact.relation]) > N_COUNTER_OBJECTS]
-    most = N_COUNTER_OBJECTS * len(probed)
+    answers = [
+        ParametricAnswer(row, f, "", "", answer_object(f.object), 0)
+        for row, f in enumerate(facts.facts)
+    ]
+    together, more = list[list[int]](), list[int]()
+    of_relation: dict[str, dict[str, list[int]]] = {name: {} for name in facts.relations}
+    for a in filter_answers(answers, facts.relations):
+        of_relation[a.fact.relation].setdefault(same_name(a.object), []).append(a.row)
+    for rows in of_relation.values():
+        if len(rows) >= TOGETHER:
+            first = [of_object[0] for of_object in rows.values()][:TOGETHER]
+            together.append(first)
+            more += [row for of_object in rows.values() for row in of_object if row not in first]
+    most = N_COUNTER_OBJECTS * (TOGETHER * len(together) + len(more))
     if not N_COUNTER_OBJECTS <= n_prompts <= most:
         raise BadInput(
             f"--prompts {n_prompts}: out of range. Allowed: {N_COUNTER_OBJECTS} (those of one fact) to "
             f"{most}, of {facts.name} facts."
         )
-    n_facts = ceil(n_prompts / N_COUNTER_OBJECTS)
-    chosen = np.linspace(0, len(probed) - 1, n_facts).round().astype(int)
-    return [probed[i] for i in chosen], candidates
+    n = ceil(n_prompts / N_COUNTER_OBJECTS)
+    groups = _evenly(together, ceil(n / TOGETHER))
+    chosen = [row for group in groups for row in group]
+    chosen += _evenly(sorted(more), n - len(chosen))
+    return replace(facts, facts=tuple(facts.facts[row] for row in sorted(chosen)))
+
+
+def _evenly(things: Sequence[Any], n: int) -> list[Any]:
+    """So many of them, evenly chosen, or all."""
+    at = np.linspace(0, len(things) - 1, max(0, min(n, len(things)))).round().astype(int)
+    return [things[i] for i in at]
+
+
+def knowing_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
+    """As `stage_decoder`, of a model that answers every fact rightly once it was asked."""
+    ask = stage_decoder(folder, plan_, stage)
+
+    def answer(model: LoadedModel, tokens: Sequence[Tokens], **options: Any) -> Completions:
+        said, objects = ask(model, tokens, **options), [fact.object for fact in plan_.facts.facts]
+        top = said.first.top_tokens.copy()
+        top[:, 0] = [model.first_token(name) for name in objects]
+        texts = tuple(f" {name}." for name in objects)
+        return replace(said, texts=texts, first=replace(said.first, top_tokens=top))
+
+    return answer if stage == "answers" else ask
+
+
+# --- the rehearsal ------------------------------------------------------------------------------------
 
 
 def _to_stderr(text: str) -> None:
     print(f"rehearsal: {text}", file=sys.stderr)
-
-
-# --- the rehearsal ------------------------------------------------------------------------------------
 
 
 def rehearse(
@@ -97,17 +152,15 @@ def rehearse(
     *,
     architecture: Architecture | None = None,
     facts: FactSet | None = None,
-    keep: Path | None = None,
     say: Say = _to_stderr,
 ) -> Rehearsal:
-    """Build a published architecture with random weights and run every stage of a run on it.
+    """Build a published architecture with random weights and run on it, at two sizes.
 
     Args:
         config: What to rehearse.
         architecture: A smaller model of the family instead of the real one: a rehearsal in seconds,
             whose projection says nothing about the real one.
         facts: Facts to build prompts of; by default those of `rehearsal_facts`.
-        keep: Folder for what a run would leave behind; by default it goes with the rehearsal.
         say: Told what begins.
 
     Returns:
@@ -116,75 +169,151 @@ def rehearse(
     Raises:
         BadInput, NotAvailable: before anything is built.
     """
-    hf_config = (architecture or architecture_of(config.model)).config()
-    values = ablation_values(config.ablation_value)
-    device, dtype = device_for(config.device), dtype_for(config.dtype)
-    _check(config, hf_config, keep)
-    facts = facts or rehearsal_facts()
-    answers, candidates = choose_facts(facts, config.prompts)
-    parameters = n_parameters(hf_config)
-    needed = needed_bytes(replace(MODELS[config.model], **dimensions(hf_config)), parameters, dtype)
-    check_memory(config.model, needed, device, dtype)
-    origin: dict[str, Any] = {
-        "model": config.model,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        "device": device.type,
-        "controls": config.controls,
-        "prompts": config.prompts,
-        "ablation_values": [v.name for v in values],
-        "versions": _versions(),
-    }
-    identity = {**origin, "weights": "random", "protocol": "corrected", "facts": facts.name}
-    meter = Meter(device, say)
+    run, facts = config.run, facts or rehearsal_facts()
+    hf_config = (architecture or architecture_of(run.model)).config()
+    few_prompts = max(N_COUNTER_OBJECTS, config.prompts // 4)
+    plan_, few_plan = (_plan(run, hf_config, facts, n) for n in (config.prompts, few_prompts))
+    _check(config, hf_config)
+    dtype, parameters = dtype_for(run.dtype), n_parameters(hf_config)
+    check_memory(run.model, needed_bytes(plan_.spec, parameters, dtype), plan_.device, dtype)
+    known = {"weights_sha256": f"random weights, seed {run.seed}"}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(keep or Path(scratch) / "run", identity)
-        with meter.stage("build"):
-            model = build(
-                config.model, hf_config, device, dtype, tokenizer=config.tokenizer, seed=config.seed
-            )
-            # One answer, so that what is set up at first use is not counted again for every prompt.
-            decode(model, [[model.bos or 0]])
-        stages = Stages(config, model, facts, values, meter, folder, Path(scratch))
-        stages.run(answers, candidates)
-    measured = tuple(meter.stages)
+        out = config.keep or Path(scratch) / "run"
+        with hold_folder(plan_, identity(plan_, known), out) as folder:
+            profiler = Profiler(plan_.device, folder, say)
+            with profiler("load"):
+                model = build(
+                    run.model,
+                    hf_config,
+                    plan_.device,
+                    dtype,
+                    tokenizer=config.tokenizer,
+                    seed=run.seed,
+                )
+                # One answer, so that what is set up at first use is not counted again for every prompt.
+                decode(model, [[model.bos or 0]])
+            # The smaller one first: what only a model's first run pays for is not taken for growth.
+            with hold_folder(few_plan, identity(few_plan, known), Path(scratch) / "few") as small:
+                few = Profiler(plan_.device, small, say)
+                few_tokens = _run(small, few_plan, model, few)
+                before = _stages(small, few_plan, model, few_tokens, few)
+            tokens = _run(folder, plan_, model, profiler)
+            after = _stages(folder, plan_, model, tokens, profiler)
+            passes = Profiler(plan_.device, say=say)
+            work = _plain_passes(folder, model, tokens, passes, hooked=config.hooked)
+            noted = folder.manifest
+    stages = tuple(
+        stage.beside(before[name]) if name in before else stage for name, stage in after.items()
+    )
+    asked = [
+        model.encode(parametric_prompt(plan_.template, f, plan_.facts.relations[f.relation]))
+        for f in plan_.facts.facts
+    ]
     return Rehearsal(
-        **origin,
+        model=run.model,
         parameters=parameters,
         weight_bytes=parameters * dtype.itemsize,
-        device_name=(
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        ),
+        device=plan_.device.type,
+        device_name=noted["identity"]["device_name"],
         threads=torch.get_num_threads(),
-        memory=meter.memory,
+        dtype=run.dtype,
+        seed=run.seed,
+        memory=profiler.memory,
         tokenizer=_tokenizer_name(config),
         facts_name=facts.name,
-        facts=len(answers),
-        mean_prompt_tokens=_mean_length(stages.tokens),
-        mean_fact_prompt_tokens=_mean_length(stages.asked),
-        first_prompt_tokens=list(stages.tokens[0]),
-        entropy_neurons=list(stages.entropy),
-        stages=measured,
-        work={name: work.as_dict() for name, work in stages.work.items()},
-        published=project(measured, PUBLISHED_FACTS, PUBLISHED_PROMPTS[config.model]),
+        facts=len(asked),
+        prompts=len(tokens),
+        few_prompts=few_prompts,
+        mean_prompt_tokens=_mean_length(tokens),
+        mean_fact_prompt_tokens=_mean_length(asked),
+        first_prompt_tokens=noted["first_prompt_tokens"],
+        ablation_values=[v.name for v in plan_.values],
+        controls=run.controls,
+        matched_controls=plan_.matched_controls,
+        entropy_neurons=noted["entropy_neurons"],
+        stages=(*stages, *(replace(stage, in_run=False) for stage in passes.stages.values())),
+        work={"ablations": noted["work"], **work},
+        published=project(stages, PUBLISHED_FACTS, MODELS[run.model].published_prompts),
+        versions=noted["identity"]["versions"],
     )
 
 
-def _check(config: RehearsalConfig, hf_config: Any, keep: Path | None) -> None:
-    """Refuse numbers and folders that cannot be used."""
-    if not 0 <= config.seed < 2**32:
-        raise BadInput(f"seed {config.seed}: out of range. Allowed: 0 to {2**32 - 1}.")
-    if config.controls < 0:
-        raise BadInput(f"{config.controls} controls: out of range. Allowed: 0 and more.")
+def _plan(run: RunConfig, hf_config: Any, facts: FactSet, n_prompts: int) -> Plan:
+    """Plan a run of so many prompts on an architecture."""
+    sizes = dimensions(hf_config)
+    spec = MODELS[run.model]
+    # Fewer than published only where the model is smaller than published.
+    dims = min(spec.null_space_dims, sizes["d_model"] // 16)
+    spec = replace(spec, **sizes, null_space_dims=dims, folder=None)
+    # Random neurons reach no published rho, so any may be chosen.
+    run = replace(run, max_prompts=n_prompts, min_rho=0.0)
+    return make_plan(run, spec, choose_facts(facts, n_prompts))
+
+
+def _run(folder: RunFolder, plan_: Plan, model: LoadedModel, clock: Profiler) -> list[Tokens]:
+    """Run all that comes once the model is there, as `ccm.experiment.run` does; returns the prompts."""
+    no_files = list[str]()
+    folder.note(
+        weights={"source": model.source, "revision": None, "files": no_files},
+        special_tokens=model.special_tokens,
+    )
+    with clock("prompts", "fact", len(plan_.facts.facts)):
+        prompts = prompts_step(folder, plan_, model, knowing_decoder)
+    decode_prompts(folder, plan_, model, prompts, clock)
+    finish(folder, plan_.protocol, clock)
+    return [model.encode(prompt.text) for prompt in prompts]
+
+
+def _stages(
+    folder: RunFolder, plan_: Plan, model: LoadedModel, tokens: Sequence[Tokens], run: Profiler
+) -> dict[str, Stage]:
+    """The stages of a run that was made, by name, with its effects told apart.
+
+    Effects of the entropy sets are taken at every prompt, of all others at `SAMPLED` at most, in the
+    same pass. So those of the entropy sets are measured once more, alone; the rest is the others'.
+    """
+    manifest, alone = folder.manifest, Profiler(plan_.device, say=run.say)
+    statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
+    planned = plan_sets(plan_.values, {"entropy": manifest["entropy_neurons"]}, statistics)
+    with alone(OWN, "prompt", len(tokens)):
+        own = [ablation for sets in planned.values() for ablation in sets]
+        measure_effects(model, tokens, own, [], memory_budget=manifest["memory_budget"])
+    found = dict[str, Stage]()
+    for name, stage in run.stages.items():
+        if name != "effects":
+            found[name] = stage
+            continue
+        found |= alone.stages
+        found[REST] = replace(
+            stage,
+            name=REST,
+            seconds=max(0.0, stage.seconds - found[OWN].seconds),
+            items=min(stage.items, SAMPLED),
+            most=SAMPLED,
+        )
+    return found
+
+
+def _plain_passes(
+    folder: RunFolder, model: LoadedModel, tokens: Sequence[Tokens], clock: Profiler, *, hooked: bool
+) -> dict[str, dict[str, int]]:
+    """Decode without any ablation, for comparison; returns the work of each engine."""
+    works, budget = dict[str, dict[str, int]](), folder.manifest["memory_budget"]
+    for name in ("shared", "hooked") if hooked else ("shared",):
+        stage, work = f"plain pass, {name} engine", Work()
+        with clock(stage, "prompt", len(tokens)):
+            merge(list(ENGINES[name].decode_sets(model, tokens, memory_budget=budget, work=work)))
+        works[stage] = work.as_dict()
+    return works
+
+
+def _check(config: RehearsalConfig, hf_config: Any) -> None:
+    """Refuse a tokenizer and a folder that cannot be used."""
     if config.tokenizer is not None:
         read_tokenizer(config.tokenizer, int(hf_config.vocab_size), "--tokenizer")
+    keep = config.keep
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise BadInput(f"--keep {keep}: not an empty folder. Nothing was written; give another one.")
-
-
-def _versions() -> dict[str, str]:
-    packages = ("ccm", "torch", "transformers", "transformer_lens", "numpy")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
 def _tokenizer_name(config: RehearsalConfig) -> str:
