@@ -156,7 +156,7 @@ def ablate(
 
     Raises:
         BadInput: an unknown name, a neuron that the model does not have, no prompt.
-        PremiseBroken: the engine does not compute this model.
+        AssumptionBroken: the engine does not compute this model.
 
     >>> table = ablate("organism", ["Ada was born in", "Ada"], {"mine": [29, 97]})
     >>> table[["set", "prompt"]].values.tolist()

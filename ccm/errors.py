@@ -39,7 +39,7 @@ class InUse(CcmError):
     """A run folder that another process is writing to."""
 
 
-class PremiseBroken(CcmError):
+class AssumptionBroken(CcmError):
     """A model that is not what the method assumes, or is run wrongly (`assumptions`, `trial`)."""
 
 

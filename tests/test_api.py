@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ccm
-from ccm.errors import BadInput, PremiseBroken
+from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, PUBLISHED
 from tests.made_runs import make_run
@@ -87,7 +87,7 @@ def test_a_bridge_that_computes_something_else_is_refused(how: str) -> None:
         bridge.enable_compatibility_mode()
     else:
         bridge.blocks[1].hook_out.add_hook(lambda x, hook: x.flip(-1))
-    with pytest.raises(PremiseBroken, match=r"^the bridge gives other numbers than the model"):
+    with pytest.raises(AssumptionBroken, match=r"^the bridge gives other numbers than the model"):
         ccm.load(bridge)
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ccm.decoding.bounded import Room
+from ccm.decoding.bounded import BoundedLists
 
 
 @contextmanager
@@ -28,7 +28,7 @@ class Finished(Exception):
     """Enough was seen."""
 
 
-class InventedLengths(Room):
+class InventedLengths(BoundedLists):
     """Invents the lengths of its lists, for so many steps."""
 
     def __init__(self, steps: int, **lengths: int) -> None:

@@ -84,14 +84,14 @@ def run(options: argparse.Namespace) -> None:
         raise BadInput("--report: a shard of a run has no scores. Merge all, then `ccm report`.")
     # Only now, because they take seconds.
     from ccm.cli.console import summary
-    from ccm.experiment.run import new_folder, run_share
+    from ccm.experiment.run import new_folder, run_shard
 
     _limit_threads()
     if options.out is None:
         options.out = new_folder(config)
         print(f"{PROGRAM}: writing to {options.out}", file=sys.stderr)
     if config.shard is not None:
-        folder = run_share(config, options.out)
+        folder = run_shard(config, options.out)
         work, total = folder.manifest["work"], folder.manifest["prompts"]
         shard = folder.manifest["identity"]["shard"]
         print(f"shard {shard}: {work['prompts']} of {total} prompts decoded.")
@@ -109,9 +109,9 @@ def merge(options: argparse.Namespace) -> None:
     refuse_if_locked(options.out)
 
     from ccm.cli.console import summary
-    from ccm.experiment.merging import merge_shares
+    from ccm.experiment.merging import merge_shards
 
-    print(summary(merge_shares(options.shards, options.out)))
+    print(summary(merge_shards(options.shards, options.out)))
     print(f"\nrun folder: {options.out}")
 
 

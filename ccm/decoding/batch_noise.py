@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ccm.decoding.forward import RowCache, run_body
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models.model import LoadedModel
 from ccm.models.trial import ordinary_tokens
 
@@ -23,23 +23,23 @@ MOST = 1e-4  # a hundred times what float32 was seen to do
 LENGTHS, ROWS, ALONE = (6, 15), 32, 4
 
 
-def slack(model: LoadedModel) -> float:
+def tolerance(model: LoadedModel) -> float:
     """Relative rounding of logits to reckon with; measured once for a model in float32.
 
     Raises:
-        PremiseBroken: this device rounds too coarsely for float32, or to no number at all.
+        AssumptionBroken: this device rounds too coarsely for float32, or to no number at all.
     """
     if model.dtype != torch.float32:
         return LEAST[model.dtype]
     if model.noise is None:
         model.noise = batch_noise(model)
     if not math.isfinite(model.noise):
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{model.spec.name}: refused, of some random prompts the shared engine's final residuals "
             f"are no numbers on {model.device}. Check its weights, or use --engine hooked."
         )
     if not model.noise <= MOST:
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{model.spec.name}: refused, the batch changes its final residual by {model.noise:.1e} of "
             f"its length on {model.device}. Allowed: {MOST:.0e}. Unset what lowers the precision of "
             "products, or use another device."

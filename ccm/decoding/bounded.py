@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass
-class Room:
+class BoundedLists:
     """The lists of one step at a time, by name."""
 
     exact: bool  # lists are as long as they must be; otherwise as long as they are guessed to be

@@ -60,7 +60,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.method.ablation import Ablation
-from ccm.method.neurons import VOCAB_CHUNK
+from ccm.method.neurons import VOCAB_COLUMNS
 from ccm.models.model import LastLayer
 
 SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
@@ -112,7 +112,7 @@ class Nodes:
     likely: Int[Tensor, "node m"]  # most likely plain tokens, first first
     gap: Float[Tensor, "node"]  # lead of the first over the second
     beyond: Float[Tensor, "node"]  # l_(m+1), or -inf where the vocabulary ends before it
-    slack: Float[Tensor, "node"]  # tau_0
+    tolerance: Float[Tensor, "node"]  # tau_0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Sc
     Args:
         last: What stands between the last MLP's activations and the logits.
         ablations: Neuron sets with their values.
-        u: Of paragraph 6, as `ccm.decoding.batch_noise.slack` measures it; 0 for whoever chooses no
+        u: Of paragraph 6, as `ccm.decoding.batch_noise.tolerance` measures it; 0 for whoever chooses no
             token.
     """
     device = last.W_out.device
@@ -158,7 +158,7 @@ def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Sc
     P = (W * norm.gain) @ W_U
     longest = max(
         float((chunk * norm.gain[:, None]).norm(dim=0).max())
-        for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1)
+        for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1)
     )
     norms = W.norm(dim=1)
     reach = norms / W.shape[1] ** 0.5
@@ -236,7 +236,7 @@ def read_nodes(
         likely=best.indices[:, :m],
         gap=best.values[:, 0] - best.values[:, 1],
         beyond=beyond,
-        slack=screen.noise * x.norm(dim=1) / s + screen.offset_noise,
+        tolerance=screen.noise * x.norm(dim=1) / s + screen.offset_noise,
     )
 
 
@@ -262,7 +262,7 @@ def certified(screen: Screen, nodes: Nodes) -> Bool[Tensor, "node set"]:
     for group in screen.groups:
         c = group.values - nodes.a  # (node, selected)
         moved.append(c.abs().mul_(screen.q).addcmul_(c, tilt) @ group.member)
-    return torch.cat(moved, dim=1) < (nodes.scale * (nodes.gap - nodes.slack))[:, None]
+    return torch.cat(moved, dim=1) < (nodes.scale * (nodes.gap - nodes.tolerance))[:, None]
 
 
 def ablated_scale(
@@ -280,7 +280,7 @@ def ablated_scale(
     return ((before + 2 * linear + square).clamp_min(0) / d + screen.eps).sqrt().float()
 
 
-def pair_slack(
+def pair_tolerance(
     screen: Screen,
     nodes: Nodes,
     node: Int[Tensor, "pair"],
@@ -301,7 +301,9 @@ def read_pairs(
     """Work out what each set does to its node."""
     c = changes(screen, nodes, node, sets)
     scale = ablated_scale(screen, nodes, node, sets, c)
-    return Pairs(screen, nodes, node, sets, c, scale, pair_slack(screen, nodes, node, sets, c, scale))
+    return Pairs(
+        screen, nodes, node, sets, c, scale, pair_tolerance(screen, nodes, node, sets, c, scale)
+    )
 
 
 def shortlisted(pairs: Pairs) -> tuple[Bool[Tensor, "pair"], Int[Tensor, "pair"]]:

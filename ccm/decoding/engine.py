@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.decoding.bounded import Room, distinct
+from ccm.decoding.bounded import BoundedLists, distinct
 from ccm.decoding.certificate import Screen, read_nodes
 from ccm.decoding.forward import RowCache, Rows, plan_rows, run_body
 from ccm.decoding.next_token import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.decoding.prefill import prefill
-from ccm.decoding.results import Shard, Work
+from ccm.decoding.results import Batch, Work
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
@@ -40,8 +40,8 @@ class Engine:
     max_new_tokens: int
     own_top: bool
     observing: bool
-    room: Room
-    # Observed rows of the part at work, shown once it is done: a part that fails is run again.
+    lists: BoundedLists
+    # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Engine:
         self.free()
 
     def free(self) -> None:
-        """Let go of the memory that parts share, and of what a failed part left."""
+        """Let go of the memory that batches have in common, and of what a failed one left."""
         self.begun, self.cache = (RowCache(self.model.spec.n_layers) for _ in range(2))
         self.seen.clear()
 
@@ -99,13 +99,13 @@ class Engine:
         indices: Sequence[int],
         targets: Int[Tensor, "prompt target"],
         work: Work,
-    ) -> Shard:
-        """Decode one part under every set.
+    ) -> Batch:
+        """Decode one batch under every set.
 
         Args:
             prompts: Token ids, sorted by how many come after the shared prefix.
             shared: How many tokens of each prompt are its shared prefix.
-            indices: What the shard calls the prompts.
+            indices: What the batch calls the prompts.
             targets: Tokens whose first-step log-probabilities are wanted.
             work: Counts are added here.
         """
@@ -124,10 +124,10 @@ class Engine:
             def prefix(i: int) -> list[int]:
                 return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
 
-            referee = Referee(self.model, self.screen, prefix, self.room, work)
-            self.room.start()
+            referee = Referee(self.model, self.screen, prefix, self.lists, work)
+            self.lists.start()
             while True:
-                if step == 0 and (not first or self.room.was_short("first")):
+                if step == 0 and (not first or self.lists.was_short("first")):
                     first = read_first_tokens(
                         self.screen, nodes, targets, self.at_once, referee, own_top=self.own_top
                     )
@@ -135,14 +135,14 @@ class Engine:
                 ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
                 if step == self.max_new_tokens - 1:
                     ended = torch.ones_like(ended)
-                growth = tree.plan(chosen, ended, self.room)
-                if self.room.holds():
+                growth = tree.plan(chosen, ended, self.lists)
+                if self.lists.holds():
                     break
             self._count(work, len(x), len(tree.node), step == 0)
             past = end + step  # slots of the cache in use
-            if not tree.grow(growth, self.room):
+            if not tree.grow(growth, self.lists):
                 break
-            moved = slice(self.room.count("moved"))
+            moved = slice(self.lists.count("moved"))
             cache.move(growth.rows.moved[moved], growth.rows.source[moved], past, len(tree.paths))
             positions = lengths[tree.origin] + step
             read = [
@@ -153,7 +153,7 @@ class Engine:
         if device.type == "cuda":
             work.peak_bytes = torch.cuda.max_memory_allocated(device)
         leaf, leaves = tree.leaves(self.eos)
-        return Shard(
+        return Batch(
             prompts=np.asarray(indices, dtype=np.int64),
             leaves=leaves,
             texts=tuple(self.model.decode(tokens) for tokens in leaves),
@@ -163,19 +163,19 @@ class Engine:
 
     def _count(self, work: Work, nodes: int, pairs: int, first: bool) -> None:
         """Add up what a step cost, once its lists are settled."""
-        room = self.room
+        lists = self.lists
         work.nodes += nodes
         work.first_rows += nodes * len(self.full) if first else 0
-        work.certified += pairs - room.count("unsure")
-        work.shortlisted += room.count("unsure") - room.count("whole")
-        work.low_rank += room.count("whole")
-        work.refereed += room.total("near")
-        work.full_rows += nodes + room.total("near")
+        work.certified += pairs - lists.count("unsure")
+        work.shortlisted += lists.count("unsure") - lists.count("whole")
+        work.low_rank += lists.count("whole")
+        work.refereed += lists.total("near")
+        work.full_rows += nodes + lists.total("near")
 
 
 @dataclass(frozen=True)
 class _Growth:
-    """What a step adds to a tree; lists of a `Room`, which may be filled up."""
+    """What a step adds to a tree; lists of a `BoundedLists`, which may be filled up."""
 
     ended: Bool[Tensor, "pair"]
     branch: Int[Tensor, "pair"]  # each pair's (node, token), among all distinct ones
@@ -201,19 +201,21 @@ class _Tree:
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
         self.leaf = torch.full_like(self.pair, -1)  # place among all branches
 
-    def plan(self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"], room: Room) -> _Growth:
+    def plan(
+        self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"], lists: BoundedLists
+    ) -> _Growth:
         """Add a token to every pair, and find out what goes on.
 
         Everything that happens next happens once per distinct (node, token). A branch may end for some
-        sets (a splitter) and go on for others. The room's lists are "branches", "on", "kept", "moved".
+        sets (a splitter) and go on for others. The bounded lists are "branches", "on", "kept", "moved".
         """
         keys = self.node * self.d_vocab + chosen
-        key, branch = room.distinct("branches", keys, len(self.paths) * self.d_vocab)
+        key, branch = lists.distinct("branches", keys, len(self.paths) * self.d_vocab)
         parent = key // self.d_vocab
-        on = room.places("on", ~ended)
+        on = lists.places("on", ~ended)
         # What fills up the list of pairs is on no branch.
         branches = torch.cat([branch, torch.full_like(branch[:1], len(key))])[on]
-        kept, node = room.distinct("kept", branches, len(key))
+        kept, node = lists.distinct("kept", branches, len(key))
         return _Growth(
             ended=ended,
             branch=branch,
@@ -222,19 +224,19 @@ class _Tree:
             on=on,
             kept=kept,
             node=node,
-            rows=plan_rows(parent[kept], room, room.so_far("kept")),
+            rows=plan_rows(parent[kept], lists, lists.so_far("kept")),
         )
 
-    def grow(self, growth: _Growth, room: Room) -> int:
+    def grow(self, growth: _Growth, lists: BoundedLists) -> int:
         """Do what was planned; nodes are numbered by the cache rows that hold them.
 
         Returns:
             How many nodes there are now.
         """
-        n_on, n = room.count("on"), room.count("kept")
+        n_on, n = lists.count("on"), lists.count("kept")
         place = sum(map(len, self.branches)) + growth.branch
         self.leaf[self.pair] = torch.where(growth.ended, place, self.leaf[self.pair])
-        self.branches.append(growth.grown[: room.count("branches")])
+        self.branches.append(growth.grown[: lists.count("branches")])
         on, held = growth.on[:n_on], growth.rows.branch[:n]
         self.pair, self.sets = self.pair[on], self.sets[on]
         row = torch.empty_like(held)

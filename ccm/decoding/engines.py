@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.decoding import hooked, shared
-from ccm.decoding.results import Completions, Shard, Work
+from ccm.decoding.results import Batch, Completions, Work
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     @property
     def check(self) -> Callable[[LoadedModel], None]:
-        """See, before any work, that it computes the model at hand; raises `PremiseBroken`."""
+        """See, before any work, that it computes the model at hand; raises `AssumptionBroken`."""
 
     @property
     def decode(self) -> Callable[..., Completions]:
@@ -42,8 +42,8 @@ class Engine(Protocol):
         memory_budget: int | None = None,
         work: Work | None = None,
         done: Collection[int] = (),
-        share: tuple[int, int] = (1, 1),
-    ) -> Iterator[Shard]:
+        shard: tuple[int, int] = (1, 1),
+    ) -> Iterator[Batch]:
         """Decode under the plain run and every ablation (`ccm.decoding.shared.decode_sets`)."""
 
     @property

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.decoding.bounded import Room
+from ccm.decoding.bounded import BoundedLists
 from ccm.models.model import LoadedModel
 from ccm.models.specs import FAMILIES
 
@@ -182,7 +182,7 @@ class Rows:
     source: Int[Tensor, "moved"]  # that other
 
 
-def plan_rows(parent: Int[Tensor, "branch"], room: Room, n: int | Tensor) -> Rows:
+def plan_rows(parent: Int[Tensor, "branch"], lists: BoundedLists, n: int | Tensor) -> Rows:
     """Give every branch a row, so that as few as can be are copied.
 
     A branch stays in its parent's row if it is the eldest there and the row is among the first n; the
@@ -191,7 +191,7 @@ def plan_rows(parent: Int[Tensor, "branch"], room: Room, n: int | Tensor) -> Row
 
     Args:
         parent: Row that each branch grows from, ascending.
-        room: For the list of rows that move, called "moved".
+        lists: For the list of rows that move, called "moved".
         n: How many branches there are; what follows after them means nothing.
     """
     size = len(parent)
@@ -206,7 +206,7 @@ def plan_rows(parent: Int[Tensor, "branch"], room: Room, n: int | Tensor) -> Row
     free = there & (branch < 0)
     movers = torch.argsort(stays | ~there, stable=True)  # those that move, then all others
     branch = torch.where(free, movers[(free.cumsum(0) - 1).clamp_min(0)], branch)
-    moved = room.places("moved", free)
+    moved = lists.places("moved", free)
     return Rows(branch, moved, parent[torch.cat([branch, branch[:1]])[moved]])
 
 

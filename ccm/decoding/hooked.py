@@ -14,16 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccm.decoding.results import (
+    Batch,
     Completions,
     FirstToken,
     Observer,
-    Shard,
     Work,
+    batch_of,
     completions,
     greedy,
     no_targets,
     read_first_token,
-    shard_of,
 )
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
@@ -96,8 +96,8 @@ def decode_sets(
     memory_budget: int | None = None,
     work: Work | None = None,
     done: Collection[int] = (),
-    share: tuple[int, int] = (1, 1),
-) -> Iterator[Shard]:
+    shard: tuple[int, int] = (1, 1),
+) -> Iterator[Batch]:
     """Decode prompts under the plain run and every ablation, one pass each.
 
     Same signature as `ccm.decoding.shared.decode_sets`, with two liberties: every continuation is
@@ -105,7 +105,7 @@ def decode_sets(
     """
     given = no_targets(len(prompts)) if targets is None else targets
     batches = list(equal_length_batches(prompts, BATCH_SIZE))
-    for indices in batches[share[0] - 1 :: share[1]]:
+    for indices in batches[shard[0] - 1 :: shard[1]]:
         if set(indices) <= set(done):
             continue
         chosen = [prompts[i] for i in indices]
@@ -119,7 +119,7 @@ def decode_sets(
         ]
         if work is not None:
             work.prompts += len(indices)
-        yield shard_of(indices, plain, runs, own_top=own_top)
+        yield batch_of(indices, plain, runs, own_top=own_top)
 
 
 def check(model: LoadedModel) -> None:
@@ -130,7 +130,9 @@ def check(model: LoadedModel) -> None:
 def read_last_positions(
     model: LoadedModel,
     prompts: Sequence[Tokens],
-    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
+    read: Callable[
+        [list[int], Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]], _Result
+    ],
     *,
     memory_budget: int | None = None,
     done: Collection[int] = (),

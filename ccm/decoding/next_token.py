@@ -1,7 +1,7 @@
 """What every neuron set makes of a node: its next token, and its first-token readings.
 
-Choices whose lead is below the slack of `ccm.decoding.certificate` are left to a referee, which runs
-the prefix alone: so no choice depends on what else is in the batch. (float32; in lower precision
+Choices whose lead is below the tolerance of `ccm.decoding.certificate` are left to a referee, which
+runs the prefix alone: so no choice depends on what else is in the batch. (float32; in lower precision
 rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
 """
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.decoding.bounded import Room
+from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.certificate import (
     Nodes,
     Screen,
@@ -20,7 +20,7 @@ from ccm.decoding.certificate import (
     changes,
     dense_changes,
     low_rank_rows,
-    pair_slack,
+    pair_tolerance,
     read_pairs,
     shortlisted,
 )
@@ -66,7 +66,7 @@ class Referee:
     model: LoadedModel
     screen: Screen
     prefix: Callable[[int], list[int]]  # a node's tokens
-    room: Room
+    lists: BoundedLists
     work: Work
     alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -80,14 +80,14 @@ class Referee:
         """Yield the place of each doubtful pair, and its ablated logits.
 
         Args:
-            name: What `room` calls the list of them.
+            name: What `lists` calls the list of them.
             node: Node of each pair.
             sets: Set of each pair.
             doubtful: Which ones; few, and at most steps none.
         """
         if self.model.dtype != torch.float32:
             return
-        near = self.room.places(name, doubtful, least=0)
+        near = self.lists.places(name, doubtful, least=0)
         if not len(near):
             return
         model, screen = self.model, self.screen
@@ -116,11 +116,11 @@ def choose(
 ) -> Int[Tensor, "pair"]:
     """Next token of every (node, set) pair: certified, shortlisted, by its whole row, or refereed.
 
-    The room's lists "unsure", "whole" and "near" are of those that were not certified, those of them
+    The bounded lists "unsure", "whole" and "near" are of those that were not certified, those of them
     that the shortlist did not settle, and the near ties among those.
     """
-    room, sure = referee.room, certified(screen, nodes)
-    unsure = room.places("unsure", ~sure.reshape(-1)[node * sure.shape[1] + sets], least=UNSURE)
+    lists, sure = referee.lists, certified(screen, nodes)
+    unsure = lists.places("unsure", ~sure.reshape(-1)[node * sure.shape[1] + sets], least=UNSURE)
     # A place more than there are pairs, for what fills up lists.
     chosen = nodes.likely[:, 0][_with_spare(node)]
     at, of = _with_spare(node)[unsure], _with_spare(sets)[unsure]
@@ -133,7 +133,7 @@ def choose(
         taus.append(pairs.tau)
     if not proved:
         return chosen[:-1]
-    whole = room.places("whole", ~torch.cat(proved) & (unsure < len(node)), least=WHOLE)
+    whole = lists.places("whole", ~torch.cat(proved) & (unsure < len(node)), least=WHOLE)
     pair = torch.cat([unsure, torch.full_like(unsure[:1], len(node))])[whole]
     at, of, tau = (_with_spare(values)[whole] for values in (at, of, torch.cat(taus)))
     close = list[Tensor]()
@@ -169,9 +169,9 @@ def read_first_tokens(
     *,
     own_top: bool,
 ) -> dict[str, Tensor]:
-    """First-token entropies, log-probabilities and top tokens of every set, as in `Shard`.
+    """First-token entropies, log-probabilities and top tokens of every set, as in `Batch`.
 
-    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. The room's
+    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. The bounded
     lists have "first" in their names, those of near ties "near".
     """
     n, n_sets, device = len(targets), len(screen.slots), targets.device
@@ -179,7 +179,7 @@ def read_first_tokens(
     plain = nodes.sz / nodes.scale[:, None] + screen.beta
     # Set 0 is the plain run.
     zeros = torch.zeros_like(everyone)
-    plain_tops = _tops("near, first", plain, everyone, zeros, nodes.slack, referee)
+    plain_tops = _tops("near, first", plain, everyone, zeros, nodes.tolerance, referee)
     asked = torch.cat([targets, plain_tops], dim=1)
     n_top = plain_tops.shape[1]
     entropy = torch.empty((n, n_sets), device=device)
@@ -201,7 +201,7 @@ def read_first_tokens(
                 node = everyone[at].repeat(len(rows))
                 sets = torch.arange(of.start, of.stop, device=device).repeat_interleave(rows.shape[1])
                 c = changes(screen, nodes, node, sets)
-                tau = pair_slack(screen, nodes, node, sets, c, scale.reshape(-1))
+                tau = pair_tolerance(screen, nodes, node, sets, c, scale.reshape(-1))
                 name = f"near, first, {of.start}, {at.start}, {exact_shift}"
                 best = _tops(name, rows.flatten(0, 1), node, sets, tau, referee)
                 best = best.view(*rows.shape[:2], -1)
@@ -209,7 +209,7 @@ def read_first_tokens(
                 found = rows.gather(-1, best) - log_z[..., None]
                 top_log_probs[at, of] = found.transpose(0, 1)
         if exact_shift or not len(
-            referee.room.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
+            referee.lists.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
         ):
             break
     if not own_top:

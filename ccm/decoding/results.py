@@ -110,7 +110,7 @@ class Work:
     first_rows: int = 0  # rows for first-token entropies and log-probabilities, low-rank too
     full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
     refereed: int = 0  # near ties settled alone
-    halved: int = 0  # chunks that ran out of memory
+    halved: int = 0  # batches that ran out of memory
     peak_bytes: int = 0  # CUDA only: the allocator's peak
 
     def add(self, other: "Work") -> None:
@@ -125,7 +125,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Batch:
     """Results of some prompts under all sets; set 0 is the plain run."""
 
     prompts: Int[np.ndarray, "prompt"]  # which prompts
@@ -139,9 +139,9 @@ class Shard:
     top_log_probs: Float[np.ndarray, "prompt topped top"]
 
 
-def shard_of(
+def batch_of(
     indices: Sequence[int], plain: Completions, runs: Sequence[Completions], *, own_top: bool
-) -> Shard:
+) -> Batch:
     """Put the plain run and others of the same prompts together.
 
     Args:
@@ -159,7 +159,7 @@ def shard_of(
             if leaf[p, s] == len(texts):
                 texts.append(run.texts[p])
     topped = [plain, *runs] if own_top else [plain]
-    return Shard(
+    return Batch(
         prompts=np.asarray(indices, dtype=np.int64),
         leaves=tuple(tokens for _, tokens in numbers),
         texts=tuple(texts),
@@ -208,19 +208,19 @@ class Decoded:
         )
 
 
-def merge(shards: Sequence[Shard]) -> Decoded:
-    """Put shards together in prompt order."""
-    order = np.argsort(np.concatenate([s.prompts for s in shards]))
-    starts = np.cumsum([0, *(len(s.leaves) for s in shards[:-1])])
+def merge(batches: Sequence[Batch]) -> Decoded:
+    """Put batches together in prompt order."""
+    order = np.argsort(np.concatenate([s.prompts for s in batches]))
+    starts = np.cumsum([0, *(len(s.leaves) for s in batches[:-1])])
 
     def joined(name: str) -> np.ndarray:
-        return np.asarray(np.concatenate([getattr(s, name) for s in shards])[order])
+        return np.asarray(np.concatenate([getattr(s, name) for s in batches])[order])
 
-    leaves = tuple(leaf for s in shards for leaf in s.leaves)
-    numbers = [s.leaf + start for s, start in zip(shards, starts, strict=True)]
+    leaves = tuple(leaf for s in batches for leaf in s.leaves)
+    numbers = [s.leaf + start for s, start in zip(batches, starts, strict=True)]
     return Decoded(
         leaves=leaves,
-        texts=tuple(text for s in shards for text in s.texts),
+        texts=tuple(text for s in batches for text in s.texts),
         leaf=np.concatenate(numbers)[order],
         **{
             name: joined(name)

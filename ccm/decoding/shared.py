@@ -5,13 +5,15 @@ prefilled once, and words that prompts begin with in common once for all of them
 step the next token of *all* sets follows from the final residual and the last activations
 (`certificate`, `next_token`); sets that choose the same token share a node of a prefix tree; and the
 transformer runs once per distinct node, on cache rows that stay where they are or are copied from the
-parent's (`engine`, `forward`). This module cuts the prompts into parts that fit the memory.
+parent's (`engine`, `forward`). This module cuts the prompts into batches that fit the
+memory.
 
 Results do not depend on batches. Rounding differs between batch shapes and could settle a near tie
-either way; so every choice whose lead is below the slack of `certificate` is made again by a referee,
-which runs that one prefix alone. A choice above the slack is the same under any rounding, so tokens are
-the same alone, in any batch, in any order and at any memory budget. (float32; in lower precision
-rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
+either way; so every choice whose lead is below the tolerance of `certificate` is made again by a
+referee, which runs that one prefix alone. A choice above the tolerance is the same under any rounding,
+so tokens are the same alone, in any batch, in any order and at any memory budget. (float32; in lower
+precision rounding moves x itself by more than a referee could repair, and near ties stand as they
+fall.)
 """
 
 import gc
@@ -23,13 +25,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.decoding.batch_noise import slack
-from ccm.decoding.bounded import Room
+from ccm.decoding.batch_noise import tolerance
+from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.certificate import build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
-from ccm.decoding.results import Completions, Observer, Shard, Work, merge, no_targets
+from ccm.decoding.results import Batch, Completions, Observer, Work, merge, no_targets
 from ccm.decoding.trial import check_shared
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, Ablation
@@ -42,7 +44,7 @@ from ccm.models.specs import MAX_NEW_TOKENS
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
-MAX_BATCH = 448  # prompts a part: coarser would only make progress, resuming and sharing coarser
+MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
 
 
 def decode(
@@ -83,9 +85,9 @@ def decode_sets(
     observe: Observer | None = None,
     work: Work | None = None,
     done: Collection[int] = (),
-    share: tuple[int, int] = (1, 1),
-) -> Iterator[Shard]:
-    """Decode prompts under the plain run and every ablation, a shard at a time.
+    shard: tuple[int, int] = (1, 1),
+) -> Iterator[Batch]:
+    """Decode prompts under the plain run and every ablation, one batch at a time.
 
     Args:
         model: The model.
@@ -96,17 +98,17 @@ def decode_sets(
         full: For the plain run and each ablation, whether to decode all tokens. Where False, it
             ends with the first token that holds a splitter: the source needs no more (Method 8).
         own_top: Also read the most likely first tokens of every set, not only of the plain run.
-        memory_budget: Bytes a shard may use; by default a share of what is free. Never changes a
+        memory_budget: Bytes a batch may use; by default a part of what is free. Never changes a
             result.
         observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
             `ablations` to be empty.
         work: Counts are added here.
-        done: Prompts whose shards are there already. Parts are cut as without them, so that what is
+        done: Prompts whose batches are there already. Batches are cut as without them, so that what is
             left is computed to the last bit as it would have been.
-        share: (i, n): only every n-th part, the i-th first. Parts are cut as without it.
+        shard: (i, n): only every n-th batch, the i-th first. Batches are cut as without it.
 
     Yields:
-        Shards; together they cover every prompt once, shorter prompts first as far as those that share
+        Batches; together they cover every prompt once, shorter prompts first as far as those that share
         a prefix stay together.
 
     Raises:
@@ -125,26 +127,26 @@ def decode_sets(
     )
     given = no_targets(len(prompts)) if targets is None else targets
 
-    def run(indices: list[int], shared: list[int]) -> tuple[Shard, Work]:
+    def run(indices: list[int], shared: list[int]) -> tuple[Batch, Work]:
         counted = Work(prompts=len(indices))
         chosen = [prompts[i] for i in indices]
         return engine.run(chosen, shared, indices, given[indices], counted), counted
 
-    for shard, counted in _in_parts(engine, prompts, run, memory_budget, done, share, work):
+    for batch, counted in _in_batches(engine, prompts, run, memory_budget, done, shard, work):
         for rows in engine.seen:
             assert observe is not None
             observe(rows)
         engine.seen.clear()
         if work is not None:
             work.add(counted)
-        yield shard
+        yield batch
 
 
 def check(model: LoadedModel) -> None:
     """See that this engine computes the model at hand; once for a model.
 
     Raises:
-        PremiseBroken: it cannot run it, or gives other numbers than rounding explains.
+        AssumptionBroken: it cannot run it, or gives other numbers than rounding explains.
     """
     check_shared(model)
 
@@ -152,20 +154,22 @@ def check(model: LoadedModel) -> None:
 def read_last_positions(
     model: LoadedModel,
     prompts: Sequence[Tokens],
-    read: Callable[[list[int], Float[Tensor, "part d_model"], Float[Tensor, "part d_mlp"]], _Result],
+    read: Callable[
+        [list[int], Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]], _Result
+    ],
     *,
     memory_budget: int | None = None,
     done: Collection[int] = (),
 ) -> Iterator[_Result]:
-    """Run prompts through the plain model up to their last positions, a part at a time.
+    """Run prompts through the plain model up to their last positions, one batch at a time.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included, ragged.
-        read: Is given a part's prompts, their final residuals and their last-layer activations; called
+        read: Is given a batch's prompts, their final residuals and their last-layer activations; called
             again with fewer where its memory does not suffice.
         memory_budget: As for `decode_sets`, and so the others.
-        done: Prompts to leave out; parts are cut as with them.
+        done: Prompts to leave out; batches are cut as with them.
 
     Yields:
         What `read` returns.
@@ -178,7 +182,7 @@ def read_last_positions(
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
 
-    yield from _in_parts(engine, prompts, run, memory_budget, done)
+    yield from _in_batches(engine, prompts, run, memory_budget, done)
 
 
 def _engine(
@@ -193,27 +197,27 @@ def _engine(
     check_shared(model)
     return Engine(
         model=model,
-        screen=build_screen(model.last_layer, sets, slack(model)),
+        screen=build_screen(model.last_layer, sets, tolerance(model)),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
         splits=_splitting_tokens(model),
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
         observing=observing,
-        room=Room(exact=model.device.type != "cuda"),
+        lists=BoundedLists(exact=model.device.type != "cuda"),
     )
 
 
-def _in_parts(
+def _in_batches(
     engine: Engine,
     prompts: Sequence[Tokens],
     run: Callable[[list[int], list[int]], _Result],
     memory_budget: int | None,
     done: Collection[int],
-    share: tuple[int, int] = (1, 1),
+    shard: tuple[int, int] = (1, 1),
     work: Work | None = None,
 ) -> Iterator[_Result]:
-    """Run prompts a part at a time, in halves where memory does not suffice.
+    """Run prompts one batch at a time, in halves where memory does not suffice.
 
     `run` takes prompts, sorted by how many tokens come after the prefix they share, and that prefix's
     lengths.
@@ -230,9 +234,9 @@ def _in_parts(
         order += members
         for i in members:
             shared[i] = length
-    parts = list(_parts(order, [len(p) for p in prompts], engine.prompt_bytes, budget))
-    mine = parts[share[0] - 1 :: share[1]]
-    pending = [[i for i in part if i not in done] for part in mine][::-1]
+    batches = list(_batches(order, [len(p) for p in prompts], engine.prompt_bytes, budget))
+    mine = batches[shard[0] - 1 :: shard[1]]
+    pending = [[i for i in batch if i not in done] for batch in mine][::-1]
     while pending:
         indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
         if not indices:
@@ -257,21 +261,21 @@ def _in_parts(
         yield result
 
 
-def _parts(
+def _batches(
     order: Sequence[int], lengths: Sequence[int], prompt_bytes: Callable[[int], int], budget: int
 ) -> Iterator[list[int]]:
-    """Cut prompts, in order, into parts that the budget holds, one prompt at least."""
-    part: list[int] = []
+    """Cut prompts, in order, into batches that the budget holds, one prompt at least."""
+    batch: list[int] = []
     used = 0
     for i in order:
         size = prompt_bytes(lengths[i])
-        if part and (used + size > budget or len(part) == MAX_BATCH):
-            yield part
-            part, used = [], 0
-        part.append(i)
+        if batch and (used + size > budget or len(batch) == MAX_BATCH):
+            yield batch
+            batch, used = [], 0
+        batch.append(i)
         used += size
-    if part:
-        yield part
+    if batch:
+        yield batch
 
 
 def _free(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccm.decoding.forward import RowCache, run_body
 from ccm.decoding.prefill import prefill
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
 from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, reason_of, wrong
@@ -21,7 +21,7 @@ def check_shared(model: LoadedModel) -> None:
     """Hold the fast path to what transformers computes; once for a model.
 
     Raises:
-        PremiseBroken: it cannot run the model, or gives other numbers than rounding explains.
+        AssumptionBroken: it cannot run the model, or gives other numbers than rounding explains.
     """
     trial = model.trial
     if trial is None or trial.shared_holds:
@@ -35,7 +35,7 @@ def check_shared(model: LoadedModel) -> None:
             raise
         why = reason_of(error)
     if why:
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{model.spec.name}: the shared engine cannot run it ({why}). Use --engine hooked."
         )
     trial.shared_holds = True

@@ -64,7 +64,7 @@ def ablate(
     Raises:
         BadInput: a set named as the plain run, neurons or statistics that do not fit the model, no
             prompt.
-        PremiseBroken: the engine does not compute this model.
+        AssumptionBroken: the engine does not compute this model.
     """
     if not prompts:
         raise BadInput("no prompts. Give at least one.")

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
 from ccm.decoding.engines import Engine
-from ccm.decoding.results import Completions, Shard
-from ccm.experiment.folder import ShardStore
+from ccm.decoding.results import Batch, Completions
+from ccm.experiment.folder import BatchStore
 from ccm.method.ablation import Ablation
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.sources import SOURCES, Source, knowledge_sources
@@ -75,30 +75,30 @@ def decode_stored(
     tokens: Sequence[Tokens],
     ablations: Sequence[Ablation] = (),
     *,
-    store: ShardStore | None = None,
+    store: BatchStore | None = None,
     label: str = "ablations",
-    on_shard: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
     **options: Any,
-) -> list[Shard]:
-    """Decode with a progress bar, keeping every finished shard, and go on from those that are there.
+) -> list[Batch]:
+    """Decode with a progress bar, keeping every finished batch, and go on from those that are there.
 
     Args:
         engine: What decodes.
         model: The model.
         tokens: Prompts.
         ablations: Neuron sets with their values.
-        store: Where finished shards are kept; those already there are not computed again.
+        store: Where finished batches are kept; those already there are not computed again.
         label: Of the progress bar.
-        on_shard: Called after each shard.
+        on_batch: Called after each batch.
         options: For the engine's `decode_sets`.
     """
-    shards = [] if store is None else store.read()
-    done = {int(i) for shard in shards for i in shard.prompts}
+    batches = [] if store is None else store.read()
+    done = {int(i) for batch in batches for i in batch.prompts}
     with tqdm(total=len(tokens), initial=len(done), desc=label, unit="prompt") as bar:
-        for shard in engine.decode_sets(model, tokens, ablations, done=done, **options):
+        for batch in engine.decode_sets(model, tokens, ablations, done=done, **options):
             if store is not None:
-                store.write(shard)
-            shards.append(shard)
-            on_shard()
-            bar.update(len(shard.prompts))
-    return shards
+                store.write(batch)
+            batches.append(batch)
+            on_batch()
+            bar.update(len(batch.prompts))
+    return batches

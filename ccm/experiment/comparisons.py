@@ -12,7 +12,7 @@ from ccm.experiment.folder import (
     MEASURES,
     PROMPT_EFFECTS,
     SET_EFFECTS,
-    PartStore,
+    ArrayStore,
     RunFolder,
     read_statistics,
     read_table,
@@ -82,7 +82,7 @@ def effects_step(
         engine: What runs the prompts.
     """
     tables = [folder.path / value / PROMPT_EFFECTS for value in planned]
-    store = PartStore(folder.path, "effects")
+    store = ArrayStore(folder.path, "effects")
     if all(path.is_file() for path in [*tables, folder.path / SET_EFFECTS]):
         store.clear()
         return

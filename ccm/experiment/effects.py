@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ccm.decoding.certificate import Nodes, Screen, build_screen, dense_changes, read_nodes
 from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.experiment.folder import PartStore
+from ccm.experiment.folder import ArrayStore
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -117,7 +117,7 @@ def measure_effects(
     own: Sequence[Ablation],
     others: Sequence[Ablation],
     *,
-    store: PartStore | None = None,
+    store: ArrayStore | None = None,
     memory_budget: int | None = None,
     engine: Engine = ENGINES["shared"],
 ) -> Effects:
@@ -128,7 +128,7 @@ def measure_effects(
         prompts: Token ids, BOS included.
         own: Sets to read at every prompt.
         others: Sets to read at `SAMPLED` of them, evenly spaced.
-        store: Where finished parts are kept; those already there are not computed again.
+        store: Where finished batches are kept; those already there are not computed again.
         memory_budget: As for `ccm.decoding.shared.decode_sets`.
         engine: What runs them.
 
@@ -138,8 +138,8 @@ def measure_effects(
     sampled = evenly_spaced(len(prompts), SAMPLED)
     # Nothing is chosen here, so no rounding is reckoned with.
     screen, sizes = build_screen(model.last_layer, [*own, *others], u=0.0), at_once(model)
-    parts = [] if store is None else list(store.read_arrays())
-    done = {int(i) for part in parts for i in part["prompts"]}
+    batches = [] if store is None else list(store.read_arrays())
+    done = {int(i) for batch in batches for i in batch["prompts"]}
 
     def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:
         nodes, at = read_nodes(screen, x, a), np.flatnonzero(np.isin(indices, sampled))
@@ -155,15 +155,15 @@ def measure_effects(
 
     found = engine.read_last_positions(model, prompts, read, memory_budget=memory_budget, done=done)
     with tqdm(total=len(prompts), initial=len(done), desc="effects", unit="prompt") as bar:
-        for part in found:
+        for batch in found:
             if store is not None:
-                store.write_arrays(int(part["prompts"][0]), part)
-            parts.append(part)
-            bar.update(len(part["prompts"]))
+                store.write_arrays(int(batch["prompts"][0]), batch)
+            batches.append(batch)
+            bar.update(len(batch["prompts"]))
 
     def joined(name: str, prompts: str) -> np.ndarray:
-        order = np.argsort(np.concatenate([part[prompts] for part in parts]))
-        return np.asarray(np.concatenate([part[name] for part in parts])[order])
+        order = np.argsort(np.concatenate([batch[prompts] for batch in batches]))
+        return np.asarray(np.concatenate([batch[name] for batch in batches])[order])
 
     return Effects(
         plain=joined("plain", "prompts"),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import safetensors.numpy
 
-from ccm.decoding.results import Shard
+from ccm.decoding.results import Batch
 from ccm.errors import BadInput, CannotWrite
 from ccm.experiment.locking import LOCK, check_still_locked, locked
 from ccm.experiment.writing import PARTIAL, remove_partial, try_writing
@@ -33,7 +33,7 @@ SET_EFFECTS = "set_effects.parquet"
 ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SCORE_TABLE = "scores.parquet"
-SHARDS = "shards"
+BATCHES = "batches"
 # What a run makes before anything is decoded under an ablation, and beside it.
 FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
 
@@ -294,7 +294,7 @@ class RunFolder:
     def missing(self) -> list[Path]:
         """Files of a finished run that are not there, whatever the manifest says of them.
 
-        Of a share of a run those that every share has, which are no cells and no scores.
+        Of a shard of a run those that every shard has, which are no cells and no scores.
         """
         values, shared = self.manifest["identity"]["ablation_values"], [self.path / n for n in FILES]
         shared += [self.path / value / PROMPT_EFFECTS for value in values]
@@ -317,21 +317,21 @@ class RunFolder:
         return self.path / ablation_value / f"{set_name}.parquet"
 
 
-class PartStore:
-    """Arrays of finished parts of a stage, kept until what is made of them is written.
+class ArrayStore:
+    """Arrays of finished batches of a stage, kept until what is made of them is written.
 
     Only then are they removed, one by one: a stage whose results are all there must not read what is
-    left of its parts, for a start before may have been stopped while it removed them.
+    left of its batches, for a start before may have been stopped while it removed them.
     """
 
     def __init__(self, run: Path, stage: str) -> None:
-        """Name the folder; nothing is made before the first part."""
+        """Name the folder; nothing is made before the first batch."""
         self.run, self.stage = run, stage
-        self.path = run / SHARDS / stage
+        self.path = run / BATCHES / stage
 
     @cached_property
     def stamp(self) -> dict[str, str]:
-        """What every part says of itself: its run, whichever share of it, and its stage.
+        """What every batch says of itself: its run, whichever shard of it, and its stage.
 
         Under one key: safetensors writes several in an order that changes.
         """
@@ -340,27 +340,27 @@ class PartStore:
         return {"of": f"{self.stage} {hashlib.sha256(told.encode()).hexdigest()}"}
 
     def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
-        """Keep a part, named after its first prompt."""
-        name = f"shard_{first:06d}.safetensors"
+        """Keep a batch, named after its first prompt."""
+        name = f"batch_{first:06d}.safetensors"
         write_atomically(
             self.path / name, lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp)
         )
 
-    def parts(self) -> list[Path]:
-        """Files of the parts that are there."""
-        return sorted(self.path.glob("shard_*.safetensors"))
+    def paths(self) -> list[Path]:
+        """Files of the batches that are there."""
+        return sorted(self.path.glob("batch_*.safetensors"))
 
     def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
-        """Read every part that is there, one at a time.
+        """Read every batch that is there, one at a time.
 
         Raises:
             BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
         """
         held: dict[int, Path] = {}
-        for path in sorted(self.path.glob("shard_*.safetensors")):
+        for path in sorted(self.path.glob("batch_*.safetensors")):
             arrays, stamp = _read_stamped(path)
             if stamp != self.stamp:
-                raise self._unfit(path, "no part of this stage of this run")
+                raise self._unfit(path, "no batch of this stage of this run")
             for prompt in arrays["prompts"].tolist():
                 if prompt in held:
                     raise self._unfit(path, f"holds prompt {prompt} as {held[prompt].name} does")
@@ -371,12 +371,12 @@ class PartStore:
         return BadInput(f"{path}: {why}. Remove {self.path}: what it held is computed again.")
 
     def clear(self) -> None:
-        """Remove the parts, and their folders unless others put something there.
+        """Remove the batches, and their folders unless others put something there.
 
         What cannot be removed is in nobody's way: it is not read again.
         """
         remove_partial(self.path)
-        for path in self.path.glob("shard_*.safetensors"):
+        for path in self.path.glob("batch_*.safetensors"):
             with suppress(OSError):
                 path.unlink()
         for folder in (self.path, self.path.parent):
@@ -384,46 +384,46 @@ class PartStore:
                 folder.rmdir()
 
 
-class ShardStore(PartStore):
-    """Finished shards of a shared decode."""
+class BatchStore(ArrayStore):
+    """Finished batches of a shared decode."""
 
     def __init__(self, run: Path, stage: str = "ablations") -> None:
-        """Name the folder; nothing is made before the first shard."""
+        """Name the folder; nothing is made before the first batch."""
         super().__init__(run, stage)
 
-    def write(self, shard: Shard) -> None:
-        """Keep a shard, named after its first prompt."""
+    def write(self, batch: Batch) -> None:
+        """Keep a batch, named after its first prompt."""
         arrays = {
-            f.name: np.ascontiguousarray(getattr(shard, f.name))
-            for f in fields(shard)
+            f.name: np.ascontiguousarray(getattr(batch, f.name))
+            for f in fields(batch)
             if f.name not in ("leaves", "texts")
         }
         # Ragged: all continuations end to end, and their lengths.
-        arrays["leaf_tokens"] = np.asarray([t for leaf in shard.leaves for t in leaf], dtype=np.int64)
-        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in shard.leaves], dtype=np.int64)
-        encoded = [text.encode() for text in shard.texts]
+        arrays["leaf_tokens"] = np.asarray([t for leaf in batch.leaves for t in leaf], dtype=np.int64)
+        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in batch.leaves], dtype=np.int64)
+        encoded = [text.encode() for text in batch.texts]
         arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
-        self.write_arrays(int(shard.prompts[0]), arrays)
+        self.write_arrays(int(batch.prompts[0]), arrays)
 
-    def read(self) -> list[Shard]:
-        """Read every shard that is there.
+    def read(self) -> list[Batch]:
+        """Read every batch that is there.
 
         Raises:
             BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
         """
-        shards = []
+        batches = []
         for arrays in self.read_arrays():
             leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
             texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
-            shards.append(
-                Shard(
+            batches.append(
+                Batch(
                     leaves=tuple(tuple(leaf.tolist()) for leaf in leaves),
                     texts=tuple(text.tobytes().decode() for text in texts),
                     **arrays,
                 )
             )
-        return shards
+        return batches
 
 
 def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Several shares of one run, decoded apart, become the run they are shares of."""
+"""Several shards of one run, decoded apart, become the run that they are shards of."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from ccm.experiment.clock import Clock
 from ccm.experiment.folder import (
     FILES,
     PROMPT_EFFECTS,
+    BatchStore,
     RunFolder,
-    ShardStore,
     check_folder,
     read_manifest,
     write_atomically,
@@ -22,16 +22,16 @@ from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.run import finish, read_scores
 from ccm.method.protocol import PROTOCOLS
 
-# What every share was told or made for itself, and must have made alike.
+# What every shard was told or made for itself, and must have made alike.
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
     *("nested_objects", "sets", "effects"),
 )
-KEPT = ("asked", *NOTES, "weights", "special_tokens", "first_prompt_tokens")
+KEPT = (*NOTES, "weights", "special_tokens", "first_prompt_tokens")
 
 
-def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Merge the shares of a run into a run folder like that of a run in one piece, bit for bit.
+def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Merge the shards of a run into a run folder like that of a run in one piece, bit for bit.
 
     Args:
         folders: Folders of `ccm run --shard i/n`, all n of them, in any order.
@@ -41,23 +41,23 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         The scores.
 
     Raises:
-        BadInput: a share that is missing, there twice, not finished, or of another run; prompts that
-            no share decoded, or two did. Nothing is written then.
+        BadInput: a shard that is missing, there twice, not finished, or of another run; prompts that
+            no shard decoded, or two did. Nothing is written then.
     """
     refuse_if_locked(out)
     manifests = [_manifest(folder) for folder in folders]
     _check_complete(folders, manifests)
     _check_alike(folders, manifests)
     total = int(manifests[0]["prompts"])
-    stores = [ShardStore(folder) for folder in folders]
-    seen = sorted(int(i) for store in stores for shard in store.read() for i in shard.prompts)
+    stores = [BatchStore(folder) for folder in folders]
+    seen = sorted(int(i) for store in stores for batch in store.read() for i in batch.prompts)
     if seen != list(range(total)):
         missing = sorted(set(range(total)) - set(seen))
-        what, way = "a prompt is there twice", "Run the share again in a new folder"
+        what, way = "a prompt is there twice", "Run the shard again in a new folder"
         if missing:
             what = f"prompt {missing[0]} is missing"
-            way = "Run the commands of all shares again: what is there is not computed twice"
-        raise BadInput(f"{len(folders)} shares: {what}. {way}.")
+            way = "Run the commands of all shards again: what is there is not computed twice"
+        raise BadInput(f"{len(folders)} shards: {what}. {way}.")
     check_folder(out)
     with locked(out):
         merged = RunFolder(out, {**manifests[0]["identity"], "shard": None})
@@ -71,10 +71,10 @@ def merge_shares(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 def _join(
     folders: Sequence[Path],
     manifests: Sequence[dict[str, Any]],
-    stores: Sequence[ShardStore],
+    stores: Sequence[BatchStore],
     merged: RunFolder,
 ) -> None:
-    """Copy what all shares have alike and gather what each decoded."""
+    """Copy what all shards have alike and gather what each decoded."""
     for name in _files(manifests[0]):
         write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
     work, timings = Work(), dict[str, float]()
@@ -84,39 +84,40 @@ def _join(
             timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
     merged.note(
         **{key: manifests[0][key] for key in KEPT if key in manifests[0]},
+        asked={key: value for key, value in manifests[0]["asked"].items() if key != "shard"},
         work=work,
         timings_s=timings,
         done=list(timings),
-        shares=len(folders),
+        shards=len(folders),
     )
     noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
     if noise:  # lower precisions measure none
         merged.note(batch_noise=max(noise))
-    store = ShardStore(merged.path)
+    store = BatchStore(merged.path)
     store.clear()  # of an earlier start, or of a run in one piece that was not finished
     for source in stores:
-        for shard in source.read():
-            store.write(shard)
+        for batch in source.read():
+            store.write(batch)
 
 
 def _files(manifest: dict[str, Any]) -> list[str]:
-    """Files of every share."""
+    """Files of every shard."""
     return [*FILES, *(f"{value}/{PROMPT_EFFECTS}" for value in manifest["identity"]["ablation_values"])]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a finished share."""
+    """Read the manifest of a finished shard."""
     manifest = read_manifest(folder, "Give folders of `ccm run --shard`.")
     shard = manifest["identity"].get("shard")
     if shard is None:
-        raise BadInput(f"{folder}: no share of a run. Give folders of `ccm run --shard i/n`.")
+        raise BadInput(f"{folder}: no shard of a run. Give folders of `ccm run --shard i/n`.")
     if not manifest["complete"]:
         raise BadInput(f"{folder}: shard {shard} is not finished. Run its command again.")
     return manifest
 
 
 def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Hold the shares to 1/n to n/n, each once."""
+    """Hold the shards to 1/n to n/n, each once."""
     first, *_ = shards = [str(m["identity"]["shard"]) for m in manifests]
     n = int(first.split("/")[1])
     wanted = [f"{i}/{n}" for i in range(1, n + 1)]
@@ -131,7 +132,7 @@ def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]
 
 
 def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Refuse shares of different runs, and those whose preparation came out differently."""
+    """Refuse shards of different runs, and those whose preparation came out differently."""
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         pairs = [(key, manifest["identity"], first["identity"]) for key in first["identity"]]
@@ -139,16 +140,16 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -
         for key, mine, its in pairs:
             if key != "shard" and mine.get(key) != its.get(key):
                 raise BadInput(
-                    f"{folder}: share of another run than {folders[0]} ({key} is "
+                    f"{folder}: shard of another run than {folders[0]} ({key} is "
                     f"{_short(mine.get(key))}, {_short(its.get(key))} there)."
                 )
         for name in _files(first):
             for path in (folder / name, folders[0] / name):
                 if not path.is_file():
-                    raise BadInput(f"{path}: missing from the share. Run its command again to make it.")
+                    raise BadInput(f"{path}: missing from the shard. Run its command again to make it.")
             if (folder / name).read_bytes() != (folders[0] / name).read_bytes():
                 raise BadInput(
-                    f"{folder / name}: not the same bytes as in {folders[0]}. Shares must run on "
+                    f"{folder / name}: not the same bytes as in {folders[0]}. Shards must run on "
                     "machines of one kind."
                 )
 

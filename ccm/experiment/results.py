@@ -121,7 +121,7 @@ def read_results(path: Path) -> RunResults:
         path: A folder of `ccm run` or `ccm merge`.
 
     Raises:
-        BadInput: no folder, no run, a share of a run, a run that is not finished, or a file of it
+        BadInput: no folder, no run, a shard of a run, a run that is not finished, or a file of it
             that is missing or damaged, or a folder of another format.
     """
     if not path.is_dir():
@@ -130,7 +130,7 @@ def read_results(path: Path) -> RunResults:
     identity = manifest["identity"]
     if identity.get("shard"):
         raise BadInput(
-            f"{path}: share {identity['shard']} of a run has no scores. Join all with `ccm merge`."
+            f"{path}: shard {identity['shard']} of a run has no scores. Join all with `ccm merge`."
         )
     if not manifest["complete"]:
         raise BadInput(f"{path}: the run is not finished. Run its command again with --out {path}.")

@@ -36,8 +36,8 @@ from ccm.experiment.folder import (
     RHO_BY_LAYER,
     SCORES,
     SINGULAR_VALUES,
+    BatchStore,
     RunFolder,
-    ShardStore,
     check_folder,
     read_json,
     read_statistics,
@@ -86,7 +86,7 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
         CcmError: before any long work starts; nothing is overwritten.
     """
     if config.shard is not None:
-        raise ValueError("a share of a run has no scores of its own: run_share, then merge_shares")
+        raise ValueError("a shard of a run has no scores of its own: run_shard, then merge_shards")
     with open_folder(config, out) as (folder, plan_):
         clock = Clock(folder)
         if folder.missing():  # a file that was removed from a finished run is made again
@@ -110,23 +110,23 @@ def new_folder(config: RunConfig) -> Path:
     return Path("runs") / f"{Path(config.model).name}-{what}-{stamp}{shard}"
 
 
-def run_share(config: RunConfig, out: Path) -> RunFolder:
-    """Decode the share of a run that `config.shard` names; `merging` puts all shares together.
+def run_shard(config: RunConfig, out: Path) -> RunFolder:
+    """Decode the shard of a run that `config.shard` names; `merging` puts all shards together.
 
-    Every share prepares prompts, measures and statistics for itself, and to the same bytes.
+    Every shard prepares prompts, measures and statistics for itself, and to the same bytes.
     """
     with open_folder(config, out) as (folder, plan_):
-        mine = folder.manifest.get("share_prompts")
+        mine = folder.manifest.get("shard_prompts")
         if not folder.manifest["complete"] or folder.missing() or mine != _n_decoded(folder):
             folder.note(complete=False)
             decode_everything(folder, plan_, Clock(folder))
-            folder.note(complete=True, share_prompts=_n_decoded(folder))
+            folder.note(complete=True, shard_prompts=_n_decoded(folder))
         return folder
 
 
 def _n_decoded(folder: RunFolder) -> int:
-    """Prompts in the shards of a share, which are its results."""
-    return sum(len(shard.prompts) for shard in ShardStore(folder.path).read())
+    """Prompts in the batches of a shard, which are its results."""
+    return sum(len(batch.prompts) for batch in BatchStore(folder.path).read())
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def prompts_step(
         )
         write_table(folder.path / PROMPTS, table)
     for stage in ("answers", "first_tokens"):
-        ShardStore(folder.path, stage).clear()
+        BatchStore(folder.path, stage).clear()
     return table_prompts(read_table(folder.path / PROMPTS))
 
 
@@ -289,7 +289,7 @@ def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., C
 
     def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
         budget = folder.manifest["memory_budget"]
-        store = ShardStore(folder.path, stage)
+        store = BatchStore(folder.path, stage)
         engine = ENGINES[plan_.config.engine]
         shards = decode_stored(
             engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
@@ -393,16 +393,16 @@ def ablations_step(
         full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
         own_top=plan_.protocol.released_tokens,
         memory_budget=folder.manifest["memory_budget"],
-        store=ShardStore(folder.path),
-        share=plan_.config.shard or (1, 1),
+        store=BatchStore(folder.path),
+        shard=plan_.config.shard or (1, 1),
         work=work,
-        on_shard=lambda: folder.note(work=work),
+        on_batch=lambda: folder.note(work=work),
     )
 
 
 def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
-    """Make the cells of a shared decode from its shards."""
-    store = ShardStore(folder.path)
+    """Make the cells of a shared decode from its batches."""
+    store = BatchStore(folder.path)
     paths = [folder.cell("", "plain")]
     for value in folder.manifest["identity"]["ablation_values"]:
         paths += [folder.cell(value, name) for name in folder.manifest["sets"]]

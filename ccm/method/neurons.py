@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccm.errors import BadInput
 
-VOCAB_CHUNK = 8192  # columns of the unembedding that are worked on at once
+VOCAB_COLUMNS = 8192  # columns of the unembedding that are worked on at once
 NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
 
 
@@ -98,7 +98,7 @@ def spectrum(
     eight digits.
     """
     gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
-    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
+    for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1):
         chunk = chunk.double()
         gram += chunk @ chunk.T
     values, vectors = torch.linalg.eigh(gram)
@@ -116,7 +116,7 @@ def logit_var(
     directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
     mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
     m2, count = torch.zeros_like(mean), 0
-    for chunk in torch.split(W_U, VOCAB_CHUNK, dim=1):
+    for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1):
         cosines = (directions @ torch.nn.functional.normalize(chunk, dim=0)).double()
         n, chunk_mean = chunk.shape[1], cosines.mean(1)
         delta, total = chunk_mean - mean, count + n

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models.model import LoadedModel
 
 
@@ -13,16 +13,16 @@ def check_parts(model: LoadedModel) -> None:
     """Refuse a model without the parts that are ablated.
 
     Raises:
-        PremiseBroken: with the part that is not there.
+        AssumptionBroken: with the part that is not there.
     """
     name = model.spec.name
     if model.hook_post not in model.bridge.hook_dict:
-        raise PremiseBroken(f"{name}: refused, it has no {model.hook_post} to ablate.")
+        raise AssumptionBroken(f"{name}: refused, it has no {model.hook_post} to ablate.")
     if tuple(model.W_out.shape) != (model.spec.d_mlp, model.spec.d_model):
-        raise PremiseBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
+        raise AssumptionBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
 
 
-def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
+def check_assumptions(model: LoadedModel, rtol: float = 2e-3) -> None:
     """Refuse a model for which ablating last-layer neurons is more than a change of its last residual.
 
     Method 12 needs: logits = norm(x) W_U + b_U with x the final residual, and a change of
@@ -31,7 +31,7 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
     whatever the library calls it.
 
     Raises:
-        PremiseBroken: with the part that fails.
+        AssumptionBroken: with the part that fails.
     """
     check_parts(model)
     name = model.spec.name
@@ -55,7 +55,7 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
             logits = model.bridge(tokens, attention_mask=mask, return_type="logits")[0].float()
         x = seen[residual][0].float()
         if not (torch.isfinite(logits).all() and torch.isfinite(x).all()):
-            raise PremiseBroken(f"{name}: refused, its logits are not finite. Check its weights.")
+            raise AssumptionBroken(f"{name}: refused, its logits are not finite. Check its weights.")
         # As large as the residual itself, or a change of its size would drown in the margin.
         moves = model.W_out[neurons].float().sum(0)
         push_by = _span(x) / _span(moves)
@@ -66,12 +66,12 @@ def check_premise(model: LoadedModel, rtol: float = 2e-3) -> None:
         ours = model.final_norm(x) @ model.W_U.float() + model.b_U
     slack = rtol if model.dtype == torch.float32 else 0.1
     if not torch.allclose(moved, expected.expand_as(moved), rtol=slack, atol=slack * _span(x) / 10):
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{name}: refused, a change of a last-layer activation does not move the final residual "
             "by its output weight (post-norm, experts, or a layer after it)."
         )
     if not torch.allclose(ours, logits, rtol=slack, atol=slack * _span(logits)):
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{name}: refused, its logits are not norm(residual) W_U + b_U (a soft cap, a scale, or "
             "another norm)."
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ccm.errors import BadInput, PremiseBroken
+from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.load import assemble, check_precision
 from ccm.models.model import LoadedModel
 from ccm.models.specs import ModelSpec, spec_of_config
@@ -31,7 +31,7 @@ def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own"
 
     Raises:
         BadInput: neither of the two, no tokenizer, or weights on several devices or of several dtypes.
-        PremiseBroken: the bridge does not compute the model that it wraps; and what `load` raises.
+        AssumptionBroken: the bridge does not compute the model that it wraps; and what `load` raises.
     """
     bridge = model if hasattr(model, "original_model") else None
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
@@ -93,7 +93,7 @@ def _check_bridge(bridge: Any, plain: Any, tokenizer: Any, device: torch.device)
     """See that a bridge still computes the model it wraps: its weights may be folded, or edited.
 
     Raises:
-        PremiseBroken: it does not.
+        AssumptionBroken: it does not.
     """
     d_vocab = int(plain.get_input_embeddings().weight.shape[0])
     (prompt, *_) = trial_prompts(tokenizer, plain.config, d_vocab)
@@ -102,7 +102,7 @@ def _check_bridge(bridge: Any, plain: Any, tokenizer: Any, device: torch.device)
         own = own.float().log_softmax(-1)
     distance = float((own - plain_log_probs(plain, [prompt], device)).abs().max())
     if not distance <= MOST:
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"the bridge gives other numbers than the model that it wraps (by {distance:.2g} nats): "
             "its weights were processed or edited, or a hook was left on it. Give the transformers "
             "model, or a bridge as boot_transformers makes it."

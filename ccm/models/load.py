@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ccm.errors import BadInput, NotAvailable, PremiseBroken
-from ccm.models.assumptions import check_parts, check_premise
+from ccm.errors import AssumptionBroken, BadInput, NotAvailable
+from ccm.models.assumptions import check_assumptions, check_parts
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models.model import LoadedModel
@@ -52,7 +52,7 @@ def load(
             do not fit the device.
         BadInput: weights or a tokenizer that are damaged or another model's, a folder that
             TransformerLens cannot load.
-        PremiseBroken: see `check_premise`.
+        AssumptionBroken: see `check_assumptions`.
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
@@ -73,7 +73,7 @@ def load(
     model = assemble(spec, loaded, tokenizer, device, dtype, source=source, bos=bos)
     if model.spec.d_mlp != spec.d_mlp:
         # Sets and numbers were checked against it.
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its "
             f"config.json {spec.d_mlp}. Give the config.json that belongs to the weights."
         )
@@ -85,8 +85,8 @@ def load(
 def check_precision(device: torch.device, dtype: torch.dtype) -> None:
     """See that float32 products on a GPU are float32's: TF32 keeps ten bits of 23.
 
-    The slack of the shared decode's certificate, and with it that no result depends on the batch, rests
-    on them.
+    The tolerance of the shared decode's certificate, and with it that no result depends on the batch,
+    rests on them.
 
     Raises:
         BadInput: TF32 is switched on.
@@ -128,7 +128,7 @@ def assemble(
     Raises:
         BadInput, NotAvailable: TransformerLens does not know the architecture; a special token that the
             model does not have.
-        PremiseBroken: see `check_premise`.
+        AssumptionBroken: see `check_assumptions`.
     """
     prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
     bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
@@ -165,7 +165,7 @@ def assemble(
     )
     check_parts(model)
     model.trial = check_hooks(model, twin, prompts, truth)
-    check_premise(model)
+    check_assumptions(model)
     return model
 
 
@@ -185,7 +185,7 @@ def _truth(
     except Exception as error:  # the library raises what it likes
         if out_of_memory(error):
             raise
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{spec.name}: refused, transformers itself cannot run it in {str(dtype)[6:]} "
             f"({reason_of(error)})."
         ) from error
@@ -282,7 +282,7 @@ def _boot(
             "norm": names[id(bridge.ln_final.original_component)],
         }
     except (AttributeError, KeyError, IndexError) as error:
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{spec.name}: refused, it has no last MLP with one output matrix before a final norm "
             f"({type(error).__name__}: {error})."
         ) from error

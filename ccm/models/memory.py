@@ -5,7 +5,7 @@ import gc
 import torch
 
 from ccm.errors import NotAvailable
-from ccm.method.neurons import VOCAB_CHUNK
+from ccm.method.neurons import VOCAB_COLUMNS
 from ccm.models import limits
 from ccm.models.specs import FAMILIES, ModelSpec
 
@@ -66,7 +66,7 @@ def needed_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
     x a chunk of the vocabulary. Decoding adapts to what is left.
     """
     unembedding = 4 * spec.d_vocab * spec.d_model
-    chunk = 3 * 8 * spec.d_mlp * min(VOCAB_CHUNK, spec.d_vocab)
+    chunk = 3 * 8 * spec.d_mlp * min(VOCAB_COLUMNS, spec.d_vocab)
     return weight_bytes(spec, parameters, dtype) + unembedding + chunk
 
 

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
 from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
@@ -116,7 +116,7 @@ def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) ->
         for prompt in prompts:
             seen[LOG_PROBS] = _log_probs(twin, prompt, model.device)
             if seen.keys() != rows.keys():
-                raise PremiseBroken(
+                raise AssumptionBroken(
                     f"{model.spec.name}: refused, transformers runs without the last MLP or the final "
                     "norm that TransformerLens names."
                 )
@@ -166,12 +166,12 @@ def check_hooks(
         What the fast path is held to later.
 
     Raises:
-        PremiseBroken: they cannot run it, or give other numbers than rounding explains.
+        AssumptionBroken: they cannot run it, or give other numbers than rounding explains.
     """
     refused = f"{model.spec.name}: refused,"
     if not torch.isfinite(truth).all():
         way_out = "Check its weights" if model.dtype == torch.float32 else "Use --dtype float32"
-        raise PremiseBroken(f"{refused} its logits are not finite. {way_out}.")
+        raise AssumptionBroken(f"{refused} its logits are not finite. {way_out}.")
     plain = _plain_readings(model, twin, prompts)
     with _moved(twin, ROUNDINGS[model.dtype] * torch.finfo(model.dtype).eps):
         moved = _plain_readings(model, twin, prompts)
@@ -182,21 +182,23 @@ def check_hooks(
     )
     alike = torch.arange(len(prompts[0]) // 2, device=truth.device)
     if wrong(trial, {LOG_PROBS: (alike, truth[alike + trial.first_row(1)])}):
-        raise PremiseBroken(f"{refused} it is no decoder: what it says depends on the words to come.")
+        raise AssumptionBroken(
+            f"{refused} it is no decoder: what it says depends on the words to come."
+        )
     try:
         found = _by_hooks(model, trial)
     except Exception as error:  # the libraries raise what they like
         if out_of_memory(error):
             raise
         way_out = "" if model.dtype == torch.float32 else " Use --dtype float32."
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{refused} the hooks of TransformerLens cannot run it ({reason_of(error)}).{way_out}"
         ) from error
     # The twin, too: making the bridge may have changed the weights that both share.
     every = torch.arange(len(truth), device=truth.device)
     different = wrong(trial, {LOG_PROBS: (every, plain[LOG_PROBS])}) or wrong(trial, found)
     if different:
-        raise PremiseBroken(
+        raise AssumptionBroken(
             f"{refused} decoded with the hooks of TransformerLens it gives other numbers than "
             f"transformers' own forward ({different}), so nothing could be held to them. Give a "
             "checkpoint of another architecture, or install other releases of the two."

@@ -608,7 +608,7 @@ def test_manifests_that_cannot_be_read(text: str, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["activation_stats.safetensors", "shards/ablations/shard_000000.safetensors"]
+    "name", ["activation_stats.safetensors", "batches/ablations/batch_000000.safetensors"]
 )
 def test_a_damaged_file_of_an_unfinished_run(name: str, refused: Refused, finished: Path) -> None:
     shutil.copytree(finished, "run")

@@ -1,4 +1,4 @@
-"""Rounding is measured where it happens, and the decode's slack follows it."""
+"""Rounding is measured where it happens, and the decode's tolerance follows it."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch
 
 from ccm.decoding import batch_noise as rounding
 from ccm.decoding import certificate as screening
-from ccm.decoding.batch_noise import LEAST, ROOM, batch_noise, slack
+from ccm.decoding.batch_noise import LEAST, ROOM, batch_noise, tolerance
 from ccm.decoding.forward import run_body
 from ccm.decoding.shared import decode_sets
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models.load import load
 from ccm.models.specs import MODELS, spec_for
 from tests.decoding.test_shared import random_sets, run
@@ -29,7 +29,7 @@ def test_float32_rounds_by_some_millionths(config: ToyConfig) -> None:
     assert 0 <= batch_noise(model) < margins(model).relative
     assert margins(model).relative < 1e-4, "this is no float32"
     assert batch_noise(model) == batch_noise(model)
-    assert slack(model) == max(FLOAT32, ROOM * model.noise)  # type: ignore[operator]
+    assert tolerance(model) == max(FLOAT32, ROOM * model.noise)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("of", ["batches", "steps"])
@@ -48,11 +48,11 @@ def test_noise_is_found_and_leads_are_held_to_it(
 
     monkeypatch.setattr(rounding, "run_body", noisy)
     assert batch_noise(model) == pytest.approx(size, abs=own)
-    assert slack(model) == pytest.approx(max(FLOAT32, ROOM * size), abs=ROOM * own)
+    assert tolerance(model) == pytest.approx(max(FLOAT32, ROOM * size), abs=ROOM * own)
     (ablation,) = random_sets(384, [6], 1.0)
-    with_noise = screening.build_screen(model.last_layer, [ablation], rounding.slack(model))
+    with_noise = screening.build_screen(model.last_layer, [ablation], rounding.tolerance(model))
     model.noise = 0.0
-    without = screening.build_screen(model.last_layer, [ablation], rounding.slack(model))
+    without = screening.build_screen(model.last_layer, [ablation], rounding.tolerance(model))
     assert with_noise.noise / without.noise == pytest.approx(
         max(1, ROOM * size / FLOAT32), abs=ROOM * own / FLOAT32
     )
@@ -65,8 +65,10 @@ def test_what_is_no_number_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rounding, "run_body", broken)
     assert batch_noise(load(MODELS["organism"])) != 0
-    with pytest.raises(PremiseBroken, match=r"final residuals are no numbers .* use --engine hooked"):
-        slack(load(MODELS["organism"]))
+    with pytest.raises(
+        AssumptionBroken, match=r"final residuals are no numbers .* use --engine hooked"
+    ):
+        tolerance(load(MODELS["organism"]))
 
 
 def test_a_larger_slack_costs_work_and_changes_no_result() -> None:
@@ -87,14 +89,14 @@ def test_a_larger_slack_costs_work_and_changes_no_result() -> None:
 def test_too_much_noise_is_refused() -> None:
     model = load(spec_for(str(toy_folder(FAMILIES[0]))))
     model.noise = 5e-4
-    with pytest.raises(PremiseBroken, match=r"the batch changes .* by 5\.0e-04 .*Allowed: 1e-04"):
+    with pytest.raises(AssumptionBroken, match=r"the batch changes .* by 5\.0e-04 .*Allowed: 1e-04"):
         list(decode_sets(model, [[0, 1]], []))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_is_not_measured(dtype: torch.dtype) -> None:
     model = load(spec_for(str(toy_folder(FAMILIES[0]))), dtype=dtype)
-    assert slack(model) == LEAST[dtype]
+    assert tolerance(model) == LEAST[dtype]
     assert model.noise is None
 
 

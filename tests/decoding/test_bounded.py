@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ccm.decoding import hooked
 from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
-from ccm.decoding.bounded import Room, distinct
+from ccm.decoding.bounded import BoundedLists, distinct
 from ccm.decoding.forward import plan_rows
-from ccm.decoding.results import Shard, Work
+from ccm.decoding.results import Batch, Work
 from ccm.method.ablation import Ablation
 from ccm.models.load import load
 from ccm.models.specs import spec_for
@@ -25,7 +25,7 @@ masks = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)
 
 @given(masks, st.integers(0, 8))
 def test_a_list_that_holds_is_the_exact_one(mask: torch.Tensor, least: int) -> None:
-    guessed, exact = Room(exact=False), Room(exact=True)
+    guessed, exact = BoundedLists(exact=False), BoundedLists(exact=True)
     wanted = exact.places("list", mask)
     found = guessed.places("list", mask, least)
     if len(wanted) > least:
@@ -40,12 +40,12 @@ def test_a_list_that_holds_is_the_exact_one(mask: torch.Tensor, least: int) -> N
 
 
 def test_room_grows_with_need_and_what_is_rare_loses_it_again() -> None:
-    room, many = Room(exact=False), torch.ones(30, dtype=torch.bool)
+    lists, many = BoundedLists(exact=False), torch.ones(30, dtype=torch.bool)
 
     def lengths(mask: torch.Tensor) -> tuple[int, int, bool]:
-        room.start()
-        usual, rare = room.places("usual", mask, least=4), room.places("rare", mask, least=0)
-        return len(usual), len(rare), room.holds()
+        lists.start()
+        usual, rare = lists.places("usual", mask, least=4), lists.places("rare", mask, least=0)
+        return len(usual), len(rare), lists.holds()
 
     assert lengths(~many) == (4, 0, True)
     assert lengths(many[:10]) == (4, 0, False)
@@ -58,15 +58,15 @@ def test_room_grows_with_need_and_what_is_rare_loses_it_again() -> None:
 
 def test_lists_that_are_short_in_turn_come_to_an_end() -> None:
     """What has found room keeps it while the step is made again for another list."""
-    room, many = Room(exact=False), torch.ones(30, dtype=torch.bool)
+    lists, many = BoundedLists(exact=False), torch.ones(30, dtype=torch.bool)
     for name in ("a", "b", "c"):  # each is seen only once the one before it fits
-        room.start()
-        found = [room.places(other, many, least=0) for other in "abc" if other <= name]
-        assert not room.holds()
+        lists.start()
+        found = [lists.places(other, many, least=0) for other in "abc" if other <= name]
+        assert not lists.holds()
         assert [len(places) for places in found] == [30] * (len(found) - 1) + [0]
-    room.start()
-    assert [len(room.places(name, many, least=0)) for name in "abc"] == [30] * 3
-    assert room.holds()
+    lists.start()
+    assert [len(lists.places(name, many, least=0)) for name in "abc"] == [30] * 3
+    assert lists.holds()
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(0, 4))
@@ -76,17 +76,17 @@ def test_distinct_keys_and_places_are_numpys(keys: list[int], fillers: int) -> N
         found, place = distinct(torch.tensor(keys), n_keys)
         np.testing.assert_array_equal(found, wanted)
         np.testing.assert_array_equal(place, inverse)
-    room = Room(exact=False)
-    found, place = room.distinct("keys", torch.tensor([*keys, *[13] * fillers]), 13)
-    assert room.holds()
-    np.testing.assert_array_equal(found[: room.count("keys")], wanted)
+    lists = BoundedLists(exact=False)
+    found, place = lists.distinct("keys", torch.tensor([*keys, *[13] * fillers]), 13)
+    assert lists.holds()
+    np.testing.assert_array_equal(found[: lists.count("keys")], wanted)
     np.testing.assert_array_equal(place[: len(keys)], inverse)
     assert ((found >= 0) & (found < 13)).all(), "what fills up a list must be some key"
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=24).map(sorted), st.integers(0, 5))
 def test_rows_are_planned_alike_for_lists_of_any_length(parents: list[int], fillers: int) -> None:
-    n, exact, guessed = len(parents), Room(exact=True), Room(exact=False)
+    n, exact, guessed = len(parents), BoundedLists(exact=True), BoundedLists(exact=False)
     wanted = plan_rows(torch.tensor(parents), exact, n)
     rows = plan_rows(torch.tensor([*parents, *[0] * fillers]), guessed, torch.tensor(n))
     assert guessed.holds()
@@ -99,7 +99,7 @@ def test_rows_are_planned_alike_for_lists_of_any_length(parents: list[int], fill
 # --- the whole decode -----------------------------------------------------------------------------
 
 
-def decoded(config: ToyConfig, sizes: tuple[int, ...], **options: Any) -> tuple[list[Shard], Work]:
+def decoded(config: ToyConfig, sizes: tuple[int, ...], **options: Any) -> tuple[list[Batch], Work]:
     model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, seed=3)
     random_ = np.random.default_rng(0)
     sets = []
@@ -122,12 +122,12 @@ def test_guessed_lengths_change_neither_results_nor_counts(
     exact, wanted = decoded(config, (5, 0, 12, 5, 5, 5), own_top=own_top)
     waits = []
 
-    class Guessing(Room):
+    class Guessing(BoundedLists):
         def holds(self) -> bool:
             waits.append(super().holds())
             return waits[-1]
 
-    monkeypatch.setattr(decoding, "Room", lambda exact: Guessing(exact=False))
+    monkeypatch.setattr(decoding, "BoundedLists", lambda exact: Guessing(exact=False))
     for unsure, whole in ((1, 1), (1 << 12, 1 << 6)):
         monkeypatch.setattr(choosing, "UNSURE", unsure)
         monkeypatch.setattr(choosing, "WHOLE", whole)
@@ -171,7 +171,7 @@ def test_a_step_reads_nothing_but_the_lengths_of_its_lists(
     # transformers looks for masked slots unless it sees that there is no data.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *args: False)
     room = InventedLengths(3, kept=4, moved=1, on=7, branches=5)
-    monkeypatch.setattr(decoding, "Room", lambda exact: room)
+    monkeypatch.setattr(decoding, "BoundedLists", lambda exact: room)
     run = decoding.Engine.run
 
     def without_data(*args: Any) -> Any:

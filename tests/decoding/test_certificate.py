@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccm.decoding.batch_noise import LEAST
+from ccm.decoding.batch_noise import tolerance as tolerance_of
 from ccm.decoding.certificate import (
     SHORTLIST,
     Nodes,
@@ -22,7 +23,7 @@ from ccm.decoding.certificate import (
     changes,
     dense_changes,
     low_rank_rows,
-    pair_slack,
+    pair_tolerance,
     read_nodes,
     shortlisted,
 )
@@ -84,12 +85,12 @@ class Layer:
 
     def certified(self) -> Tensor:
         """Whether each pair is certified."""
-        screen = build_screen(self.model.last_layer, self.sets, slack_of(self.model))
+        screen = build_screen(self.model.last_layer, self.sets, tolerance_of(self.model))
         return certified(screen, read_nodes(screen, self.x, self.a)).reshape(-1)
 
     def screened(self) -> tuple[Screen, Nodes, Tensor, Tensor, Tensor, Tensor]:
         """Screen, nodes, then node, set, change and scale of every pair."""
-        screen = build_screen(self.model.last_layer, self.sets, slack_of(self.model))
+        screen = build_screen(self.model.last_layer, self.sets, tolerance_of(self.model))
         nodes = read_nodes(screen, self.x, self.a)
         node, sets = self.pairs
         c = changes(screen, nodes, node, sets)
@@ -100,7 +101,7 @@ def proved(
     screen: Screen, nodes: Nodes, node: Tensor, sets: Tensor, c: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the shortlist proves of pairs, and their tokens."""
-    tau = pair_slack(screen, nodes, node, sets, c, scale)
+    tau = pair_tolerance(screen, nodes, node, sets, c, scale)
     return shortlisted(Pairs(screen, nodes, node, sets, c, scale, tau))
 
 
@@ -227,9 +228,9 @@ def test_what_is_certified_keeps_its_argmax(shape: Shape) -> None:
     plain, logits = exact_logits(layer.model, layer.x.double()), exact_logits(layer.model, moved(layer))
     token = nodes.likely[node, 0]
     assert torch.equal(plain.argmax(-1)[node][sure], token[sure]), "certified against a wrong argmax"
-    lead, slack = lead_of(logits, token)[sure], pair_slack(*layer.screened())[sure]
-    # More than the slack is promised; half of it is left for the rounding of the slack's own sum.
-    assert (lead > 0.5 * slack).all(), f"certified, but it leads by {float(lead.min()):.3g} only"
+    lead, tolerance = lead_of(logits, token)[sure], pair_tolerance(*layer.screened())[sure]
+    # More than the tolerance is promised; half of it is left for the rounding of its own sum.
+    assert (lead > 0.5 * tolerance).all(), f"certified, but it leads by {float(lead.min()):.3g} only"
 
 
 @given(shape=shapes, size=st.integers(1, 4), data=st.data())
@@ -253,7 +254,7 @@ def flip_and_limit(layer: Layer, direction: Tensor) -> tuple[float, float] | Non
 
     Both by bisection in float32 steps; the certificate's region is one interval from 0.
     """
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     token = nodes.likely[:, 0]
     W = layer.model.W_out[list(layer.sets[0].neurons)].double()
@@ -310,7 +311,7 @@ def test_what_lifts_the_winner_alone_is_certified_at_any_size(centred: bool, sig
         if flip_and_limit(layer, direction) is not None:
             continue
         lifted += 1
-        screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+        screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
         nodes = read_nodes(screen, layer.x, layer.a)
         for size in (1.0, 10.0, 100.0):
             assert certified(screen, replace(nodes, a=-size * direction)).all(), (seed, size)
@@ -357,7 +358,7 @@ def with_rival(layer: Layer, by: float) -> Layer:
 
     Its unembedding is another one: it differs by as much as any two do, off the residual.
     """
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     best, s = int(nodes.likely[0, 0]), float(nodes.scale[0])
     norm, W_U = layer.model.final_norm, layer.model.W_U.clone()
@@ -376,7 +377,7 @@ def with_rival(layer: Layer, by: float) -> Layer:
 def test_rounding_that_a_cancelled_residual_magnifies_proves_nothing(
     remainder: float, d_vocab: int
 ) -> None:
-    # Rounding moves a logit by 1e-7 of s / s': more than a slack that only knows s.
+    # Rounding moves a logit by 1e-7 of s / s': more than a tolerance that only knows s.
     wrong, n_proved = [], 0
     for seed in range(80):
         shape = Shape(seed, 32, d_vocab, 4, n_nodes=1, n_sets=1, x=30.0, remainder=remainder)
@@ -395,10 +396,10 @@ def test_rounding_that_a_cancelled_residual_magnifies_proves_nothing(
     assert not wrong, (
         f"{len(wrong)} of {n_proved} proofs name another token than float64: seeds {wrong}"
     )
-    assert remainder < 1 or n_proved > 60, "a rival further off than the slack is no near tie"
+    assert remainder < 1 or n_proved > 60, "a rival further off than the tolerance is no near tie"
 
 
-# --- the slack, on both sides of it -------------------------------------------------------------------
+# --- the tolerance, on both sides of it ---------------------------------------------------------------
 
 U = 4e-6  # of paragraph 6, where no batch moves anything
 
@@ -426,9 +427,9 @@ def changing_nothing(layer: Layer) -> Layer:
 
 @given(shape=shapes)
 @some
-def test_a_gap_is_certified_above_the_slack_and_not_below(shape: Shape) -> None:
+def test_a_gap_is_certified_above_the_tolerance_and_not_below(shape: Shape) -> None:
     layer = changing_nothing(make(replace(shape, n_nodes=1)))
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     edge = tau_0(layer)
     for times, sure in ((0.99, False), (1.01, True)):
@@ -460,7 +461,7 @@ def test_a_gap_is_certified_above_what_the_neurons_can_do_and_not_below(shape: S
 
 @given(shape=shapes)
 @some
-def test_the_slack_of_a_pair_is_the_line_that_defines_it(shape: Shape) -> None:
+def test_the_tolerance_of_a_pair_is_the_line_that_defines_it(shape: Shape) -> None:
     layer = make(shape)
     screen, nodes, node, sets, c, scale = layer.screened()
     M, B = lengths_multiplied(layer)
@@ -469,41 +470,43 @@ def test_the_slack_of_a_pair_is_the_line_that_defines_it(shape: Shape) -> None:
         c.double().abs() * screen.W.norm(dim=-1)[neurons]
     ).sum(-1)
     wanted = U * (M * lengths / scale.double() + B)
-    found = pair_slack(screen, nodes, node, sets, c, scale)
+    found = pair_tolerance(screen, nodes, node, sets, c, scale)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0.0)
-    torch.testing.assert_close(nodes.slack.double(), tau_0(layer), rtol=1e-4, atol=0.0)
-    unchanged = pair_slack(screen, nodes, node, sets, torch.zeros_like(c), nodes.scale[node])
-    torch.testing.assert_close(unchanged, nodes.slack[node])
+    torch.testing.assert_close(nodes.tolerance.double(), tau_0(layer), rtol=1e-4, atol=0.0)
+    unchanged = pair_tolerance(screen, nodes, node, sets, torch.zeros_like(c), nodes.scale[node])
+    torch.testing.assert_close(unchanged, nodes.tolerance[node])
 
 
 @pytest.mark.parametrize("offset", [0.0, 64.0])
 def test_a_neuron_that_moves_all_tokens_alike_is_reckoned_with_its_rounding(offset: float) -> None:
-    """There h = R = 0, so that q is the slack's own part: u B |w| / sqrt(d) + u M |w|."""
+    """There h = R = 0, so that q is the tolerance's own part: u B |w| / sqrt(d) + u M |w|."""
     layer = make(Shape(d_vocab=12, centred=False))
     W_U, m = layer.model.W_U[:, :1].repeat(1, 12), layer.model
     layer = replace(layer, model=a_model(W_U, m.W_out, m.final_norm, torch.full((12,), offset)))
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     (M, B), size = lengths_multiplied(layer), layer.model.W_out[screen.selected].double().norm(dim=-1)
     wanted = U * B * size / 16**0.5 + U * M * size
     torch.testing.assert_close((screen.q - screen.half).double(), wanted, rtol=1e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 2e-6, 3e-5])
-def test_the_slack_is_three_times_what_batches_do_and_at_least_four_millionths(noise: float) -> None:
+def test_the_tolerance_is_three_times_what_batches_do_and_at_least_four_millionths(
+    noise: float,
+) -> None:
     layer = changing_nothing(make(Shape(n_nodes=1)))
     layer.model.noise = noise
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     edge = tau_0(layer, u=max(4e-6, 3 * noise))
-    torch.testing.assert_close(nodes.slack.double(), edge, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(nodes.tolerance.double(), edge, rtol=1e-4, atol=0.0)
     for times, sure in ((0.99, False), (1.01, True)):
         assert (certified(screen, replace(nodes, gap=(times * edge).float())) == sure).all()
 
 
 @given(shape=shapes)
 @some
-def test_the_shortlist_proves_a_lead_above_the_slack_and_none_below(shape: Shape) -> None:
-    """Paragraph 5's bound in float64, and a slack on either side of the lead over it."""
+def test_the_shortlist_proves_a_lead_above_the_tolerance_and_none_below(shape: Shape) -> None:
+    """Paragraph 5's bound in float64, and a tolerance on either side of the lead over it."""
     layer = make(shape)
     screen, nodes, node, sets, c, scale = layer.screened()
     neurons, likely, wide = screen.slots[sets], nodes.likely[node], c.double()
@@ -522,7 +525,7 @@ def test_the_shortlist_proves_a_lead_above_the_slack_and_none_below(shape: Shape
         assert (found == sure).all()
 
 
-def test_a_rival_is_settled_above_the_slack_and_left_below() -> None:
+def test_a_rival_is_settled_above_the_tolerance_and_left_below() -> None:
     """At c = 0, with a runner-up that really trails by so much; certificate and shortlist alike."""
     seen = []
     for seed, times in itertools.product(range(30), (0.6, 0.9, 1.1, 1.9)):
@@ -530,7 +533,7 @@ def test_a_rival_is_settled_above_the_slack_and_left_below() -> None:
         layer = changing_nothing(with_rival(layer, times * float(tau_0(layer)[0])))
         gap = exact_logits(layer.model, layer.x.double()).sort(-1, descending=True).values
         lead = float((gap[0, 0] - gap[0, 1]) / tau_0(layer)[0])  # the rival may lengthen M
-        if abs(lead - 1) < 0.03:  # float32 rounds a logit by some hundredths of the slack
+        if abs(lead - 1) < 0.03:  # float32 rounds a logit by some hundredths of the tolerance
             continue
         screen, nodes, node, sets, c, scale = layer.screened()
         assert (c == 0).all()
@@ -655,7 +658,7 @@ def test_the_scale_moves_by_no_more_than_the_neurons_reach(shape: Shape) -> None
 @many
 def test_plain_readings_are_what_they_are_called(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     nodes = read_nodes(screen, layer.x, layer.a)
     logits = exact_logits(layer.model, layer.x.double())
     ranked = logits.sort(-1, descending=True).values
@@ -668,32 +671,32 @@ def test_plain_readings_are_what_they_are_called(shape: Shape) -> None:
     else:
         assert (nodes.beyond == -torch.inf).all(), "nothing lies beyond a shortlist of all tokens"
     SCALE.assert_close(nodes.scale, exact_scale(layer.model.final_norm, layer.x.double()))
-    assert (nodes.slack > 0).all()
+    assert (nodes.tolerance > 0).all()
 
 
 @given(shape=shapes)
 @many
-def test_the_slack_covers_the_rounding_of_both_sides_and_no_more_than_it_must(shape: Shape) -> None:
+def test_the_tolerance_covers_the_rounding_of_both_sides_and_no_more_than_it_must(shape: Shape) -> None:
     layer = make(shape)
     screen, nodes, node, sets, c, scale = layer.screened()
     P = screen.P[screen.slots[sets]]
     rows = low_rank_rows(screen.beta, nodes.sz[node][:, None], c[:, None], scale[:, None], P)[:, 0]
     off = (rows.double() - exact_logits(layer.model, moved(layer))).abs().amax(-1)
-    tau = pair_slack(screen, nodes, node, sets, c, scale)
+    tau = pair_tolerance(screen, nodes, node, sets, c, scale)
     assert (2 * off <= tau).all(), f"rounding moved a logit by {float((off / tau).max()):.3g} slacks"
     # What is multiplied, at its largest; above a few 1e-6 of that, far too much is a near tie.
     M = (layer.model.W_U * layer.model.final_norm.gain[:, None]).norm(dim=0).max()
     lengths = nodes.x.norm(dim=-1)[node] + (c.abs() * screen.W.norm(dim=-1)[screen.slots[sets]]).sum(-1)
     largest = M * lengths / scale + screen.beta.abs().max()
     assert (tau <= 1e-5 * largest).all(), f"{float((tau / largest).max()):.3g} of what is multiplied"
-    assert (tau > 0.99 * nodes.slack[node] * (nodes.scale[node] / scale).clamp(max=1)).all()
+    assert (tau > 0.99 * nodes.tolerance[node] * (nodes.scale[node] / scale).clamp(max=1)).all()
 
 
 @given(shape=shapes)
 @many
 def test_the_plan_knows_each_neurons_range_over_the_vocabulary(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model.last_layer, layer.sets, slack_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
     norm, neurons = layer.model.final_norm, screen.selected.tolist()
     assert neurons == sorted({i for ablation in layer.sets for i in ablation.neurons})
     W = layer.model.W_out[neurons].double()
@@ -713,8 +716,8 @@ def test_the_plan_knows_each_neurons_range_over_the_vocabulary(shape: Shape) -> 
     bound = spread / 2 + (beta.max() - beta.min()) * reach
     assert (screen.q >= bound * (1 - 1e-5)).all(), "less than a neuron can do"
     M = (layer.model.W_U.double() * norm.gain.double()[:, None]).norm(dim=0).max()
-    slack = 1e-5 * (M * shape.d_model**0.5 + beta.abs().max()) * reach
-    assert (screen.q <= bound * (1 + 1e-5) + slack).all(), "more than a neuron can do"
+    tolerance = 1e-5 * (M * shape.d_model**0.5 + beta.abs().max()) * reach
+    assert (screen.q <= bound * (1 + 1e-5) + tolerance).all(), "more than a neuron can do"
 
 
 @given(shape=shapes, data=st.data())
@@ -762,8 +765,8 @@ def test_a_constant_on_all_logits_loosens_and_tightens_nothing() -> None:
     model = layer.model
     lifted = replace(layer, model=a_model(model.W_U, model.W_out, model.final_norm, model.b_U + 64.0))
     a, b = (
-        build_screen(model.last_layer, layer.sets, slack_of(model)),
-        build_screen(lifted.model.last_layer, layer.sets, slack_of(lifted.model)),
+        build_screen(model.last_layer, layer.sets, tolerance_of(model)),
+        build_screen(lifted.model.last_layer, layer.sets, tolerance_of(lifted.model)),
     )
     rounding = (b.offset_noise - a.offset_noise) * a.reach  # of larger numbers
     LOGIT.assert_close(b.q, (a.q + rounding).double(), scale=a.q + 1, what="q")
@@ -777,7 +780,7 @@ def test_replacement_values_are_what_a_hook_would_write(dtype: torch.dtype) -> N
     screen = build_screen(
         a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype).last_layer,
         layer.sets,
-        slack_of(a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype)),
+        tolerance_of(a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype)),
     )
     for row, ablation in enumerate(layer.sets):
         written = torch.tensor(ablation.values, dtype=dtype).float()

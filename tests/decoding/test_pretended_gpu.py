@@ -15,7 +15,7 @@ import torch
 from ccm.cli.parser import main
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
-from ccm.decoding.bounded import Room
+from ccm.decoding.bounded import BoundedLists
 from ccm.experiment import run as experiment
 from ccm.method.ablation import PLAIN
 from ccm.models.device_map import spread_over_devices
@@ -163,7 +163,7 @@ def test_a_step_of_the_decode_waits_once(config: ToyConfig, monkeypatch: pytest.
     held: list[bool] = []
     begun: list[Waits] = []
 
-    class Counted(Room):
+    class Counted(BoundedLists):
         def start(self) -> None:
             super().start()
             begun.append(Waits(waits))
@@ -172,7 +172,7 @@ def test_a_step_of_the_decode_waits_once(config: ToyConfig, monkeypatch: pytest.
             held.append(super().holds())
             return held[-1]
 
-    monkeypatch.setattr(decoding, "Room", Counted)
+    monkeypatch.setattr(decoding, "BoundedLists", Counted)
     prompts_of(config)
     with pretended_gpus() as waits:
         work = decoded(config, "cuda").work

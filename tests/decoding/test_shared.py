@@ -21,11 +21,11 @@ from ccm.decoding import engine, hooked
 from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
 from ccm.decoding.activations import collect
-from ccm.decoding.batch_noise import LEAST, batch_noise, slack
-from ccm.decoding.bounded import Room
+from ccm.decoding.batch_noise import LEAST, batch_noise, tolerance
+from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.forward import RowCache, plan_rows, run_body
 from ccm.decoding.prefill import MAX_SHARERS, prefill, shared_prefixes
-from ccm.decoding.results import Completions, Decoded, Shard, Work, merge
+from ccm.decoding.results import Batch, Completions, Decoded, Work, merge
 from ccm.decoding.shared import decode, decode_sets
 from ccm.errors import CcmError
 from ccm.experiment.plan import find_facts
@@ -60,7 +60,7 @@ def loaded(config: ToyConfig) -> LoadedModel:
 class Run:
     """One shared decode with everything it leaves."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[Batch, ...]
     decoded: Decoded
     work: Work
 
@@ -534,7 +534,7 @@ def check_work(
     assert {name: getattr(work, name) for name in wanted} == wanted
     # Near ties by chance are rare; those on purpose are counted exactly with the ties.
     many = 0.01 * decisions + 2 * done.n_sets  # a node's near tie may be one for every set
-    many *= slack(model) / LEAST[torch.float32]  # and what is near, this machine says
+    many *= tolerance(model) / LEAST[torch.float32]  # and what is near, this machine says
     assert work.refereed <= many, f"{work.refereed} of {decisions} choices are near ties"
     alone = work.forward_tokens - fed(prompts, nodes)
     assert (alone > 0) == (work.refereed > 0), f"{alone} tokens more than there are positions"
@@ -734,7 +734,7 @@ def fails_above(
     """Let parts of more than `limit` prompts fail; returns the sizes tried, as they come."""
     whole, tried = engine.Engine.run, list[int]()
 
-    def failing(self: Any, prompts: Any, *args: Any) -> Shard:
+    def failing(self: Any, prompts: Any, *args: Any) -> Batch:
         tried.append(len(prompts))
         if len(prompts) > limit:
             raise error()
@@ -812,7 +812,7 @@ def test_rows_of_a_part_that_failed_are_not_observed_twice(monkeypatch: pytest.M
 # --- resuming ---------------------------------------------------------------------------------------
 
 
-def assert_same_bits(a: Shard, b: Shard) -> None:
+def assert_same_bits(a: Batch, b: Batch) -> None:
     assert a.leaves == b.leaves
     for f in fields(a):
         if f.name != "leaves":
@@ -1105,7 +1105,7 @@ def check_alone(
 
 def branch(cache: RowCache, parents: torch.Tensor, past: int) -> torch.Tensor:
     """Give every branch a row; returns which one each row holds."""
-    rows = plan_rows(parents, Room(exact=True), len(parents))
+    rows = plan_rows(parents, BoundedLists(exact=True), len(parents))
     cache.move(rows.moved, rows.source, past, len(parents))
     return rows.branch
 

@@ -19,7 +19,7 @@ from ccm.decoding.next_token import AtOnce
 from ccm.experiment import comparisons, effects
 from ccm.experiment.comparisons import rho_by_layer, set_effects
 from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, measure_effects
-from ccm.experiment.folder import PartStore
+from ccm.experiment.folder import ArrayStore
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.models.device_map import spread_over_devices
@@ -168,7 +168,7 @@ def test_finished_parts_are_read_and_not_computed(
     model, prompts, sets = loaded(config), token_prompts(8, config), ablations_of(config)
     monkeypatch.setattr(decoding, "MAX_BATCH", 3)
     monkeypatch.setattr(effects, "SAMPLED", 5)
-    store = PartStore(tmp_path, "effects")
+    store = ArrayStore(tmp_path, "effects")
     first = measure_effects(model, prompts, sets[:1], sets[1:], store=store)
     kept = sorted(store.path.iterdir())
     assert len(kept) == 3

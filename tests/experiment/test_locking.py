@@ -123,7 +123,7 @@ def test_a_second_time_in_this_process_is_refused_too(tmp_path: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "run": lambda run: ["run", "--model", "organism", "--out", str(run)],
-    "share": lambda run: ["run", "--model", "organism", "--shard", "1/2", "--out", str(run)],
+    "shard": lambda run: ["run", "--model", "organism", "--shard", "1/2", "--out", str(run)],
     "merge": lambda run: ["merge", str(run), "--out", str(run)],
     "figures": lambda run: ["figures", str(run)],
     "figures elsewhere": lambda run: ["figures", str(run), "--out", str(run / "more")],

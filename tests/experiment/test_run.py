@@ -23,6 +23,7 @@ from ccm.decoding.activations import float16_sigma
 from ccm.experiment.config import RunConfig
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
+    BATCHES,
     MANIFEST,
     MEASURES,
     PROMPT_EFFECTS,
@@ -31,7 +32,6 @@ from ccm.experiment.folder import (
     SCORE_TABLE,
     SCORES,
     SET_EFFECTS,
-    SHARDS,
     SINGULAR_VALUES,
     RunFolder,
     read_statistics,
@@ -395,7 +395,7 @@ def test_controls_of_both_kinds_end_with_their_answer(
 
 # Which file of which name pattern is about to be written when the run is interrupted.
 LAST = [("plain.parquet", 1), ("entropy.parquet", 2), ("matched_001.parquet", 1), (SCORES, 1)]
-BEYOND = [("effects/shard_*", 1), (PROMPT_EFFECTS, 2), (SET_EFFECTS, 1)]
+BEYOND = [("effects/batch_*", 1), (PROMPT_EFFECTS, 2), (SET_EFFECTS, 1)]
 POINTS = {
     "shared": [
         (MANIFEST, 1),
@@ -403,7 +403,7 @@ POINTS = {
         (RHO_BY_LAYER, 1),
         (MEASURES, 1),
         (ACTIVATION_STATS, 1),
-        ("shard_*", 3),
+        ("batch_*", 3),
         *BEYOND,
         *LAST,
     ],
@@ -425,7 +425,7 @@ def check_finished(folder: Path, expected: Path, before: dict[str, int]) -> None
     """The same bytes as a run that was not interrupted, without computing anything twice."""
     assert (folder / SCORES).read_bytes() == (expected / SCORES).read_bytes()
     assert names(folder) == names(expected), "files were left over"
-    assert not (folder / SHARDS).exists()
+    assert not (folder / BATCHES).exists()
     after = times(folder)
     kept = {name: when for name, when in before.items() if name in after}
     assert {name: after[name] for name in kept} == kept, "a finished file was written again"
@@ -518,7 +518,7 @@ sys.exit(main(sys.argv[3:]))
 
 @pytest.mark.parametrize(
     ("engine", "pattern", "number"),
-    [("shared", "shard_*", 3), ("hooked", "control_*", 3)],
+    [("shared", "batch_*", 3), ("hooked", "control_*", 3)],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(
     engine: str, pattern: str, number: int, whole: Run, quick: None, tmp_path: Path
@@ -573,14 +573,14 @@ def test_the_memory_budget_of_a_run_stays_what_it_was(
     out, replace = tmp_path / "run", os.replace
 
     def interrupted(source: str, target: Path) -> None:
-        if target.match("shard_*") and len([*target.parent.glob("shard_*")]) == 2:
+        if target.match("batch_*") and len([*target.parent.glob("batch_*")]) == 2:
             raise KeyboardInterrupt
         replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         assert main(command(out)) == 130
-    assert len([*(out / SHARDS / "answers").iterdir()]) == 2
+    assert len([*(out / BATCHES / "answers").iterdir()]) == 2
     assert main([*command(out), "--memory-budget", "1G"]) == 0
     assert manifest(out)["memory_budget"] == 2 << 20
     check_finished(out, whole("--engine", "shared"), {})

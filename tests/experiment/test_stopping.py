@@ -18,7 +18,7 @@ from ccm.cli import commands as subcommands
 from ccm.cli.parser import main
 from ccm.errors import NotAvailable
 from ccm.experiment import stopping
-from ccm.experiment.folder import SCORES, SHARDS
+from ccm.experiment.folder import BATCHES, SCORES
 from ccm.experiment.stopping import SIGNALS, Stopped, Stopping, in_processes
 from tests.experiment.test_run import check_finished, command, names, times
 from tests.made_runs import make_run
@@ -96,7 +96,7 @@ def test_a_run_that_a_batch_system_stops_goes_on_to_the_same_bytes(
 
     def goes_on(process: subprocess.Popen[str]) -> bool:
         """Whether one shard more than before is there."""
-        found = set((out / SHARDS / "ablations").glob("shard_*"))
+        found = set((out / BATCHES / "ablations").glob("batch_*"))
         return found > decoded or process.poll() is not None
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -109,7 +109,7 @@ def test_a_run_that_a_batch_system_stops_goes_on_to_the_same_bytes(
         assert process.returncode == CODES[number]
         assert not (out / SCORES).exists()
         assert not [name for name in names(out) if name.endswith(".partial")]
-        decoded |= set((out / SHARDS / "ablations").glob("shard_*"))
+        decoded |= set((out / BATCHES / "ablations").glob("batch_*"))
     finished = times(out)
     assert main(command(out, *more)) == main(command(whole, *more)) == 0
     check_finished(out, whole, finished)

@@ -20,10 +20,10 @@ from ccm.cli.parser import main
 from ccm.decoding import shared as decoding
 from ccm.errors import BadInput, CcmError
 from ccm.experiment.config import RunConfig
-from ccm.experiment.folder import FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, SHARDS, RunFolder
-from ccm.experiment.merging import merge_shares
+from ccm.experiment.folder import BATCHES, FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, RunFolder
+from ccm.experiment.merging import merge_shards
 from ccm.experiment.results import read_results
-from ccm.experiment.run import run, run_share
+from ccm.experiment.run import run, run_shard
 from ccm.models.specs import CHECKPOINT
 from ccm.reporting.report import write_report
 from tests.experiment.test_merging import files, manifest
@@ -144,7 +144,7 @@ def check_claims(folder: Path) -> None:
 
 def check_same(folder: Path, whole: Path) -> None:
     assert files(folder) == files(whole)
-    assert not (folder / SHARDS).exists()
+    assert not (folder / BATCHES).exists()
     held, expected = manifest(folder), manifest(whole)
     assert held["complete"] is True
     for key in ("identity", "sets", "prompts_sha256", "effects", "done", "batch_noise"):
@@ -186,7 +186,7 @@ def test_a_run_stopped_at_any_file_operation_goes_on_to_the_same_bytes(
     seen = {event for event, _ in operations}
     assert {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"} <= seen
     for stage in ("answers", "first_tokens", "ablations", "effects"):
-        begin = f"{SHARDS}/{stage}/shard"
+        begin = f"{BATCHES}/{stage}/batch"
         removed = [n for event, n in operations if event == "os.remove" and n.startswith(begin)]
         assert len(removed) >= 3, f"too few shards of {stage} for a stop between them"
 
@@ -195,46 +195,46 @@ def test_a_run_stopped_at_any_file_operation_goes_on_to_the_same_bytes(
 
 
 @pytest.fixture(scope="module")
-def shares(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same run in two shares; read-only."""
-    folders = [tmp_path_factory.mktemp("shares") / f"share_{i}" for i in (1, 2)]
+def shards(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same run in two shards; read-only."""
+    folders = [tmp_path_factory.mktemp("shards") / f"shard_{i}" for i in (1, 2)]
     for i, folder in enumerate(folders, 1):
-        run_share(replace(config, shard=(i, 2)), folder)
+        run_shard(replace(config, shard=(i, 2)), folder)
     return folders
 
 
 def test_a_merge_stopped_at_any_file_operation_goes_on_to_the_same_bytes(
-    shares: list[Path], whole: Path, tmp_path: Path
+    shards: list[Path], whole: Path, tmp_path: Path
 ) -> None:
     def check(folder: Path, expected: Path) -> None:
         check_same(folder, expected)
         assert manifest(folder)["work"] == manifest(tmp_path / "run")["work"]
-        stages = set(manifest(shares[0])["timings_s"])
-        times = [[manifest(share)["timings_s"][stage] for share in shares] for stage in stages]
+        stages = set(manifest(shards[0])["timings_s"])
+        times = [[manifest(shard)["timings_s"][stage] for shard in shards] for stage in stages]
         merged = [manifest(folder)["timings_s"][stage] for stage in stages]
         assert merged == pytest.approx([sum(t) for t in times]), "times counted twice"
 
-    operations = stop_everywhere(lambda out: merge_shares(shares, out), whole, tmp_path, check)
+    operations = stop_everywhere(lambda out: merge_shards(shards, out), whole, tmp_path, check)
     assert {"os.rename", "os.remove", "os.rmdir"} <= {event for event, _ in operations}
 
 
-def test_a_share_stopped_at_its_end_goes_on_to_the_same_bytes(
-    config: RunConfig, shares: list[Path], whole: Path, tmp_path: Path
+def test_a_shard_stopped_at_its_end_goes_on_to_the_same_bytes(
+    config: RunConfig, shards: list[Path], whole: Path, tmp_path: Path
 ) -> None:
     """Its beginning is that of a run."""
     second = replace(config, shard=(2, 2))
     out, states = tmp_path / "run", tmp_path / "states"
     with recorded(out, states) as operations:
-        run_share(second, out)
-    last = max(i for i, (_, name) in enumerate(operations) if name.startswith(f"{SHARDS}/ablations"))
+        run_shard(second, out)
+    last = max(i for i, (_, name) in enumerate(operations) if name.startswith(f"{BATCHES}/ablations"))
     found = {what_lies_in(states / str(i)): i for i in range(last - 4, len(operations))}
     assert len(found) > 5
     for i in found.values():
         state = states / str(i)
         check_claims(state)
         forsake(state)
-        run_share(second, state)
-        assert files(state) == files(shares[1]), operations[i]
+        run_shard(second, state)
+        assert files(state) == files(shards[1]), operations[i]
         assert manifest(state)["complete"] is True
 
 
@@ -247,30 +247,30 @@ def tear(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, tear])
-@pytest.mark.parametrize("name", ["shards/ablations/shard_*", PROMPTS, "*/effects.parquet"])
-def test_what_a_finished_share_lost_is_made_again_by_its_command(
+@pytest.mark.parametrize("name", ["batches/ablations/batch_*", PROMPTS, "*/effects.parquet"])
+def test_what_a_finished_shard_lost_is_made_again_by_its_command(
     damage: Callable[[Path], None],
     name: str,
     config: RunConfig,
-    shares: list[Path],
+    shards: list[Path],
     whole: Path,
     tmp_path: Path,
 ) -> None:
-    torn = Path(shutil.copytree(shares[1], tmp_path / "torn"))
+    torn = Path(shutil.copytree(shards[1], tmp_path / "torn"))
     hurt = next(torn.glob(name))
     damage(hurt)
     with pytest.raises(BadInput) as caught:
-        merge_shares([shares[0], torn], tmp_path / "merged")
+        merge_shards([shards[0], torn], tmp_path / "merged")
     if damage is tear:
-        if name.startswith(SHARDS):
+        if name.startswith(BATCHES):
             assert str(caught.value).endswith("Remove it to compute it again.")
         hurt.unlink()
     else:
-        assert re.search(r"Run (its command|the commands of all shares) again", str(caught.value))
+        assert re.search(r"Run (its command|the commands of all shards) again", str(caught.value))
     assert not (tmp_path / "merged").exists()
-    run_share(replace(config, shard=(2, 2)), torn)
-    assert files(torn) == files(shares[1])
-    merge_shares([shares[0], torn], tmp_path / "merged")
+    run_shard(replace(config, shard=(2, 2)), torn)
+    assert files(torn) == files(shards[1])
+    merge_shards([shards[0], torn], tmp_path / "merged")
     check_same(tmp_path / "merged", whole)
 
 
@@ -284,13 +284,13 @@ def halfway(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     out, states = folder / "run", folder / "states"
     with recorded(out, states) as operations:
         run(config, out)
-    at = next(i for i, (_, name) in enumerate(operations) if name.startswith(f"{SHARDS}/effects"))
+    at = next(i for i, (_, name) in enumerate(operations) if name.startswith(f"{BATCHES}/effects"))
     forsake(states / str(at))
     return states / str(at)
 
 
 def shards_of(folder: Path) -> list[Path]:
-    found = sorted((folder / SHARDS / "ablations").glob("shard_*"))
+    found = sorted((folder / BATCHES / "ablations").glob("batch_*"))
     assert len(found) >= 3
     return found
 
@@ -362,9 +362,9 @@ def test_files_of_others_among_the_shards_stay_and_are_in_nobodys_way(
 ) -> None:
     out = Path(shutil.copytree(halfway, tmp_path / "run"))
     for name in ("notes.txt", ".nfs0000001", "shard_1.safetensors.bak"):
-        (out / SHARDS / "ablations" / name).write_text("mine")
+        (out / BATCHES / "ablations" / name).write_text("mine")
     run(config, out)
-    left = {p.name for p in (out / SHARDS / "ablations").iterdir()}
+    left = {p.name for p in (out / BATCHES / "ablations").iterdir()}
     assert left == {"notes.txt", ".nfs0000001", "shard_1.safetensors.bak"}
     assert (out / SCORES).read_bytes() == (whole / SCORES).read_bytes()
     assert manifest(out)["complete"] is True

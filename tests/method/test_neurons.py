@@ -165,7 +165,7 @@ def test_the_vocabulary_may_come_in_any_chunks(shape: Shape, chunk: int) -> None
     W_U, W_out = processed_W_U(W_U, norm), processed_W_out(W_out, norm)
     whole = logit_var(W_U, W_out), spectrum(W_U)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurons_module, "VOCAB_CHUNK", chunk)
+        patch.setattr(neurons_module, "VOCAB_COLUMNS", chunk)
         parts = logit_var(W_U, W_out), spectrum(W_U)[0]
     MEASURE.of("LogitVar").assert_close(parts[0], whole[0])
     MEASURE.of("singular value").assert_close(parts[1], whole[1], scale=float(whole[1][0]))

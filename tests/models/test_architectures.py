@@ -17,7 +17,7 @@ from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
 from ccm.decoding.results import merge
 from ccm.decoding.trial import check_shared
-from ccm.errors import BadInput, CcmError, PremiseBroken
+from ccm.errors import AssumptionBroken, BadInput, CcmError
 from ccm.experiment.effects import measure_effects
 from ccm.method.ablation import STATISTICS, Ablation
 from ccm.models.bridge import Tokens
@@ -147,9 +147,9 @@ def test_effects_do_not_depend_on_the_engine(tiny: Tiny) -> None:
 def test_the_shared_engine_says_what_it_cannot_run(tiny: Tiny) -> None:
     message = rf"^{tiny.name}: {SHARED} \({tiny.shared}.*\)\. Use --engine hooked\.$"
     for _ in range(2):
-        with pytest.raises(PremiseBroken, match=message):
+        with pytest.raises(AssumptionBroken, match=message):
             check_shared(loaded(tiny))
-    with pytest.raises(PremiseBroken, match=SHARED):
+    with pytest.raises(AssumptionBroken, match=SHARED):
         list(decoding.decode_sets(loaded(tiny), some_prompts(), []))
 
 
@@ -157,7 +157,7 @@ def test_the_shared_engine_says_what_it_cannot_run(tiny: Tiny) -> None:
 def test_what_nothing_can_run_is_refused(tiny: Tiny) -> None:
     with pytest.raises(CcmError, match=tiny.refused) as caught:
         load(spec_for(str(tiny_folder(tiny))))
-    assert isinstance(caught.value, (PremiseBroken, BadInput))
+    assert isinstance(caught.value, (AssumptionBroken, BadInput))
     assert tiny.name in str(caught.value)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
@@ -165,7 +165,7 @@ def test_what_nothing_can_run_is_refused(tiny: Tiny) -> None:
 
 def test_a_width_that_the_weights_do_not_have_is_refused() -> None:
     spec = replace(spec_for(str(tiny_folder(BY_NAME["opt"]))), d_mlp=128)
-    with pytest.raises(PremiseBroken, match=r"last MLP has 48 neurons, and by its config\.json 128"):
+    with pytest.raises(AssumptionBroken, match=r"last MLP has 48 neurons, and by its config\.json 128"):
         load(spec)
 
 

@@ -441,7 +441,7 @@ def test_versions_that_a_result_depends_on_are_its_identity(monkeypatch: pytest.
     for package in ("torch", "transformers", "tokenizers", "transformer_lens", "rapidfuzz", "scipy"):
         with monkeypatch.context() as patched:
             patched.setattr(
-                "ccm.experiment.config.version", lambda name, p=package: "0" if name == p else "1"
+                "ccm.experiment.plan.version", lambda name, p=package: "0" if name == p else "1"
             )
             assert identity(plan)["versions"][package] == "0"
             assert identity(plan) != before

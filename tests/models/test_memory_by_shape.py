@@ -34,7 +34,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LiveBytes, LoadedMod
     config = architecture_of(NAME).config()
     empty = random_model(config, torch.device("meta"), torch.float32, seed=0)
     tokenizer = read_tokenizer(CHECKPOINT, int(config.vocab_size))
-    monkeypatch.setattr(checkpoint, "check_premise", lambda model: None)
+    monkeypatch.setattr(checkpoint, "check_assumptions", lambda model: None)
     # What is compared with what was computed needs numbers.
     monkeypatch.setattr(checkpoint, "plain_log_probs", lambda *given: torch.zeros(0, 0))
     monkeypatch.setattr(checkpoint, "check_hooks", lambda *given: None)
@@ -76,10 +76,10 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
 
     def a_part(self: Any, prompts: Any, *args: Any) -> Any:
         kept = len(prompts) * min(len(self.full), NODES)
-        self.room = InventedLengths(4, kept=kept, moved=kept // 2)
+        self.lists = InventedLengths(4, kept=kept, moved=kept // 2)
         # Of the organism's pairs, two in nine are not certified, and one in fifty needs its whole row.
         pairs = len(prompts) * len(self.full)
-        self.room.give(unsure=pairs // 4, whole=pairs // 40)
+        self.lists.give(unsure=pairs // 4, whole=pairs // 40)
         parts.append(len(prompts))
         return run(self, prompts, *args)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.errors import BadInput, NotAvailable, PremiseBroken
+from ccm.errors import AssumptionBroken, BadInput, NotAvailable
 from ccm.method.neurons import measure, processed_W_out, processed_W_U
-from ccm.models.assumptions import check_premise
+from ccm.models.assumptions import check_assumptions
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.load import check_precision, download, load
 from ccm.models.model import LoadedModel
@@ -73,7 +73,7 @@ def test_the_matrices_reproduce_the_logits(config: ToyConfig) -> None:
     ours = model.final_norm(seen[0].float()) @ model.W_U + model.b_U
     margins(model).log_prob.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
     assert bool(model.b_U.any()) == (config.family == "phi")
-    check_premise(model)
+    check_assumptions(model)
 
 
 @each_toy
@@ -180,7 +180,7 @@ def changed(output: Any, f: Any) -> Any:
 
 
 def test_an_unbroken_model_passes() -> None:
-    check_premise(fresh())
+    check_assumptions(fresh())
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_a_broken_premise_is_refused(where: str, change: Any, message: str) -> N
     model = fresh()
     module = hooked_module(model, where)
     module.register_forward_hook(lambda module, args, output: changed(output, change))
-    with pytest.raises(PremiseBroken, match=f"^{model.spec.name}: refused, .*{message}"):
-        check_premise(model)
+    with pytest.raises(AssumptionBroken, match=f"^{model.spec.name}: refused, .*{message}"):
+        check_assumptions(model)
 
 
 @pytest.mark.parametrize("massive", [False, True], ids=["scaled a little", "post-norm"])
@@ -215,18 +215,18 @@ def test_a_broken_premise_is_refused_whatever_the_size_of_the_residual(massive: 
         return x / x.norm(dim=-1, keepdim=True) if massive else 0.9 * x
 
     module.register_forward_hook(lambda module, args, output: changed(output, change))
-    with pytest.raises(PremiseBroken, match="a change of a last-layer activation"):
-        check_premise(model)
+    with pytest.raises(AssumptionBroken, match="a change of a last-layer activation"):
+        check_assumptions(model)
 
 
 def test_unembedding_or_output_weights_of_another_shape_are_refused() -> None:
     model = fresh()
     model.__dict__["W_out"] = model.W_out[:-1]
-    with pytest.raises(PremiseBroken, match="its last MLP is not one d_mlp x d_model matrix"):
-        check_premise(model)
+    with pytest.raises(AssumptionBroken, match="its last MLP is not one d_mlp x d_model matrix"):
+        check_assumptions(model)
     lacking = replace(fresh(), spec=replace(model.spec, n_layers=9))
-    with pytest.raises(PremiseBroken, match=r"it has no blocks\.8\.mlp\.hook_post to ablate"):
-        check_premise(lacking)
+    with pytest.raises(AssumptionBroken, match=r"it has no blocks\.8\.mlp\.hook_post to ablate"):
+        check_assumptions(lacking)
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -287,7 +287,7 @@ def test_another_family_with_the_same_last_layer_loads(family: str, tmp_path: Pa
 )
 def test_a_family_with_another_last_layer_is_refused(family: str, reason: str, tmp_path: Path) -> None:
     folder = other_folder(family, tmp_path / f"tiny-{family.lower()}")
-    with pytest.raises(PremiseBroken, match=f"^tiny-{family.lower()}: refused, {reason}"):
+    with pytest.raises(AssumptionBroken, match=f"^tiny-{family.lower()}: refused, {reason}"):
         load(spec_for(str(folder)))
 
 
@@ -298,7 +298,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
     )
     folder = with_tokenizer(transformers.T5ForConditionalGeneration(config), tmp_path / "tiny-t5")
-    with pytest.raises((PremiseBroken, BadInput), match=r"tiny-t5/config\.json: not a decoder"):
+    with pytest.raises((AssumptionBroken, BadInput), match=r"tiny-t5/config\.json: not a decoder"):
         load(spec_for(str(folder)))
 
 

@@ -13,7 +13,7 @@ from ccm.decoding.engines import ENGINES
 from ccm.decoding.forward import run_body
 from ccm.decoding.shared import decode_sets
 from ccm.decoding.trial import check_shared
-from ccm.errors import PremiseBroken
+from ccm.errors import AssumptionBroken
 from ccm.models import load as checkpoint
 from ccm.models import trial
 from ccm.models.load import load
@@ -82,7 +82,7 @@ def test_hooks_that_compute_another_model_are_refused(
     break_bridge(monkeypatch, in_attention(fault, 1e-2))
     found = r"log-probabilities differ by 0\.\d+ nats, and rounding explains \de-0[345]"
     with pytest.raises(
-        PremiseBroken, match=rf"refused, decoded with the hooks .*\({found}\), so nothing"
+        AssumptionBroken, match=rf"refused, decoded with the hooks .*\({found}\), so nothing"
     ):
         toy()
 
@@ -106,7 +106,7 @@ def test_weights_that_the_bridge_changes_are_seen(size: float, monkeypatch: pyte
     if size < 1e-3:
         assert toy().trial is not None
         return
-    with pytest.raises(PremiseBroken, match="other numbers than transformers' own forward"):
+    with pytest.raises(AssumptionBroken, match="other numbers than transformers' own forward"):
         toy()
 
 
@@ -120,7 +120,7 @@ def test_hooks_that_read_something_else_are_refused(
         monkeypatch.setattr(trial, name, "blocks.0.hook_in")
     else:
         monkeypatch.setattr(LoadedModel, name, "blocks.0.mlp.hook_post")
-    with pytest.raises(PremiseBroken, match=rf"\({what} differ by [\d.]+ of their length, and"):
+    with pytest.raises(AssumptionBroken, match=rf"\({what} differ by [\d.]+ of their length, and"):
         toy()
 
 
@@ -138,7 +138,7 @@ def test_hooks_that_do_not_run_are_refused(fault: str, monkeypatch: pytest.Monke
 
     break_bridge(monkeypatch, change)
     said = "log-probabilities are no numbers" if fault == "no number" else "KeyError: 'no such layer"
-    with pytest.raises(PremiseBroken, match=rf"\({said}\)") as caught:
+    with pytest.raises(AssumptionBroken, match=rf"\({said}\)") as caught:
         toy()
     assert "All layers" not in str(caught.value)
 
@@ -149,7 +149,7 @@ def test_what_transformers_itself_cannot_run_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(checkpoint, "plain_log_probs", fail)
     with pytest.raises(
-        PremiseBroken, match=r"transformers itself cannot run it in bfloat16 \(RuntimeE"
+        AssumptionBroken, match=r"transformers itself cannot run it in bfloat16 \(RuntimeE"
     ):
         toy("bfloat16")
 
@@ -172,7 +172,7 @@ def test_logits_that_are_no_numbers_are_refused(
 ) -> None:
     real = plain_log_probs
     monkeypatch.setattr(checkpoint, "plain_log_probs", lambda *given: real(*given) / 0.0)
-    with pytest.raises(PremiseBroken, match=rf"its logits are not finite\. {way_out}"):
+    with pytest.raises(AssumptionBroken, match=rf"its logits are not finite\. {way_out}"):
         toy(dtype)
 
 
@@ -263,10 +263,10 @@ def test_a_fast_path_that_computes_another_model_is_refused(
     ENGINES["hooked"].check(model)
     for _ in range(2):  # it is not forgotten
         with pytest.raises(
-            PremiseBroken, match=rf"cannot run it \({message}.*\. Use --engine hooked\.$"
+            AssumptionBroken, match=rf"cannot run it \({message}.*\. Use --engine hooked\.$"
         ):
             ENGINES["shared"].check(model)
-    with pytest.raises(PremiseBroken, match="the shared engine cannot run it"):
+    with pytest.raises(AssumptionBroken, match="the shared engine cannot run it"):
         list(decode_sets(model, token_prompts(3, TOY), []))
 
 

@@ -550,7 +550,7 @@ def test_two_models_side_by_side(tmp_path: Path) -> None:
 
 def _broken(how: str, path: Path) -> None:
     manifest = read_json(path / MANIFEST)
-    if how == "share":
+    if how == "shard":
         manifest["identity"]["shard"] = "1/2"
     if how == "unfinished":
         manifest["complete"] = False
@@ -576,7 +576,7 @@ def _broken(how: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("share", "share 1/2 of a run has no scores"),
+        ("shard", "shard 1/2 of a run has no scores"),
         ("unfinished", "the run is not finished"),
         ("foreign", "not a run's manifest"),
         ("other format", "a run folder of format 2, and this version of ccm reads format 1. Run again"),

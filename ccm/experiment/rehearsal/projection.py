@@ -50,7 +50,9 @@ class Stage:
     @property
     def fixed_seconds(self) -> float:
         """Seconds that more items leave as they are."""
-        return self.seconds if self.per == "run" else self.seconds - self.per_item * self.items
+        if self.per == "run":
+            return self.seconds
+        return max(0.0, self.seconds - self.per_item * self.items)  # rounding may lead below 0
 
     def projected(self, items: int) -> float:
         """Seconds for so many facts or prompts.
