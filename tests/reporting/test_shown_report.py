@@ -222,7 +222,7 @@ def test_neurons_named_by_hand_have_no_threshold(tmp_path: Path) -> None:
     what = dict(report._what_was_run(read_results(tmp_path)))
     neurons = ", ".join(map(str, folder.manifest["sets"]["entropy"]))
     assert what["Entropy set"] == f"{neurons} (named by hand)"
-    assert what["Controls"] == "1 random sets of as many neurons"
+    assert what["Controls"] == "1 random sets of as many neurons; 1 that match it in norm and spread"
 
 
 def pairs(rows: Rows) -> list[list[str]]:
