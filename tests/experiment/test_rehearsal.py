@@ -711,3 +711,53 @@ def test_the_command_prints_a_table_and_writes_a_report(
     assert (found.model, found.prompts, found.n_sets) == ("Phi-1_5", 3, 1)
     assert found.facts_name == "the organism's"
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_options_are_those_of_a_run_with_defaults_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[RehearsalConfig] = []
+
+    def caught(config: RehearsalConfig) -> None:
+        seen.append(config)
+        raise BadInput("seen")
+
+    monkeypatch.setattr(rehearsal, "rehearse", caught)
+    given_ = [
+        "--controls",
+        "7",
+        "--matched-controls",
+        "2",
+        "--memory-budget",
+        "1G",
+        "--dtype",
+        "bfloat16",
+    ]
+    values = ["--ablation-value", "mode_ablation, mean_ablation", "--device", "cpu", "--seed", "5"]
+    for more in ([], [*given_, *values, "--prompts", "9", "--hooked", "--keep", "x"]):
+        assert main(["rehearse", "--model", "gpt2-small", *more]) == 2
+    plain, told = seen
+    everything = RunConfig("gpt2-small", device="auto", ablation_values=("all",))
+    assert plain == RehearsalConfig(everything, prompts=256)
+    assert told.run == RunConfig(
+        "gpt2-small",
+        device="cpu",
+        dtype="bfloat16",
+        ablation_values=("mode_ablation", "mean_ablation"),
+        controls=7,
+        matched_controls=2,
+        seed=5,
+        memory_budget=1 << 30,
+    )
+    assert (told.prompts, told.hooked, told.keep, told.tokenizer) == (9, True, Path("x"), None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["rehearse", "--help"])
+    told_help = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "one of the five published models",
+        "(default: all)",
+        "(default: auto)",
+        "(default: 100)",
+    ):
+        assert said in told_help, said
