@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +192,8 @@ def test_every_stage_of_every_family_runs(name: str, facts: FactSet) -> None:
     found = rehearse(config(name), architecture=small(name), facts=facts, say=told.append)
     by_name = {s.name: s for s in found.stages}
     assert tuple(s.name for s in found.stages if s.in_run) == IN_RUN
-    # All but the model twice, the smaller run first.
+    # All but the model three times, the smaller run first and twice.
+    assert Counter(told)["ablations, 3 prompts ..."] == 2
     for line in ("measures ...", "ablations, 3 prompts ...", f"ablations, {N_PROMPTS} prompts ..."):
         assert line in told, line
     assert told[:2] == ["load ...", "prompts, 4 facts ..."]
@@ -297,7 +299,8 @@ def test_the_steps_of_a_rehearsal_are_those_of_a_run(
     run = replace(config().run, controls=0, ablation_values=("mean_ablation",))
     rehearse(replace(config(), run=run), architecture=small("gpt2-small"), facts=facts)
     assert ordinary[0] == "load_step"
-    assert called == 2 * ordinary[1:], "the model is built once, all else is as in a run, twice"
+    # The model is built once; all else is as in a run, twice of few prompts and then of all.
+    assert called == 3 * ordinary[1:]
 
 
 def test_the_hooked_pass_is_for_comparison_only(done: tuple[Rehearsal, Path]) -> None:
@@ -490,6 +493,23 @@ def test_a_projection_is_neither_below_nor_above_what_growth_allows() -> None:
     assert steep.projected(1000) == 800.0
     between = ten.beside(Stage("grid", 6.0, 1, "prompt", 5))
     assert 8.0 < between.projected(1000) == 404.0 < 800.0
+
+
+def test_what_only_a_first_run_pays_for_hides_no_growth(
+    facts: FactSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([9.0, 2.0, 5.0])  # the first of few prompts, the second, and the one of all
+
+    def run(folder: RunFolder, *_: Any) -> Any:
+        seconds = next(times)
+        folder.note(first_prompt_tokens=[1], entropy_neurons=[2])
+        items = N_PROMPTS if seconds == 5.0 else 3
+        return [[1]], {"ablations": Stage("ablations", seconds, 1, "prompt", items)}
+
+    monkeypatch.setattr(rehearsal, "_run", run)
+    monkeypatch.setattr(rehearsal, "_plain_passes", lambda *_, **__: {})
+    (found,) = rehearse(config(), architecture=small("gpt2-small"), facts=facts).stages
+    assert (found.seconds, found.few_seconds, found.few_items) == (5.0, 2.0, 3)
 
 
 def test_of_what_is_done_once_the_longer_time_counts() -> None:
@@ -711,3 +731,53 @@ def test_the_command_prints_a_table_and_writes_a_report(
     assert (found.model, found.prompts, found.n_sets) == ("Phi-1_5", 3, 1)
     assert found.facts_name == "the organism's"
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_options_are_those_of_a_run_with_defaults_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[RehearsalConfig] = []
+
+    def caught(config: RehearsalConfig) -> None:
+        seen.append(config)
+        raise BadInput("seen")
+
+    monkeypatch.setattr(rehearsal, "rehearse", caught)
+    given_ = [
+        "--controls",
+        "7",
+        "--matched-controls",
+        "2",
+        "--memory-budget",
+        "1G",
+        "--dtype",
+        "bfloat16",
+    ]
+    values = ["--ablation-value", "mode_ablation, mean_ablation", "--device", "cpu", "--seed", "5"]
+    for more in ([], [*given_, *values, "--prompts", "9", "--hooked", "--keep", "x"]):
+        assert main(["rehearse", "--model", "gpt2-small", *more]) == 2
+    plain, told = seen
+    everything = RunConfig("gpt2-small", device="auto", ablation_values=("all",))
+    assert plain == RehearsalConfig(everything, prompts=256)
+    assert told.run == RunConfig(
+        "gpt2-small",
+        device="cpu",
+        dtype="bfloat16",
+        ablation_values=("mode_ablation", "mean_ablation"),
+        controls=7,
+        matched_controls=2,
+        seed=5,
+        memory_budget=1 << 30,
+    )
+    assert (told.prompts, told.hooked, told.keep, told.tokenizer) == (9, True, Path("x"), None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["rehearse", "--help"])
+    told_help = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "one of the five published models",
+        "(default: all)",
+        "(default: auto)",
+        "(default: 100)",
+    ):
+        assert said in told_help, said

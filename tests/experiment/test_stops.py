@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-import ccm.experiment.config
-import ccm.experiment.effects
 import ccm.experiment.run
 import ccm.reporting.report
 from ccm.cli.parser import main
 from ccm.decoding import shared as decoding
 from ccm.errors import BadInput, CcmError
+from ccm.experiment import plan
 from ccm.experiment.config import RunConfig
 from ccm.experiment.folder import BATCHES, FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, RunFolder
 from ccm.experiment.merging import merge_shards
@@ -88,18 +87,18 @@ def quick() -> Iterator[None]:
     model = loaded()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ccm.experiment.run, "load", lambda *_: model)
-        make_plan = once("plan", lambda _, config: ccm.experiment.config.make_plan(config))
+        make_plan = once("plan", lambda _, config: plan.make_plan(config))
         patch.setattr(ccm.experiment.run, "make_plan", partial(make_plan, None))
         patch.setattr(decoding, "decode_sets", parts_once("sets", decoding.decode_sets))
-        read = parts_once("last", ccm.experiment.effects.read_last_positions)
-        patch.setattr(ccm.experiment.effects, "read_last_positions", read)
+        read = parts_once("last", decoding.read_last_positions)
+        patch.setattr(decoding, "read_last_positions", read)
         identities: dict[str, dict[str, Any]] = {}
         patch.setattr(
             ccm.experiment.run,
             "identity",
-            lambda plan: (
-                identities.get(repr(plan.config))
-                or identities.setdefault(repr(plan.config), ccm.experiment.config.identity(plan))
+            lambda plan_: (
+                identities.get(repr(plan_.config))
+                or identities.setdefault(repr(plan_.config), plan.identity(plan_))
             ),
         )
         for name in ("collect", "measure", "rho_by_layer"):

@@ -198,8 +198,8 @@ def rehearsal_table(r: Rehearsal) -> str:
         "numbers, on this machine.",
         "What is done once counts once; all else follows, stage by stage, the straight line through",
         f"two runs, of {r.few_prompts} and of {r.prompts} prompts. Reading real weights replaces",
-        "building them. Random weights decode all 10 tokens of every set; real ones may branch more or",
-        "less, and end earlier.",
+        "building them. Random weights decode all 10 tokens of every set; real ones may branch more",
+        "or less, and end earlier.",
     ]
     if still:
         lines += wrap(f"too few prompts, or a busy machine: no growth was seen of {listed(still)}", 96)
