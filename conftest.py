@@ -14,8 +14,8 @@ import torch
 
 from ccm.cli.faults import fault
 from ccm.errors import BadInput, CcmError, allowed
-from ccm.experiment.config import model_folders
 from ccm.experiment.fact_files import DATA_VARIABLE, pararel_folder
+from ccm.experiment.options import model_folders
 from ccm.method.ablation_values import ablation_values
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.specs import MODELS, spec_for

@@ -205,7 +205,8 @@ class Run:
             `quantity`, `source_from`, `source_to`, `count`, `n`, `value` (percent where `count` and
             `n` are there), `low` and `high` (of an exact 95 % interval).
         """
-        from ccm.experiment.folder import SCORE_TABLE, read_table
+        from ccm.experiment.files import read_table
+        from ccm.experiment.folder import SCORE_TABLE
 
         return read_table(self.path / SCORE_TABLE)
 

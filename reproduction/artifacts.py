@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from jinja2 import FileSystemLoader
 
-from ccm.experiment.folder import read_json, write_atomically
+from ccm.experiment.files import read_json
+from ccm.experiment.folder import write_atomically
 from ccm.experiment.results import RunResults
 from ccm.models.specs import PUBLISHED
 from ccm.paper.report import compare_with_paper

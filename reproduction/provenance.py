@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ccm.experiment.folder import write_json
+from ccm.experiment.files import write_json
 from ccm.models.specs import ModelSpec
 from reproduction import goldens
 

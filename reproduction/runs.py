@@ -10,7 +10,8 @@ import pytest
 
 from ccm.errors import CcmError, NotAvailable
 from ccm.experiment.config import RunConfig
-from ccm.experiment.folder import MANIFEST, read_json
+from ccm.experiment.files import read_json
+from ccm.experiment.folder import MANIFEST
 from ccm.experiment.results import RunResults, read_results
 from ccm.experiment.run import run
 from ccm.method.neurons import select

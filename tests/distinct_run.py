@@ -6,17 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccm.experiment.folder import (
-    ACTIVATION_STATS,
-    MANIFEST,
-    MEASURES,
-    PROMPTS,
-    RunFolder,
-    read_json,
-    write_json,
-    write_statistics,
-    write_table,
-)
+from ccm.experiment.files import read_json, write_json, write_statistics, write_table
+from ccm.experiment.folder import ACTIVATION_STATS, MANIFEST, MEASURES, PROMPTS, RunFolder
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import ActivationStatistics
 from tests.made_runs import NO_OBJECTS, make_run

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ccm.experiment.files import write_statistics, write_table
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MEASURES,
@@ -15,8 +16,6 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
     SINGULAR_VALUES,
     RunFolder,
-    write_statistics,
-    write_table,
 )
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import MATCHED, ActivationStatistics, numbered

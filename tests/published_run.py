@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ccm.experiment.folder import MANIFEST, MEASURES, SCORES, read_json, write_json, write_table
+from ccm.experiment.files import read_json, write_json, write_table
+from ccm.experiment.folder import MANIFEST, MEASURES, SCORES
 from ccm.method.sources import SOURCES, Source
 from ccm.models.specs import MODELS
 from ccm.paper.agreement import Found

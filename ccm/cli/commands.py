@@ -11,8 +11,9 @@ from typing import Any
 import ccm
 from ccm.cli.options import PROGRAM, given_options
 from ccm.errors import BadInput, CannotWrite
-from ccm.experiment.config import RunConfig, neuron_numbers
+from ccm.experiment.config import RunConfig
 from ccm.experiment.locking import refuse_if_locked
+from ccm.experiment.options import neuron_numbers
 from ccm.experiment.writing import try_writing
 from ccm.method.ablation_values import one_ablation_value
 from ccm.method.protocol import PROTOCOLS
@@ -265,7 +266,7 @@ def ablate(options: argparse.Namespace) -> None:
 
     from ccm.experiment import ablate_io
     from ccm.experiment.ablate import ablate
-    from ccm.experiment.folder import write_json
+    from ccm.experiment.files import write_json
     from ccm.experiment.plan import model_paths
     from ccm.method.ablation import check_neurons, check_statistics
     from ccm.method.prompts import never_matched
@@ -310,7 +311,7 @@ def rehearse(options: argparse.Namespace) -> None:
     out = None if options.out is None else new_file(options.out)
     run = RunConfig.read(**given_options(options))
 
-    from ccm.experiment.folder import write_json
+    from ccm.experiment.files import write_json
     from ccm.experiment.rehearsal.projection import rehearsal_table
     from ccm.experiment.rehearsal.rehearse import RehearsalConfig, rehearse
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ccm.experiment import config
-from ccm.experiment.config import Option, option_of
+from ccm.experiment.options import Option, option_of
 
 PROGRAM = "ccm"
 

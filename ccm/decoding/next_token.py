@@ -18,13 +18,12 @@ from ccm.decoding.certificate import (
     Screen,
     certified,
     changes,
-    dense_changes,
-    low_rank_rows,
     pair_tolerance,
     read_pairs,
     shortlisted,
 )
 from ccm.decoding.forward import run_body
+from ccm.decoding.low_rank import dense_changes, low_rank_rows
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 

@@ -13,8 +13,8 @@ import pandas as pd
 from ccm.errors import BadInput
 from ccm.experiment.ablate import Ablated
 from ccm.experiment.config import RunConfig
-from ccm.experiment.fact_files import check_distinct, read_table
-from ccm.experiment.folder import read_json
+from ccm.experiment.fact_files import check_distinct, read_text_table
+from ccm.experiment.files import read_json
 from ccm.method.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
 from ccm.method.ablation_values import AblationValue
 from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
@@ -46,7 +46,7 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
     """
     token_ids = d_vocab is not None
     needed = PROMPT_COLUMNS + (TOKEN_COLUMNS if token_ids else ())
-    table = read_table(path, needed, OTHER_COLUMNS + (() if token_ids else TOKEN_COLUMNS))
+    table = read_text_table(path, needed, OTHER_COLUMNS + (() if token_ids else TOKEN_COLUMNS))
     check_distinct(path, table, ("knowledge_probing_prompt",))
     if d_vocab is not None:
         for column in TOKEN_COLUMNS:

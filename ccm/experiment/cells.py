@@ -1,6 +1,7 @@
 """From decoding to cells: one table per ablation value and neuron set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,17 @@ from tqdm import tqdm
 
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
 from ccm.decoding.engines import Engine
-from ccm.decoding.results import Batch, Completions
-from ccm.experiment.folder import BatchStore
+from ccm.decoding.results import Batch, Completions, merge
+from ccm.experiment.batches import BatchStore
+from ccm.experiment.files import write_table
+from ccm.experiment.folder import (
+    RunFolder,
+)
 from ccm.method.ablation import Ablation
-from ccm.method.prompts import ProbingPrompt
+from ccm.method.prompts import (
+    ProbingPrompt,
+)
+from ccm.method.protocol import Protocol
 from ccm.method.sources import SOURCES, Source, knowledge_sources
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -102,3 +110,40 @@ def decode_stored(
             on_batch()
             bar.update(len(batch.prompts))
     return batches
+
+
+def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
+    """Make the cells of a shared decode from its batches."""
+    store = BatchStore(folder.path)
+    paths = [folder.cell("", "plain")]
+    for value in folder.manifest["identity"]["ablation_values"]:
+        paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
+    # Not read where all cells are there: a start before may have removed some shards already.
+    if not all(path.is_file() for path in paths):
+        decoded = merge(store.read())
+        runs = (decoded.completions(i) for i in range(len(paths)))
+        # What was asked for begins with the first tokens of both objects.
+        write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
+    store.clear()
+
+
+def write_cells(
+    runs: Iterable[Completions],
+    paths: Sequence[Path],
+    prompts: Sequence[ProbingPrompt],
+    objects: Int[np.ndarray, "prompt 2"],
+    protocol: Protocol,
+) -> None:
+    """Write a table for every run that has none yet; the plain run comes first."""
+    reader: CellReader | None = None
+    for path, done in zip(paths, runs, strict=True):
+        if reader is None:
+            reader = CellReader(
+                prompts,
+                objects,
+                done,
+                released=protocol.released_tokens,
+                counter_first=protocol.counter_first,
+            )
+        if not path.is_file():
+            write_table(path, reader.table(done))

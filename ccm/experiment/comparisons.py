@@ -6,18 +6,10 @@ import numpy as np
 import pandas as pd
 
 from ccm.decoding.engines import ENGINES, Engine
+from ccm.experiment.batches import ArrayStore
 from ccm.experiment.effects import EFFECTS, Effects, measure_effects
-from ccm.experiment.folder import (
-    ACTIVATION_STATS,
-    MEASURES,
-    PROMPT_EFFECTS,
-    SET_EFFECTS,
-    ArrayStore,
-    RunFolder,
-    read_statistics,
-    read_table,
-    write_table,
-)
+from ccm.experiment.files import read_statistics, read_table, write_table
+from ccm.experiment.folder import ACTIVATION_STATS, MEASURES, PROMPT_EFFECTS, SET_EFFECTS, RunFolder
 from ccm.method.ablation import MATCHED, Ablation, numbered
 from ccm.method.neurons import NeuronMeasures, matched_controls, rho
 from ccm.models.model import LoadedModel

@@ -22,10 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ccm.decoding.certificate import Nodes, Screen, build_screen, dense_changes, read_nodes
+from ccm.decoding.certificate import Nodes, Screen, build_screen, read_nodes
 from ccm.decoding.engines import ENGINES, Engine
+from ccm.decoding.low_rank import dense_changes
 from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.experiment.folder import ArrayStore
+from ccm.experiment.batches import ArrayStore
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel

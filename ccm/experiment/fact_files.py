@@ -52,7 +52,9 @@ COMMIT = "0e64fbc988c243264794bd8985b0c555fa8e234e"
 REPOSITORY_FOLDER = "input_data/knowledge-probing-data"
 
 
-def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+def read_text_table(
+    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> pd.DataFrame:
     """Read a CSV or XLSX as text and check the columns and their cells."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file. Give a CSV with the columns {', '.join(columns)}.")
@@ -122,7 +124,7 @@ def read_facts(path: Path, *, duplicates: bool = False) -> tuple[Fact, ...]:
     Raises:
         BadInput: no file, not UTF-8, a missing column, an empty cell, a duplicate row.
     """
-    table = read_table(path, FACT_COLUMNS)
+    table = read_text_table(path, FACT_COLUMNS)
     if not duplicates:
         check_distinct(path, table, FACT_COLUMNS)
     return tuple(
@@ -137,7 +139,7 @@ def read_relations(path: Path) -> dict[str, Relation]:
     Raises:
         BadInput: as `read_facts`; also a relation named twice.
     """
-    table = read_table(path, RELATION_COLUMNS, EXAMPLE_COLUMNS)
+    table = read_text_table(path, RELATION_COLUMNS, EXAMPLE_COLUMNS)
     check_distinct(path, table, ("relation",))
     return {row[0]: Relation(*row) for row in table.itertuples(index=False, name=None)}
 

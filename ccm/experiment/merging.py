@@ -8,11 +8,11 @@ from typing import Any
 
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
+from ccm.experiment.batches import BatchStore
 from ccm.experiment.clock import Clock
 from ccm.experiment.folder import (
     FILES,
     PROMPT_EFFECTS,
-    BatchStore,
     RunFolder,
     check_folder,
     read_manifest,

@@ -13,9 +13,10 @@ import torch
 
 from ccm.decoding.engines import ENGINES
 from ccm.errors import BadInput, allowed, one_of
-from ccm.experiment.config import PUBLISHED_NEURONS, RunConfig, option_of
+from ccm.experiment.config import RunConfig
 from ccm.experiment.fact_files import load_pararel, read_fact_folder
-from ccm.experiment.folder import to_json
+from ccm.experiment.files import to_json
+from ccm.experiment.options import PUBLISHED_NEURONS, option_of
 from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
 from ccm.method.ablation import check_neurons
 from ccm.method.ablation_values import AblationValue, ablation_values

@@ -1,14 +1,27 @@
 """Facts -> probing prompts (Method 4): the model's own objects, filtered and contradicted."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
 
 from ccm.decoding.engines import ENGINES
-from ccm.decoding.results import Completions
+from ccm.decoding.results import Completions, merge
 from ccm.errors import BadInput
+from ccm.experiment.batches import BatchStore
+from ccm.experiment.cells import decode_stored
+from ccm.experiment.effects import evenly_spaced
+from ccm.experiment.files import read_table, write_table
+from ccm.experiment.folder import (
+    PROMPTS,
+    RunFolder,
+)
+from ccm.experiment.plan import Plan
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     ParametricAnswer,
@@ -19,10 +32,15 @@ from ccm.method.prompts import (
     filter_answers,
     filter_examples,
     filter_subject_object,
+    never_recalled,
     parametric_prompt,
     probing_prompts,
+    split_objects,
 )
+from ccm.method.sources import nested_objects
 from ccm.models.model import LoadedModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,3 +140,55 @@ def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
     """Read probing prompts back from a table that `prompt_table` made."""
     fields = [{a: row[c] for c, a in PROMPT_COLUMNS.items()} for row in table.to_dict("records")]
     return [ProbingPrompt(**f) for f in fields]
+
+
+def prompts_step(
+    folder: RunFolder,
+    plan_: Plan,
+    model: LoadedModel,
+    decoder: Callable[[RunFolder, Plan, str], Callable[..., Completions]],
+) -> list[ProbingPrompt]:
+    """Build the probing prompts, or read them back; `decoder` gives what asks the model."""
+    if not folder.has(PROMPTS):
+        split = split_objects([fact.object for fact in plan_.facts.facts])
+        if split.count:
+            _log.warning(f"{never_recalled(vars(split))}. The manifest names all.")
+        built = build_prompts(
+            model,
+            plan_.facts,
+            plan_.template,
+            lower_case=plan_.protocol.lower_case_objects,
+            decoder=partial(decoder, folder, plan_),
+        )
+        prompts = list(built.prompts)
+        if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
+            # Evenly over the relations, not the first ones.
+            prompts = [prompts[i] for i in evenly_spaced(len(prompts), plan_.config.max_prompts)]
+        table = prompt_table(prompts)
+        # Groups of all relations: filters may leave one without a prompt.
+        groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
+        folder.note(
+            facts={**built.counts, "relation_groups": groups, "objects_with_splitter": split},
+            prompts=len(prompts),
+            nested_objects=nested_objects(prompts),
+            prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
+        )
+        write_table(folder.path / PROMPTS, table)
+    for stage in ("answers", "first_tokens"):
+        BatchStore(folder.path, stage).clear()
+    return table_prompts(read_table(folder.path / PROMPTS))
+
+
+def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
+    """What decodes a stage, and goes on where an earlier start of it stopped."""
+
+    def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
+        budget = folder.manifest["memory_budget"]
+        store = BatchStore(folder.path, stage)
+        engine = ENGINES[plan_.config.engine]
+        shards = decode_stored(
+            engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
+        )
+        return merge(shards).completions(0)
+
+    return decode

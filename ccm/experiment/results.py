@@ -13,6 +13,7 @@ from jaxtyping import Float, Int8
 from ccm.decoding.activations import float16_sigma
 from ccm.errors import BadInput
 from ccm.experiment.effects import EFFECTS
+from ccm.experiment.files import read_json, read_statistics, read_table
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MEASURES,
@@ -22,10 +23,7 @@ from ccm.experiment.folder import (
     SCORES,
     SET_EFFECTS,
     SINGULAR_VALUES,
-    read_json,
     read_manifest,
-    read_statistics,
-    read_table,
 )
 from ccm.method.ablation import ActivationStatistics
 from ccm.method.ablation_values import ABLATION_VALUES

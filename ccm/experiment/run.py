@@ -4,30 +4,27 @@ Every step reads its input from the run folder and writes its output there, so t
 killed goes on where it stopped and ends with the same bytes.
 """
 
-import hashlib
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 
 from ccm.decoding.activations import collect, float16_sigma
 from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.engines import ENGINES
-from ccm.decoding.results import Completions, Work, merge
-from ccm.experiment.cells import CellReader, decode_stored
+from ccm.decoding.results import Work
+from ccm.experiment.batches import BatchStore
+from ccm.experiment.cells import cells_step, decode_stored
 from ccm.experiment.clock import Clock
 from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.experiment.config import RunConfig, given
-from ccm.experiment.effects import evenly_spaced
+from ccm.experiment.files import read_json, read_statistics, read_table, write_statistics, write_table
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MANIFEST,
@@ -36,18 +33,16 @@ from ccm.experiment.folder import (
     RHO_BY_LAYER,
     SCORES,
     SINGULAR_VALUES,
-    BatchStore,
     RunFolder,
     check_folder,
-    read_json,
-    read_statistics,
-    read_table,
-    write_statistics,
-    write_table,
 )
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import build_prompts, prompt_table, table_prompts
+from ccm.experiment.probing import (
+    prompts_step,
+    stage_decoder,
+    table_prompts,
+)
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
@@ -55,19 +50,15 @@ from ccm.method.ablation_values import AblationValue
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import (
     ProbingPrompt,
-    never_recalled,
-    split_objects,
 )
 from ccm.method.protocol import Protocol
-from ccm.method.sources import nested_objects
 from ccm.models.device_map import spread_over_devices
 from ccm.models.devices import dtype_for
-from ccm.models.load import download, load
+from ccm.models.download import download
+from ccm.models.load import load
 from ccm.models.memory import check_memory, default_budget, needed_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.weights import n_parameters, revision, unfinished, weight_files
-
-_log = logging.getLogger(__name__)
 
 # --- the story ------------------------------------------------------------------------------------
 
@@ -247,58 +238,6 @@ def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
 # --- facts -> probing prompts (Method 4) -----------------------------------------------------------
 
 
-def prompts_step(
-    folder: RunFolder,
-    plan_: Plan,
-    model: LoadedModel,
-    decoder: Callable[[RunFolder, Plan, str], Callable[..., Completions]],
-) -> list[ProbingPrompt]:
-    """Build the probing prompts, or read them back; `decoder` gives what asks the model."""
-    if not folder.has(PROMPTS):
-        split = split_objects([fact.object for fact in plan_.facts.facts])
-        if split.count:
-            _log.warning(f"{never_recalled(vars(split))}. The manifest names all.")
-        built = build_prompts(
-            model,
-            plan_.facts,
-            plan_.template,
-            lower_case=plan_.protocol.lower_case_objects,
-            decoder=partial(decoder, folder, plan_),
-        )
-        prompts = list(built.prompts)
-        if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
-            # Evenly over the relations, not the first ones.
-            prompts = [prompts[i] for i in evenly_spaced(len(prompts), plan_.config.max_prompts)]
-        table = prompt_table(prompts)
-        # Groups of all relations: filters may leave one without a prompt.
-        groups = {name: relation.group for name, relation in plan_.facts.relations.items()}
-        folder.note(
-            facts={**built.counts, "relation_groups": groups, "objects_with_splitter": split},
-            prompts=len(prompts),
-            nested_objects=nested_objects(prompts),
-            prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
-        )
-        write_table(folder.path / PROMPTS, table)
-    for stage in ("answers", "first_tokens"):
-        BatchStore(folder.path, stage).clear()
-    return table_prompts(read_table(folder.path / PROMPTS))
-
-
-def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """What decodes a stage, and goes on where an earlier start of it stopped."""
-
-    def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
-        budget = folder.manifest["memory_budget"]
-        store = BatchStore(folder.path, stage)
-        engine = ENGINES[plan_.config.engine]
-        shards = decode_stored(
-            engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
-        )
-        return merge(shards).completions(0)
-
-    return decode
-
-
 # --- neurons and activation statistics (Method 5, 6) -------------------------------------------------
 
 
@@ -398,40 +337,3 @@ def ablations_step(
         work=work,
         on_batch=lambda: folder.note(work=work),
     )
-
-
-def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
-    """Make the cells of a shared decode from its batches."""
-    store = BatchStore(folder.path)
-    paths = [folder.cell("", "plain")]
-    for value in folder.manifest["identity"]["ablation_values"]:
-        paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
-    # Not read where all cells are there: a start before may have removed some shards already.
-    if not all(path.is_file() for path in paths):
-        decoded = merge(store.read())
-        runs = (decoded.completions(i) for i in range(len(paths)))
-        # What was asked for begins with the first tokens of both objects.
-        write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
-    store.clear()
-
-
-def write_cells(
-    runs: Iterable[Completions],
-    paths: Sequence[Path],
-    prompts: Sequence[ProbingPrompt],
-    objects: Int[np.ndarray, "prompt 2"],
-    protocol: Protocol,
-) -> None:
-    """Write a table for every run that has none yet; the plain run comes first."""
-    reader: CellReader | None = None
-    for path, done in zip(paths, runs, strict=True):
-        if reader is None:
-            reader = CellReader(
-                prompts,
-                objects,
-                done,
-                released=protocol.released_tokens,
-                counter_first=protocol.counter_first,
-            )
-        if not path.is_file():
-            write_table(path, reader.table(done))

@@ -7,15 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ccm.experiment.folder import (
-    PROMPTS,
-    SCORE_TABLE,
-    SCORES,
-    RunFolder,
-    read_table,
-    write_json,
-    write_table,
-)
+from ccm.experiment.files import read_table, write_json, write_table
+from ccm.experiment.folder import PROMPTS, SCORE_TABLE, SCORES, RunFolder
 from ccm.method.ablation import CONTROL, MATCHED, PLAIN, kind_of
 from ccm.method.scores import (
     ControlSummary,

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ccm.errors import AssumptionBroken, BadInput, NotAvailable
+from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.assumptions import check_assumptions, check_parts
 from ccm.models.devices import device_for, dtype_for
+from ccm.models.download import cannot_load, download
 from ccm.models.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.specs import ModelSpec
@@ -22,7 +23,6 @@ from ccm.models.tokenizer import Bos, read_tokenizer, special_tokens
 from ccm.models.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
 from ccm.models.weights import (
     check_weights,
-    damaged,
     folder_of,
     n_parameters,
     unfinished,
@@ -225,7 +225,7 @@ def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: tor
         except Exception as error:  # whatever the library raises, the next step is one of these
             if out_of_memory(error):
                 raise
-            raise _cannot_load(spec, source, error) from error
+            raise cannot_load(spec, source, error) from error
 
 
 def _boot(
@@ -273,7 +273,7 @@ def _boot(
         except Exception as error:  # whatever the libraries raise, the next step is one of these
             if out_of_memory(error):
                 raise
-            raise _cannot_load(spec, source, error) from error
+            raise cannot_load(spec, source, error) from error
     try:
         last = bridge.blocks[int(bridge.cfg.n_layers) - 1]
         found = {
@@ -289,67 +289,9 @@ def _boot(
     return bridge, twin, found
 
 
-# No pickles, no other frameworks' weights, no code.
-DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
-
-
-def download(spec: ModelSpec) -> None:
-    """Download a published model into the hub's cache, or what an earlier download left out.
-
-    The token is the stored one. Files that are whole stay; damaged ones are fetched anew.
-
-    Raises:
-        NotAvailable: no network, no access to a gated model, or files that the hub does not have.
-    """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
-    hub = HfApi()
-    try:
-        # Asked once first: the download would try for half a minute.
-        hub.model_info(str(spec.hub_id), timeout=5)
-        if spec.gated:
-            hub.auth_check(str(spec.hub_id))
-        for name in damaged(spec):
-            hf_hub_download(str(spec.hub_id), name, force_download=True)
-        snapshot_download(str(spec.hub_id), allow_patterns=DOWNLOADED)
-    except Exception as error:  # offline, timed out, gated, gone: the next step is the same
-        raise _cannot_load(spec, str(spec.hub_id), error) from error
-    if lacking := unfinished(spec):
-        raise NotAvailable(
-            f"{spec.name}: {spec.hub_id} was downloaded, but not {', '.join(lacking)}. Give a whole "
-            f"folder with --model-path {spec.name}=DIR."
-        )
-
-
 def _fuse_gelu(model: Any) -> None:
     """Replace GPT-2's GELU, which is written out in seven operations, by the same one fused."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "NewGELUActivation":
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, torch.nn.GELU(approximate="tanh"))
-
-
-def _cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
-    """Say what to do where the libraries' own errors do not."""
-    reason = reason_of(error)
-    if spec.folder is not None:
-        return BadInput(
-            f"{source}: TransformerLens cannot load it (model_type {spec.architecture!r}; {reason}). "
-            "Allowed: decoder-only checkpoints of the GPT-2, GPT-NeoX, Phi, Mistral and Llama families "
-            "and others that it knows."
-        )
-    from huggingface_hub.errors import GatedRepoError
-
-    # A hub may put a gate before any model, and take it away.
-    gate = (
-        " The model is gated: ask for access on its page, then set HF_TOKEN or log in."
-        if spec.gated or isinstance(error, GatedRepoError)
-        else ""
-    )
-    lacking = unfinished(spec)
-    what = "weights" if folder_of(spec) is None else ", ".join(lacking)
-    return NotAvailable(
-        f"{spec.name}: {what} of {source} are not in the cache and cannot be downloaded "
-        f"({reason}).{gate} With a network, the same command goes on downloading. Or give a local "
-        f"folder with --model-path {spec.name}=DIR."
-    )

@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 
 from ccm.experiment.config import RunConfig
-from ccm.experiment.folder import (
-    ACTIVATION_STATS,
-    MANIFEST,
-    MEASURES,
-    PROMPTS,
-    read_json,
-    read_statistics,
-    read_table,
-)
+from ccm.experiment.files import read_json, read_statistics, read_table
+from ccm.experiment.folder import ACTIVATION_STATS, MANIFEST, MEASURES, PROMPTS
 from ccm.experiment.run import run
 from ccm.method.neurons import NeuronMeasures, measure
 from ccm.method.sources import SOURCES

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ccm.errors import BadInput, allowed
-from ccm.experiment.folder import locked_for, read_json, to_json, write_atomically, write_json
+from ccm.experiment.files import read_json, to_json, write_json
+from ccm.experiment.folder import locked_for, write_atomically
 from ccm.experiment.results import RunResults
 from ccm.paper.claims import Claim
 from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison, comparison_of

@@ -16,7 +16,8 @@ from ccm.cli.commands import new_file, read_neurons
 from ccm.cli.console import summary
 from ccm.cli.parser import main
 from ccm.errors import BadInput
-from ccm.experiment.config import RunConfig, model_folders
+from ccm.experiment.config import RunConfig
+from ccm.experiment.options import model_folders
 from ccm.method.ablation import STATISTICS
 from ccm.method.scores import ratio
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED

@@ -10,7 +10,7 @@ import pytest
 from ccm.cli.console import models_table, summary
 from ccm.decoding.results import Work
 from ccm.errors import listed
-from ccm.experiment.folder import read_json
+from ccm.experiment.files import read_json
 from ccm.experiment.rehearsal.projection import Projection, Rehearsal, Stage, rehearsal_table
 from ccm.models.specs import MODELS
 from ccm.reporting.text import digits, extent, mean_and_most, proportion

@@ -21,12 +21,11 @@ from ccm.decoding.certificate import (
     build_screen,
     certified,
     changes,
-    dense_changes,
-    low_rank_rows,
     pair_tolerance,
     read_nodes,
     shortlisted,
 )
+from ccm.decoding.low_rank import dense_changes, low_rank_rows
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.neurons import FinalNorm
 from ccm.models.model import LoadedModel

@@ -8,8 +8,9 @@ import pytest
 from ccm.cli.parser import main, parser
 from ccm.errors import BadInput
 from ccm.experiment import config
-from ccm.experiment.config import RunConfig, command_line, given, option, option_of
-from ccm.experiment.folder import to_json
+from ccm.experiment.config import RunConfig, command_line, given
+from ccm.experiment.files import to_json
+from ccm.experiment.options import option, option_of
 from ccm.experiment.plan import identity, make_plan
 
 

@@ -17,9 +17,9 @@ from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
 from ccm.decoding.next_token import AtOnce
 from ccm.experiment import comparisons, effects
+from ccm.experiment.batches import ArrayStore
 from ccm.experiment.comparisons import rho_by_layer, set_effects
 from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, measure_effects
-from ccm.experiment.folder import ArrayStore
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.models.device_map import spread_over_devices

@@ -13,19 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ccm.errors import BadInput
-from ccm.experiment.folder import (
-    FORMAT,
-    MANIFEST,
-    RunFolder,
+from ccm.experiment.files import (
     read_json,
-    read_manifest,
     read_statistics,
     to_json,
-    write_atomically,
     write_json,
     write_statistics,
     write_table,
 )
+from ccm.experiment.folder import FORMAT, MANIFEST, RunFolder, read_manifest, write_atomically
 from ccm.method.ablation import STATISTICS, ActivationStatistics
 
 IDENTITY = {"model": "toy", "seed": 123, "values": ("mean_ablation",), "threshold": 0.1}

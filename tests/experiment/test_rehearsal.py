@@ -25,7 +25,8 @@ from ccm.experiment import run as story
 from ccm.experiment.config import RunConfig
 from ccm.experiment.effects import SAMPLED
 from ccm.experiment.fact_files import read_fact_folder
-from ccm.experiment.folder import RunFolder, read_json, write_json
+from ccm.experiment.files import read_json, write_json
+from ccm.experiment.folder import RunFolder
 from ccm.experiment.plan import Plan
 from ccm.experiment.rehearsal import rehearse as rehearsal
 from ccm.experiment.rehearsal.profiler import Profiler

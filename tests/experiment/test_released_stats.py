@@ -9,7 +9,8 @@ import pytest
 from ccm.cli.parser import main
 from ccm.errors import BadInput, NotAvailable
 from ccm.experiment.fact_files import DATA_VARIABLE, RELEASED
-from ccm.experiment.folder import ACTIVATION_STATS, read_statistics
+from ccm.experiment.files import read_statistics
+from ccm.experiment.folder import ACTIVATION_STATS
 from ccm.experiment.released_stats import FILE, FOLDER, read_released_statistics
 from ccm.method.ablation import STATISTICS, plan
 from ccm.method.ablation_values import ABLATION_VALUES

@@ -21,6 +21,7 @@ import ccm.experiment.run
 from ccm.cli.parser import main
 from ccm.decoding.activations import float16_sigma
 from ccm.experiment.config import RunConfig
+from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     BATCHES,
@@ -34,7 +35,6 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
     SINGULAR_VALUES,
     RunFolder,
-    read_statistics,
 )
 from ccm.experiment.plan import make_plan
 from ccm.experiment.run import statistics_step

@@ -21,7 +21,8 @@ from PIL import Image
 import ccm.models.load
 from ccm.cli.parser import main
 from ccm.errors import BadInput, CannotWrite
-from ccm.experiment.folder import RunFolder, write_json, write_statistics, write_table
+from ccm.experiment.files import write_json, write_statistics, write_table
+from ccm.experiment.folder import RunFolder
 from ccm.experiment.results import read_results
 from ccm.experiment.writing import remove_partial, try_writing, write_atomically
 from ccm.reporting.figures.canvas import Drawing, _write_pdf, save

@@ -12,15 +12,16 @@ import pandas as pd
 import pytest
 import torch
 
-import ccm.experiment.run
 from ccm.cli.parser import main
 from ccm.decoding.results import Completions, read_first_token
 from ccm.decoding.shared import decode
+from ccm.experiment import probing
 from ccm.experiment.ablate_io import PROMPT_COLUMNS, TOKEN_COLUMNS
-from ccm.experiment.folder import MANIFEST, read_json
+from ccm.experiment.cells import write_cells
+from ccm.experiment.files import read_json
+from ccm.experiment.folder import MANIFEST
 from ccm.experiment.probing import build_prompts
 from ccm.experiment.results import read_results
-from ccm.experiment.run import write_cells
 from ccm.method.ablation import STATISTICS
 from ccm.method.prompts import ProbingPrompt, answer_object
 from ccm.method.protocol import PROTOCOLS
@@ -155,7 +156,7 @@ def test_a_run_counts_nested_objects_of_the_prompts_it_keeps(
         built = build_prompts(*given, **options)
         return replace(built, prompts=renamed(built.prompts))
 
-    monkeypatch.setattr(ccm.experiment.run, "build_prompts", nested)
+    monkeypatch.setattr(probing, "build_prompts", nested)
     command = small(facts, tmp_path / "run")
     command[command.index("--max-prompts") + 1] = "30"
     assert main(command) == 0

@@ -22,7 +22,8 @@ from ccm.decoding.shared import decode
 from ccm.errors import BadInput, CcmError, NotAvailable
 from ccm.experiment.config import RunConfig
 from ccm.experiment.plan import identity, make_plan
-from ccm.models.load import download, load
+from ccm.models.download import download
+from ccm.models.load import load
 from ccm.models.specs import MODELS, spec_for
 from ccm.models.tokenizer import PROBES, parse_bos, read_tokenizer
 from ccm.models.weights import check_weights, unfinished, weight_files

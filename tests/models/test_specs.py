@@ -13,7 +13,8 @@ from ccm.errors import AssumptionBroken, BadInput, NotAvailable
 from ccm.method.neurons import measure, processed_W_out, processed_W_U
 from ccm.models.assumptions import check_assumptions
 from ccm.models.devices import device_for, dtype_for
-from ccm.models.load import check_precision, download, load
+from ccm.models.download import download
+from ccm.models.load import check_precision, load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import DTYPES, MAX_NEW_TOKENS, MODELS, PUBLISHED, spec_for
 from tests.exact import margins

@@ -11,17 +11,8 @@ import pytest
 
 from ccm.cli.parser import main
 from ccm.errors import BadInput
-from ccm.experiment.folder import (
-    MANIFEST,
-    MEASURES,
-    RHO_BY_LAYER,
-    SCORES,
-    SINGULAR_VALUES,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from ccm.experiment.files import read_json, read_table, write_json, write_table
+from ccm.experiment.folder import MANIFEST, MEASURES, RHO_BY_LAYER, SCORES, SINGULAR_VALUES
 from ccm.experiment.locking import locked
 from ccm.experiment.results import read_results
 from ccm.models.specs import MODELS, PUBLISHED

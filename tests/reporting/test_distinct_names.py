@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ccm.cli.parser import main
 from ccm.errors import BadInput
-from ccm.experiment.folder import MANIFEST, read_json, write_json
+from ccm.experiment.files import read_json, write_json
+from ccm.experiment.folder import MANIFEST
 from ccm.experiment.results import RunResults, read_results
 from ccm.reporting import report
 from ccm.reporting.distinct_names import distinct_names

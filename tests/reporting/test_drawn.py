@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file
 from scipy import stats
 
-from ccm.experiment.folder import to_json
+from ccm.experiment.files import to_json
 from ccm.experiment.results import read_results
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.figures import canvas, gallery, layers

@@ -20,7 +20,8 @@ from PIL import Image
 
 from ccm.cli.parser import main
 from ccm.errors import BadInput
-from ccm.experiment.folder import MANIFEST, PROMPTS, SCORES, read_json, to_json, write_json
+from ccm.experiment.files import read_json, to_json, write_json
+from ccm.experiment.folder import MANIFEST, PROMPTS, SCORES
 from ccm.experiment.results import RunResults, read_results
 from ccm.method.ablation import ActivationStatistics
 from ccm.method.ablation_values import ABLATION_VALUES

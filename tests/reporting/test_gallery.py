@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from ccm.experiment.folder import read_json
+from ccm.experiment.files import read_json
 from ccm.experiment.results import RunResults, read_results
 from ccm.reporting.figures import gallery, registry
 from ccm.reporting.figures.canvas import Drawing, styled

@@ -20,7 +20,8 @@ from ccm.cli.parser import main
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig, given
-from ccm.experiment.folder import MANIFEST, read_json, to_json, write_json
+from ccm.experiment.files import read_json, to_json, write_json
+from ccm.experiment.folder import MANIFEST
 from ccm.experiment.plan import identity, make_plan
 from ccm.experiment.results import read_results
 from ccm.models.specs import CHECKPOINT, MODELS

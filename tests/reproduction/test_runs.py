@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ccm.errors import BadInput, NotAvailable
-from ccm.experiment.folder import SCORES, read_json
+from ccm.experiment.files import read_json
+from ccm.experiment.folder import SCORES
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED, spec_for
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights

@@ -139,7 +139,7 @@ def read_rehearsal(path: Path) -> Rehearsal:
     Raises:
         BadInput: not JSON, or not such a report.
     """
-    from ccm.experiment.folder import read_json
+    from ccm.experiment.files import read_json
 
     return rehearsal_of(read_json(path), str(path))
 

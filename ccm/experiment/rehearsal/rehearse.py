@@ -26,8 +26,10 @@ from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
 from ccm.experiment.effects import SAMPLED, measure_effects
 from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_folder
-from ccm.experiment.folder import ACTIVATION_STATS, RunFolder, read_statistics
+from ccm.experiment.files import read_statistics
+from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
 from ccm.experiment.plan import Plan, identity, make_plan
+from ccm.experiment.probing import prompts_step, stage_decoder
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import (
     PUBLISHED_FACTS,
@@ -35,14 +37,7 @@ from ccm.experiment.rehearsal.projection import (
     Stage,
     project,
 )
-from ccm.experiment.run import (
-    decode_prompts,
-    finish,
-    hold_folder,
-    plan_sets,
-    prompts_step,
-    stage_decoder,
-)
+from ccm.experiment.run import decode_prompts, finish, hold_folder, plan_sets
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,

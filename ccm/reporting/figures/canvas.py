@@ -22,7 +22,8 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from ccm.experiment.folder import to_json, write_formats
+from ccm.experiment.files import to_json
+from ccm.experiment.folder import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import Source
 from ccm.paper.values import Printed

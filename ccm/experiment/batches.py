@@ -1,0 +1,132 @@
+"""Finished batches of a stage, kept in a run folder until what is made of them is written."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from ccm.decoding.results import Batch
+from ccm.errors import BadInput
+from ccm.experiment.files import read_json, read_stamped, to_json
+from ccm.experiment.folder import BATCHES, MANIFEST
+from ccm.experiment.writing import remove_partial
+from ccm.experiment.writing import write_atomically as write_atomically
+from ccm.experiment.writing import write_formats as write_formats
+
+
+class ArrayStore:
+    """Arrays of finished batches of a stage, kept until what is made of them is written.
+
+    Only then are they removed, one by one: a stage whose results are all there must not read what is
+    left of its batches, for a start before may have been stopped while it removed them.
+    """
+
+    def __init__(self, run: Path, stage: str) -> None:
+        """Name the folder; nothing is made before the first batch."""
+        self.run, self.stage = run, stage
+        self.path = run / BATCHES / stage
+
+    @cached_property
+    def stamp(self) -> dict[str, str]:
+        """What every batch says of itself: its run, whichever shard of it, and its stage.
+
+        Under one key: safetensors writes several in an order that changes.
+        """
+        known = read_json(self.run / MANIFEST)["identity"] if (self.run / MANIFEST).is_file() else {}
+        told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
+        return {"of": f"{self.stage} {hashlib.sha256(told.encode()).hexdigest()}"}
+
+    def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep a batch, named after its first prompt."""
+        name = f"batch_{first:06d}.safetensors"
+        write_atomically(
+            self.path / name, lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp)
+        )
+
+    def paths(self) -> list[Path]:
+        """Files of the batches that are there."""
+        return sorted(self.path.glob("batch_*.safetensors"))
+
+    def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
+        """Read every batch that is there, one at a time.
+
+        Raises:
+            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
+        """
+        held: dict[int, Path] = {}
+        for path in sorted(self.path.glob("batch_*.safetensors")):
+            arrays, stamp = read_stamped(path)
+            if stamp != self.stamp:
+                raise self._unfit(path, "no batch of this stage of this run")
+            for prompt in arrays["prompts"].tolist():
+                if prompt in held:
+                    raise self._unfit(path, f"holds prompt {prompt} as {held[prompt].name} does")
+                held[prompt] = path
+            yield arrays
+
+    def _unfit(self, path: Path, why: str) -> BadInput:
+        return BadInput(f"{path}: {why}. Remove {self.path}: what it held is computed again.")
+
+    def clear(self) -> None:
+        """Remove the batches, and their folders unless others put something there.
+
+        What cannot be removed is in nobody's way: it is not read again.
+        """
+        remove_partial(self.path)
+        for path in self.path.glob("batch_*.safetensors"):
+            with suppress(OSError):
+                path.unlink()
+        for folder in (self.path, self.path.parent):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+class BatchStore(ArrayStore):
+    """Finished batches of a shared decode."""
+
+    def __init__(self, run: Path, stage: str = "ablations") -> None:
+        """Name the folder; nothing is made before the first batch."""
+        super().__init__(run, stage)
+
+    def write(self, batch: Batch) -> None:
+        """Keep a batch, named after its first prompt."""
+        arrays = {
+            f.name: np.ascontiguousarray(getattr(batch, f.name))
+            for f in fields(batch)
+            if f.name not in ("leaves", "texts")
+        }
+        # Ragged: all continuations end to end, and their lengths.
+        arrays["leaf_tokens"] = np.asarray([t for leaf in batch.leaves for t in leaf], dtype=np.int64)
+        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in batch.leaves], dtype=np.int64)
+        encoded = [text.encode() for text in batch.texts]
+        arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
+        self.write_arrays(int(batch.prompts[0]), arrays)
+
+    def read(self) -> list[Batch]:
+        """Read every batch that is there.
+
+        Raises:
+            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
+        """
+        batches = []
+        for arrays in self.read_arrays():
+            leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
+            texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
+            batches.append(
+                Batch(
+                    leaves=tuple(tuple(leaf.tolist()) for leaf in leaves),
+                    texts=tuple(text.tobytes().decode() for text in texts),
+                    **arrays,
+                )
+            )
+        return batches
+
+
+def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, np.cumsum(lengths)[:-1])
