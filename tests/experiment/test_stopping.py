@@ -19,9 +19,8 @@ from ccm.cli.parser import main
 from ccm.errors import NotAvailable
 from ccm.experiment import stopping
 from ccm.experiment.folder import BATCHES, SCORES
-from ccm.experiment.options import names
 from ccm.experiment.stopping import SIGNALS, Stopped, Stopping, in_processes
-from tests.experiment.test_run import check_finished, command, times
+from tests.experiment.test_run import check_finished, command, names, times
 from tests.made_runs import make_run
 from tests.slow_work import write_slowly
 

@@ -303,16 +303,16 @@ def another(path: Path, to: Path) -> None:
 # What is done to the shards of a run that was stopped, and what the next start says.
 DAMAGES: dict[str, tuple[Callable[[list[Path]], object], str]] = {
     "a prompt twice": (
-        lambda found: shutil.copy(found[0], found[0].with_name("shard_999999.safetensors")),
-        r"shard_999999\.safetensors: holds prompt \d+ as shard_\d+\.safetensors does\. Remove ",
+        lambda found: shutil.copy(found[0], found[0].with_name("batch_999999.safetensors")),
+        r"batch_999999\.safetensors: holds prompt \d+ as batch_\d+\.safetensors does\. Remove ",
     ),
     "of another run": (
         lambda found: another(found[0], found[0]),
-        r"\.safetensors: no part of this stage of this run\. Remove ",
+        r"\.safetensors: no batch of this stage of this run\. Remove ",
     ),
     "without a stamp": (
         lambda found: safetensors.numpy.save_file(safetensors.numpy.load_file(found[1]), found[1]),
-        r"\.safetensors: no part of this stage of this run\. Remove ",
+        r"\.safetensors: no batch of this stage of this run\. Remove ",
     ),
     "torn": (
         lambda found: found[2].write_bytes(found[2].read_bytes()[:-1]),
