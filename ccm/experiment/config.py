@@ -192,8 +192,8 @@ def given(config: RunConfig) -> dict[str, Any]:
 def command_line(config: RunConfig) -> list[str]:
     """Options of `ccm run` that give this configuration.
 
-    >>> command_line(RunConfig(seed=7))[-2:]
-    ['--seed', '7']
+    >>> " ".join(command_line(RunConfig(seed=7))[-2:])
+    '--seed 7'
     """
     words = list[str]()
     for f in fields(config):

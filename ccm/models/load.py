@@ -14,6 +14,7 @@ import torch
 
 from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.assumptions import check_assumptions, check_parts
+from ccm.models.checkpoint_folder import CONFIG, read_object
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.download import cannot_load, download
 from ccm.models.memory import check_memory, out_of_memory, weight_bytes
@@ -79,6 +80,11 @@ def load(
         )
     for note in model.special_tokens["notes"]:
         _log.warning(note)
+    if read_object(Path(source) / CONFIG).get("auto_map"):
+        _log.warning(
+            f"{spec.name}: its config.json names code of its own (auto_map), which was not run; "
+            f"transformers' own {type(loaded).__name__} was."
+        )
     return model
 
 

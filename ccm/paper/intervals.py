@@ -30,8 +30,8 @@ def wilson(share: float, n: Number, confidence: float = CONFIDENCE) -> tuple[flo
     In closed form and not scipy's, because half ranks and the ends of a rounded percentage are no whole
     counts; it gives scipy's numbers where they are.
 
-    >>> [round(end, 4) for end in wilson(2 / 32, 32, 0.95)]
-    [0.0173, 0.2015]
+    >>> tuple(round(end, 4) for end in wilson(2 / 32, 32, 0.95))
+    (0.0173, 0.2015)
     """
     z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
