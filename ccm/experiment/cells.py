@@ -14,13 +14,9 @@ from ccm.decoding.engines import Engine
 from ccm.decoding.results import Batch, Completions, merge
 from ccm.experiment.batches import BatchStore
 from ccm.experiment.files import write_table
-from ccm.experiment.folder import (
-    RunFolder,
-)
+from ccm.experiment.folder import RunFolder
 from ccm.method.ablation import Ablation
-from ccm.method.prompts import (
-    ProbingPrompt,
-)
+from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
 from ccm.method.sources import SOURCES, Source, knowledge_sources
 from ccm.models.bridge import Tokens

@@ -17,10 +17,7 @@ from ccm.experiment.batches import BatchStore
 from ccm.experiment.cells import decode_stored
 from ccm.experiment.effects import evenly_spaced
 from ccm.experiment.files import read_table, write_table
-from ccm.experiment.folder import (
-    PROMPTS,
-    RunFolder,
-)
+from ccm.experiment.folder import PROMPTS, RunFolder
 from ccm.experiment.plan import Plan
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (

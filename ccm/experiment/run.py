@@ -38,19 +38,13 @@ from ccm.experiment.folder import (
 )
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import (
-    prompts_step,
-    stage_decoder,
-    table_prompts,
-)
+from ccm.experiment.probing import prompts_step, stage_decoder, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
 from ccm.method.ablation_values import AblationValue
 from ccm.method.neurons import controls, measure, select
-from ccm.method.prompts import (
-    ProbingPrompt,
-)
+from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
 from ccm.models.device_map import spread_over_devices
 from ccm.models.devices import dtype_for

@@ -3,11 +3,7 @@
 from ccm.errors import BadInput, NotAvailable
 from ccm.models.specs import ModelSpec
 from ccm.models.trial import reason_of
-from ccm.models.weights import (
-    damaged,
-    folder_of,
-    unfinished,
-)
+from ccm.models.weights import damaged, folder_of, unfinished
 
 # No pickles, no other frameworks' weights, no code.
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]

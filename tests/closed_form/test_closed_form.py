@@ -51,14 +51,7 @@ from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import spec_for
 from tests.closed_form.build import build
-from tests.closed_form.truth import (
-    DECOYS,
-    PLANTED,
-    POSITIONS,
-    SABOTEURS,
-    ClosedFormTruth,
-    Outcome,
-)
+from tests.closed_form.truth import DECOYS, PLANTED, POSITIONS, SABOTEURS, ClosedFormTruth, Outcome
 from tests.closed_form.world import BASIS, D_MLP, NULL, Architecture, Case
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC
 

@@ -499,8 +499,6 @@ def test_a_run_that_lost_its_scores_knows_what_it_met(tmp_path: Path) -> None:
 
 KILLER = """
 import os, signal, sys
-from pathlib import Path
-from ccm.cli.parser import main
 
 replace, left = os.replace, int(sys.argv[2])
 

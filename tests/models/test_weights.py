@@ -11,12 +11,7 @@ import pytest
 from ccm.errors import BadInput
 from ccm.models.checkpoint_folder import INDEX, hash_of, hashes
 from ccm.models.specs import CHECKPOINT, MODELS, MODELS_VARIABLE, spec_for
-from ccm.models.weights import (
-    OTHER_DIMENSIONS_VARIABLE,
-    check_weights,
-    revision,
-    weight_files,
-)
+from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights, revision, weight_files
 from tests.toys import FAMILIES, ToyConfig, toy_folder
 
 TOY = ToyConfig("gpt2", tied=False)

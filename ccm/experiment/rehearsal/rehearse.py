@@ -31,12 +31,7 @@ from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
 from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import prompts_step, stage_decoder
 from ccm.experiment.rehearsal.profiler import Profiler, Say
-from ccm.experiment.rehearsal.projection import (
-    PUBLISHED_FACTS,
-    Rehearsal,
-    Stage,
-    project,
-)
+from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
 from ccm.experiment.run import decode_prompts, finish, hold_folder, plan_sets
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
