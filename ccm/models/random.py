@@ -16,7 +16,7 @@ import torch
 from ccm.errors import BadInput, allowed
 from ccm.models.load import assemble, check_precision
 from ccm.models.model import LoadedModel
-from ccm.models.specs import CHECKPOINT, FAMILIES, MODELS, PUBLISHED
+from ccm.models.specs import CHECKPOINT, FAMILIES, MODELS
 from ccm.models.tokenizer import Bos, read_tokenizer
 
 # Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
@@ -49,10 +49,11 @@ def architecture_of(name: str) -> Architecture:
     Raises:
         BadInput: the organism, a folder, or no model at all.
     """
-    if name not in PUBLISHED:
+    described = [known for known, spec in MODELS.items() if spec.config]
+    if name not in described:
         known = name in MODELS or Path(name).is_dir()
         what = "has no published architecture, and its weights are here: use `ccm run`"
-        raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(PUBLISHED)}.")
+        raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(described)}.")
     spec = MODELS[name]
     family = FAMILIES[spec.architecture]
     named = {getattr(family, what): getattr(spec, what) for what in ("d_model", "n_layers", "d_mlp")}

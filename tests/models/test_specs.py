@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from ccm.cli.parser import main
 from ccm.errors import AssumptionBroken, BadInput, NotAvailable
+from ccm.experiment.config import RunConfig
+from ccm.experiment.plan import make_plan
+from ccm.experiment.results import read_results
 from ccm.method.neurons import measure, processed_W_out, processed_W_U
 from ccm.models.assumptions import check_assumptions
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.download import download
 from ccm.models.load import check_precision, load
 from ccm.models.model import LoadedModel
-from ccm.models.specs import DTYPES, MAX_NEW_TOKENS, MODELS, PUBLISHED, spec_for
+from ccm.models.random import architecture_of
+from ccm.models.specs import CHECKPOINT, DTYPES, MAX_NEW_TOKENS, MODELS, PUBLISHED, spec_for
 from tests.exact import margins
+from tests.made_runs import make_run
 from tests.tolerance import MEASURE
 from tests.toys import (
     FAMILIES,
@@ -421,3 +427,26 @@ def test_a_precision_that_torch_cannot_name_is_not_trusted(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
     with pytest.raises(BadInput, match=r"^float32 matmul precision 'set by fp32_precision'"):
         check_precision(torch.device("cuda"), torch.float32)
+
+
+def test_a_new_model_is_one_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = MODELS["Phi-1_5"]
+    row = replace(of, name="mine", display_name="Mine", hub_id="me/mine", n_layers=3)
+    monkeypatch.setitem(MODELS, "mine", row)  # type: ignore[arg-type]
+    assert spec_for("mine") == row
+    assert main(["models"]) == 0
+    assert "hub: me/mine" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="Allowed: .*, mine"):
+        spec_for("yours")
+    built = architecture_of("mine").config()
+    assert (built.num_hidden_layers, built.hidden_size) == (3, of.d_model)
+    make_run(tmp_path / "run", model="mine")
+    assert read_results(tmp_path / "run").display_name == "Mine"
+    chosen = RunConfig(model="mine", neurons="published", facts=str(CHECKPOINT))
+    toy = toy_folder(ToyConfig("phi"))
+    with pytest.raises(
+        BadInput, match="wrong architecture for mine, n_layers is 2 there and should be 3"
+    ):
+        make_plan(replace(chosen, model_paths={"mine": toy}))
