@@ -438,7 +438,7 @@ def test_a_new_model_is_one_row(
     assert spec_for("mine") == row
     assert main(["models"]) == 0
     assert "hub: me/mine" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="Allowed: .*, mine"):
+    with pytest.raises(BadInput, match=r"Allowed: .*, mine"):
         spec_for("yours")
     built = architecture_of("mine").config()
     assert (built.num_hidden_layers, built.hidden_size) == (3, of.d_model)
