@@ -101,7 +101,7 @@ def measure(
     Args:
         model: Of `load`, or what `load` takes.
         k: How many entropy neurons to mark; the model's own number by default.
-        min_rho: The least rho of one.
+        min_rho: The lowest rho that an entropy neuron may have.
         null_space_dims: How many directions of the unembedding count as its null space.
 
     Returns:
@@ -142,7 +142,7 @@ def ablate(
     Args:
         model: Of `load`, or what `load` takes.
         prompts: A table of probing prompts, as `Run.prompts()` gives it; or texts, of which only the
-            continuation and the entropy are told.
+            continuation and the entropy can be told.
         sets: Numbers of last-layer neurons by the name of their set, or one set.
         value: What they are replaced by: the name of an ablation value.
         statistics: Where that is taken from; the activations at these prompts by default (Method 6).
@@ -258,6 +258,8 @@ def run(config: RunConfig | str = "organism", *, out: StrPath | None = None, **o
     from ccm.experiment.run import new_folder
     from ccm.experiment.run import run as run_experiment
 
+    if isinstance(config, RunConfig) and options:
+        raise BadInput(f"{', '.join(options)}: beside a RunConfig. Put all options in one of the two.")
     chosen = config if isinstance(config, RunConfig) else RunConfig.read(model=config, **options)
     folder = new_folder(chosen) if out is None else Path(out)
     run_experiment(chosen, folder)

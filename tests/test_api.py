@@ -186,6 +186,13 @@ def test_options_of_a_run_are_checked(tmp_path: Path) -> None:
         ccm.run("organism", contols=3, out=tmp_path / "run")
     with pytest.raises(BadInput, match=r"^--controls 'many': not a whole number"):
         ccm.run("organism", controls="many", out=tmp_path / "run")
+    with pytest.raises(BadInput, match=r"^seed: beside a RunConfig\."):
+        ccm.run(ccm.RunConfig(), seed=3, out=tmp_path / "run")
+    with pytest.raises(BadInput, match=r"^a shard of a run has no scores of its own\."):
+        ccm.run("organism", shard="1/2", out=tmp_path / "run")
+    with pytest.raises(BadInput, match=r"reach rho"):
+        ccm.run("organism", min_rho=0.9999, out=tmp_path / "high")
+    assert not (tmp_path / "high" / "prompts.parquet").exists()
     assert not (tmp_path / "run").exists()
 
 

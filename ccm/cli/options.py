@@ -36,7 +36,11 @@ def add_options(
 
 
 def _add(command: argparse.ArgumentParser, name: str, option: Option) -> None:
-    more: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": option.help}
+    more: dict[str, Any] = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "help": option.told if name == "model" else option.help,
+    }
     if option.switch:
         command.add_argument(option.flag, action="store_true", **more)
         return

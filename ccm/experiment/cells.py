@@ -109,12 +109,12 @@ def decode_stored(
 
 
 def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
-    """Make the cells of a shared decode from its batches."""
+    """Make the cells of a run from its batches."""
     store = BatchStore(folder.path)
     paths = [folder.cell("", "plain")]
     for value in folder.manifest["identity"]["ablation_values"]:
         paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
-    # Not read where all cells are there: a start before may have removed some shards already.
+    # Not read where all cells are there: a start before may have removed some batches already.
     if not all(path.is_file() for path in paths):
         decoded = merge(store.read())
         runs = (decoded.completions(i) for i in range(len(paths)))

@@ -30,13 +30,6 @@ from ccm.models.specs import DTYPES
 STATISTICS_FROM = ("own", "released")
 
 
-# --- how values are written on the command line -----------------------------------------------------
-# Each reads text, or says in a ValueError what it should have been.
-
-
-# --- the options ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run's results depend on, apart from the weights and facts themselves.
@@ -68,7 +61,7 @@ class RunConfig:
     bos: str = option(
         "own",
         "token before every prompt: own (the tokenizer's BOS), none, or an id",
-        metavar="none|ID",
+        metavar="own|none|ID",
     )
     facts: str | None = option(
         None,
@@ -93,15 +86,17 @@ class RunConfig:
         read=whole,
         least=0,
     )
-    seed: int = option(123, "of the controls", read=whole, least=0, most=2**32 - 1, always=True)
+    seed: int = option(
+        123, "of the random draws of controls", read=whole, least=0, most=2**32 - 1, always=True
+    )
     k: int | None = option(
         None, "entropy neurons to select (default: the model's)", "-k", read=whole, least=1
     )
     min_rho: float | None = option(
-        None, "least rho to select (default: the model's)", read=real, least=0, most=1
+        None, "lowest rho of a selected neuron (default: the model's)", read=real, least=0, most=1
     )
     null_space_dims: int | None = option(
-        None, "directions of V0 (default: the model's)", read=whole, least=1
+        None, "directions of the unembedding's null space (default: the model's)", read=whole, least=1
     )
     neurons: tuple[int, ...] | str | None = option(
         None,
@@ -110,7 +105,7 @@ class RunConfig:
         shown=joined,
     )
     max_prompts: int | None = option(
-        None, "use only so many prompts, evenly chosen", read=whole, least=1
+        None, "limit the probing prompts to this many, evenly chosen", read=whole, least=1
     )
     engine: str = option(
         "shared",
@@ -132,7 +127,7 @@ class RunConfig:
     )
     memory_budget: int | None = option(
         None,
-        "what is decoded at once may take so much, like 500M or 8G (default: half of what is free)",
+        "memory for what is decoded at once, like 500M or 8G (default: half of what is free)",
         metavar="SIZE",
         read=size_in_bytes,
         least=1 << 20,
@@ -151,7 +146,7 @@ class RunConfig:
         for f in fields(self):
             option_of(f).check(getattr(self, f.name))
         if self.k is not None and self.neurons is not None:
-            raise BadInput(f"-k {self.k}: --neurons says how many there are. Drop one of the two.")
+            raise BadInput(f"-k {self.k}: --neurons names them already. Drop one of the two.")
         values = self.ablation_values
         if len(values) > 1 and ALL in values:
             raise BadInput(f"--ablation-value {joined(values)!r}: all are more than these. Drop one.")

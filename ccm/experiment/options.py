@@ -17,7 +17,7 @@ PUBLISHED_NEURONS = "published"  # instead of neurons: those that the paper's au
 class Option:
     """What is known of an option beside its value."""
 
-    told: str | Callable[[], str]  # help: what it is, and what may be given
+    told: str | Callable[[], str]  # what `help` says before the default
     flag: str
     default: Any
     read: Callable[[Any], Any] = str  # from the command line's text
@@ -26,7 +26,7 @@ class Option:
     choices: tuple[str, ...] = ()
     least: int | float | None = None
     most: int | float | None = None
-    result: bool = True  # whether results depend on it, so that it tells runs apart
+    result: bool = True  # whether it is noted as it is in a run's identity
     always: bool = False  # said by "run it again" even where it is the default
     switch: bool = False  # given without a value
     repeated: bool = False  # may be given several times
@@ -64,11 +64,17 @@ class Option:
         Raises:
             BadInput: it is not.
         """
-        if value is None or isinstance(value, bool):
+        if value is None and self.default is None:
             return
         name = self.flag.lstrip("-").replace("-", " ")
+        kind = bool if self.switch else KINDS.get(self.read, object)
+        if not isinstance(value, kind) or isinstance(value, bool) != self.switch or value == ():
+            raise BadInput(
+                f"{name} {value!r}: not what {self.flag} stands for. RunConfig.read takes text, as the "
+                "command line does."
+            )
         if self.choices:
-            one_of(name, value, self.choices)
+            one_of(name, str(value), self.choices)
         low, high = self.least, self.most
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             extent = f"{low:g} and more" if high is None else f"{low:g} to {high:.10g}"
@@ -106,7 +112,7 @@ def real(text: str) -> float:
 
 
 def size_in_bytes(text: str) -> int:
-    """Read a size: `500M`, `8G` or plain bytes.
+    """Read a size: `500M`, `8G`, `1T` or plain bytes.
 
     >>> size_in_bytes("8G") == 8 * 2**30
     True
@@ -172,3 +178,16 @@ def model_folders(entries: str | Iterable[str] | Mapping[str, str | Path]) -> di
 def joined(values: Sequence[object] | str) -> str:
     """Write names or numbers with commas between them, and text as it is."""
     return values if isinstance(values, str) else ",".join(map(str, values))
+
+
+# What each reader makes of text.
+KINDS: Mapping[Callable[..., Any], Any] = {
+    str: str,
+    whole: int,
+    real: (int, float),
+    size_in_bytes: int,
+    shard: tuple,
+    names: tuple,
+    neurons_or_published: (tuple, str),
+    model_folders: Mapping,
+}

@@ -139,11 +139,15 @@ def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
     return [ProbingPrompt(**f) for f in fields]
 
 
+# Makes what decodes one stage of a run: of its folder, its plan, and the stage's name.
+StageDecoder = Callable[[RunFolder, Plan, str], Callable[..., Completions]]
+
+
 def prompts_step(
     folder: RunFolder,
     plan_: Plan,
     model: LoadedModel,
-    decoder: Callable[[RunFolder, Plan, str], Callable[..., Completions]],
+    decoder: StageDecoder,
 ) -> list[ProbingPrompt]:
     """Build the probing prompts, or read them back; `decoder` gives what asks the model."""
     if not folder.has(PROMPTS):
@@ -183,9 +187,9 @@ def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., C
         budget = folder.manifest["memory_budget"]
         store = BatchStore(folder.path, stage)
         engine = ENGINES[plan_.config.engine]
-        shards = decode_stored(
+        batches = decode_stored(
             engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
         )
-        return merge(shards).completions(0)
+        return merge(batches).completions(0)
 
     return decode

@@ -1,7 +1,7 @@
 """The whole experiment, read top to bottom: facts -> prompts -> neurons -> ablations -> scores.
 
-Every step reads its input from the run folder and writes its output there, so that a run that was
-killed goes on where it stopped and ends with the same bytes.
+Every step writes its output to the run folder and reads it back where it is there already, so that a
+run that was killed goes on where it stopped and ends with the same bytes.
 """
 
 import os
@@ -19,6 +19,7 @@ from ccm.decoding.activations import collect, float16_sigma
 from ccm.decoding.answer_tokens import object_tokens
 from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Work
+from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
 from ccm.experiment.cells import cells_step, decode_stored
 from ccm.experiment.clock import Clock
@@ -38,7 +39,7 @@ from ccm.experiment.folder import (
 )
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import prompts_step, stage_decoder, table_prompts
+from ccm.experiment.probing import StageDecoder, prompts_step, stage_decoder, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
@@ -71,7 +72,9 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
         CcmError: before any long work starts; nothing is overwritten.
     """
     if config.shard is not None:
-        raise ValueError("a shard of a run has no scores of its own: run_shard, then merge_shards")
+        raise BadInput(
+            "a shard of a run has no scores of its own. Use `ccm run --shard`, then `ccm merge`."
+        )
     with open_folder(config, out) as (folder, plan_):
         clock = Clock(folder)
         if folder.missing():  # a file that was removed from a finished run is made again
@@ -152,7 +155,7 @@ def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFo
     with locked(out):
         folder = RunFolder(out, known)
         if "memory_budget" not in folder.manifest:
-            # Kept, because parts cut otherwise would round otherwise when the run is resumed.
+            # Kept, because batches cut otherwise would round otherwise when the run is resumed.
             budget = plan_.config.memory_budget or default_budget(plan_.device)
             folder.note(memory_budget=budget, work=Work(), asked=given(plan_.config))
         yield folder
@@ -162,34 +165,42 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: Clock) -> None:
     """Every step that needs the model, in order."""
     with clock("load"):
         model = load_step(folder, plan_)
-    with clock("prompts", "fact", len(plan_.facts.facts)):
-        prompts = prompts_step(folder, plan_, model, stage_decoder)
-    decode_prompts(folder, plan_, model, prompts, clock)
+    decode_with(folder, plan_, model, stage_decoder, clock)
 
 
-def decode_prompts(
-    folder: RunFolder,
-    plan_: Plan,
-    model: LoadedModel,
-    prompts: Sequence[ProbingPrompt],
-    clock: Clock,
-) -> None:
-    """Every step that needs the model once its prompts are there, in order."""
-    with clock("measures"):
+def decode_with(
+    folder: RunFolder, plan_: Plan, model: LoadedModel, decoder: StageDecoder, clock: Clock
+) -> list[ProbingPrompt]:
+    """Every step that needs the model once it is there, in order.
+
+    Args:
+        folder: The run.
+        plan_: What is run.
+        model: The model.
+        decoder: Makes what decodes the questions for facts; a rehearsal has one of its own.
+        clock: Told what begins.
+
+    Returns:
+        The probing prompts.
+    """
+    with clock("measures"):  # first, because too high a --min-rho is found here
         entropy_neurons = neurons_step(folder, plan_, model)
+    with clock("prompts", "fact", len(plan_.facts.facts)):
+        prompts = prompts_step(folder, plan_, model, decoder)
     with clock("activation_stats", "prompt", len(prompts)):
         tokens = [model.encode(prompt.text) for prompt in prompts]
         folder.note(first_prompt_tokens=tokens[0])
         statistics = statistics_step(folder, plan_, model, tokens)
     with clock("ablations", "prompt", len(prompts)):
         sets = sets_step(folder, plan_, entropy_neurons)
-        # All cells are planned first, so that a value that is not finite is found before any decoding.
+        # All are planned first: a value that is not finite is found before any ablation is decoded.
         planned = plan_sets(plan_.values, sets, statistics)
         ablations_step(folder, plan_, model, prompts, tokens, planned)
     with clock("effects", "prompt", len(prompts)):
         effects_step(folder, model, tokens, planned, ENGINES[plan_.config.engine])
         if model.noise is not None:  # lower precisions measure none, nor does reading what is there
             folder.note(batch_noise=model.noise)
+    return prompts
 
 
 def finish(folder: RunFolder, protocol: Protocol, clock: Clock) -> None:
@@ -227,9 +238,6 @@ def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
     }
     folder.note(weights=weights, special_tokens=model.special_tokens)
     return model
-
-
-# --- facts -> probing prompts (Method 4) -----------------------------------------------------------
 
 
 # --- neurons and activation statistics (Method 5, 6) -------------------------------------------------
@@ -309,7 +317,7 @@ def ablations_step(
     tokens: Sequence[Sequence[int]],
     planned: Mapping[str, Sequence[Ablation]],
 ) -> None:
-    """Decode the plain run and every cell (ablation value x set) that is not there yet."""
+    """Decode the plain run and every cell (ablation value x set), unless all are there."""
     cells = [(PLAIN, folder.cell("", "plain"))]
     cells += [(a, folder.cell(value, a.name)) for value, sets in planned.items() for a in sets]
     if all(path.is_file() for _, path in cells):

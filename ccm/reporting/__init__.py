@@ -1,5 +1,5 @@
 """What do people see of a run?
 
 In: finished run folders. Out: figures, tables, an HTML report.
-May import everything but `cli`.
+May import everything but `cli` and `organism`.
 """

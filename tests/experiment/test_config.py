@@ -72,7 +72,7 @@ def test_what_was_given_reads_back(options: dict[str, object]) -> None:
         ({"min_rho": float("nan")}, "^min rho nan: out of range"),
         ({"engine": "warp"}, "^engine 'warp': unknown. Allowed: shared, hooked"),
         ({"shard": (3, 2)}, "^shard 3/2: out of range"),
-        ({"k": 2, "neurons": (1, 2)}, "^-k 2: --neurons says how many"),
+        ({"k": 2, "neurons": (1, 2)}, "^-k 2: --neurons names them already"),
         ({"ablation_values": ("all", "mean_ablation")}, "all are more than these"),
         ({"ablation_values": ("mean",)}, "^ablation value 'mean': unknown"),
     ],
@@ -85,3 +85,26 @@ def test_values_that_are_not_allowed(options: dict[str, object], message: str) -
 def test_the_command_line_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "organism", "--seed", "-1"]) == 2
     assert capsys.readouterr().err.startswith("ccm: seed -1: out of range")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ablation_values", "all"),
+        ("ablation_values", ()),
+        ("controls", 2.5),
+        ("controls", True),
+        ("controls", "100"),
+        ("controls", None),
+        ("full_texts", 1),
+        ("model", 3),
+        ("min_rho", "0.5"),
+        ("model_paths", ("a=b",)),
+        ("shard", "1/2"),
+    ],
+)
+def test_values_of_another_kind(name: str, value: object) -> None:
+    """Asked of the option itself: in tests, types are checked before a `RunConfig` is made."""
+    rows = {f.name: option_of(f) for f in fields(RunConfig)}
+    with pytest.raises(BadInput, match=r"stands for\. RunConfig\.read takes text"):
+        rows[name].check(value)

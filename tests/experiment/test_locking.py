@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 IDENTITY = {"model": "toy", "ablation_values": []}
 HOLD = """
 import sys, time
+from pathlib import Path
 from ccm.experiment.locking import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -196,6 +197,8 @@ def test_a_killed_process_is_in_nobodys_way(reaped: bool, tmp_path: Path) -> Non
 
 KILLED = """
 import os, signal, sys
+from pathlib import Path
+from ccm.experiment.locking import locked
 
 folder, left = sys.argv[1], int(sys.argv[2])
 
@@ -236,7 +239,9 @@ def test_a_process_killed_at_any_file_operation_of_its_lock_is_in_nobodys_way(tm
 
 RACE = """
 import os, sys, time
+from pathlib import Path
 from ccm.errors import InUse
+from ccm.experiment.locking import locked
 
 folder = Path(sys.argv[1])
 sys.stdin.readline()

@@ -236,6 +236,9 @@ def test_the_hooked_engine_has_shards_too(tmp_path: Path) -> None:
 
 
 WORKER = """
+import os
+import pytest
+from ccm.cli.parser import main
 
 @pytest.mark.parametrize("i", range(1, {n} + 1))
 def test_share(i):

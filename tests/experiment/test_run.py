@@ -160,7 +160,7 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
     first = pd.read_parquet(folder / PROMPTS)["knowledge_probing_prompt"][0]
     assert held["first_prompt_tokens"] == loaded().encode(first)
     assert len(held["prompts_sha256"]) == 64
-    stages = ["load", "prompts", "measures", "activation_stats", "ablations", "effects", "scores"]
+    stages = ["load", "measures", "prompts", "activation_stats", "ablations", "effects", "scores"]
     assert [*held["timings_s"]] == stages
     assert all(seconds >= 0 for seconds in held["timings_s"].values())
     left = [held["facts"][step] for step in ("facts", *FILTERS)]
@@ -499,6 +499,8 @@ def test_a_run_that_lost_its_scores_knows_what_it_met(tmp_path: Path) -> None:
 
 KILLER = """
 import os, signal, sys
+from pathlib import Path
+from ccm.cli.parser import main
 
 replace, left = os.replace, int(sys.argv[2])
 

@@ -235,7 +235,10 @@ def test_a_signal_at_the_very_end_is_no_traceback(
 # --- workers ------------------------------------------------------------------------------------------
 
 WORKERS = """
+import sys
+from pathlib import Path
 from ccm.experiment.stopping import Stopped, Stopping, in_processes
+from tests.slow_work import write_slowly
 
 with Stopping(lambda: None):
     try:
@@ -283,7 +286,9 @@ def test_a_worker_that_was_killed_is_said(tmp_path: Path) -> None:
 
 
 REPORT = """
+import sys
 from ccm.cli import parser as cli
+from ccm.cli import commands as subcommands
 subcommands.cores = lambda: 2
 sys.exit(cli.main())
 """

@@ -136,7 +136,7 @@ def test_what_makes_a_rehearsal(toy: dict[str, Path]) -> None:
 def test_published_models_follow_the_released_protocol_on_the_released_neurons() -> None:
     config = config_of(GPT2, options(device="cuda"), MODELS["gpt2-small"])
     assert config.protocol == "released"
-    assert config.ablation_value == tuple(ABLATION_VALUES)
+    assert config.ablation_values == tuple(ABLATION_VALUES)
     assert config.neurons == MODELS["gpt2-small"].published_neurons
     assert (config.controls, config.seed, config.device, config.min_rho) == (100, 123, "cuda", None)
     organism = config_of(Pair("organism", "mode_ablation"), options(device="cuda"), MODELS["organism"])

@@ -29,10 +29,10 @@ from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_fo
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import prompts_step, stage_decoder
+from ccm.experiment.probing import stage_decoder
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
-from ccm.experiment.run import decode_prompts, finish, hold_folder, plan_sets
+from ccm.experiment.run import decode_with, finish, hold_folder, plan_sets
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,
@@ -257,9 +257,7 @@ def _run(
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": []}
     folder.note(weights=weights, special_tokens=model.special_tokens)
-    with clock("prompts", "fact", len(plan_.facts.facts)):
-        prompts = prompts_step(folder, plan_, model, knowing_decoder)
-    decode_prompts(folder, plan_, model, prompts, clock)
+    prompts = decode_with(folder, plan_, model, knowing_decoder, clock)
     finish(folder, plan_.protocol, clock)
     tokens: list[Tokens] = [model.encode(prompt.text) for prompt in prompts]
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
