@@ -68,7 +68,7 @@ PARAMETERS = {  # the well-known totals
 }
 N_PROMPTS, N_CONTROLS, D_VOCAB = 7, 3, 640
 OWN, REST = rehearsal.OWN, rehearsal.REST
-IN_RUN = ("load", "prompts", "measures", "activation_stats", "ablations", OWN, REST, "scores")
+IN_RUN = ("load", "measures", "prompts", "activation_stats", "ablations", OWN, REST, "scores")
 
 
 def small(name: str) -> Architecture:

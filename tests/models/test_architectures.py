@@ -24,9 +24,8 @@ from ccm.models.bridge import Tokens
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, MODELS, spec_for
-from tests.architectures import D_MODEL, D_VOCAB, N_LAYERS, SHARED, Tiny, tiny_folder
+from tests.architectures import D_MODEL, D_VOCAB, FAMILIES, N_LAYERS, SHARED, Tiny, tiny_folder
 from tests.tolerance import ENTROPY
-from tests.toys import FAMILIES
 
 HOOKED = tuple(tiny for tiny in FAMILIES if not tiny.refused)
 BOTH = tuple(tiny for tiny in HOOKED if not tiny.shared)
