@@ -197,7 +197,7 @@ def test_every_stage_of_every_family_runs(name: str, facts: FactSet) -> None:
     assert Counter(told)["ablations, 3 prompts ..."] == 2
     for line in ("measures ...", "ablations, 3 prompts ...", f"ablations, {N_PROMPTS} prompts ..."):
         assert line in told, line
-    assert told[:2] == ["load ...", "prompts, 4 facts ..."]
+    assert told[:3] == ["load ...", "measures ...", "prompts, 4 facts ..."]
     for stage in found.stages:
         items = {"run": 1, "fact": 4, "prompt": N_PROMPTS}[stage.per]
         assert stage.items == items, stage

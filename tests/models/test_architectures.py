@@ -15,6 +15,7 @@ import torch
 from ccm.cli.parser import main
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import merge
 from ccm.decoding.trial import check_shared
 from ccm.errors import AssumptionBroken, BadInput, CcmError
@@ -132,7 +133,7 @@ def test_both_engines_agree(tiny: Tiny) -> None:
 def test_effects_do_not_depend_on_the_engine(tiny: Tiny) -> None:
     sets = [ABLATION, Ablation("other", (2, 3), (1.0, 1.0))]
     one, two = (
-        measure_effects(loaded(tiny), some_prompts(), sets[:1], sets[1:], engine=engine)
+        measure_effects(loaded(tiny), some_prompts(), sets[:1], sets[1:], engine=ENGINES[engine])
         for engine in ("shared", "hooked")
     )
     for name in ("plain", "own", "others"):

@@ -501,7 +501,7 @@ def test_code_in_a_folder_is_never_run_whatever_stands_on_stdin(folder: Path, tm
     )
     assert done.returncode == 0, done.stderr
     assert "its tokenizer cannot be read" in done.stderr
-    assert "names code of its own (auto_map), which was not run; transformers' own GPT2" in done.stderr
+    assert "names code of its own (auto_map), which was not run; transformers' own Llama" in done.stderr
     assert "Traceback" not in done.stderr
     assert "[y/N]" not in done.stdout + done.stderr
     assert not list(tmp_path.rglob("ran"))
