@@ -164,6 +164,7 @@ def ablate(
     """
     import pandas as pd
 
+    from ccm.decoding.engines import ENGINES
     from ccm.errors import one_of
     from ccm.experiment.ablate import ablate as ablate_sets
     from ccm.experiment.probing import table_prompts
@@ -178,7 +179,7 @@ def ablate(
         one_ablation_value(value),
         statistics=statistics,
         protocol=PROTOCOLS[one_of("protocol", protocol, PROTOCOLS)],
-        engine=one_of("engine", engine, ("shared", "hooked")),
+        engine=one_of("engine", engine, ENGINES),
     ).table()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from ccm.cli.parser import main, parser
+from ccm.decoding.engines import ENGINES
 from ccm.errors import BadInput
 from ccm.experiment import config
 from ccm.experiment.config import RunConfig, command_line, given
@@ -38,6 +39,12 @@ def test_a_new_option_arrives_everywhere(
     assert identity(make_plan(WithFlavour()))["flavour"] == "plain"
     with pytest.raises(BadInput, match=r"^flavour 'sour': unknown\. Allowed: plain, salt"):
         WithFlavour.read(flavour="sour")
+
+
+def test_the_engines_offered_are_those_there_are() -> None:
+    """Written out in the option, because the engines themselves take seconds to import."""
+    (row,) = (option_of(f) for f in fields(RunConfig) if f.name == "engine")
+    assert row.choices == tuple(ENGINES)
 
 
 def test_every_option_has_help_and_a_flag_of_its_own() -> None:
