@@ -157,7 +157,7 @@ def in_processes(
     Raises:
         NotAvailable: one of the processes was killed.
     """
-    others = set(multiprocessing.active_children())
+    others, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     context, pool = multiprocessing.get_context("spawn"), None
     try:
         with _signals_held():
@@ -170,6 +170,10 @@ def in_processes(
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
         _end(set(multiprocessing.active_children()) - others)
+        # A pool that was told not to wait forgets its thread, which at the end of the process would be
+        # woken through a pipe that it may just have closed.
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(PATIENCE_SECONDS)
         if isinstance(error, BrokenProcessPool):
             raise NotAvailable(
                 f"one of {processes} processes was killed, most often for want of memory. Free some "

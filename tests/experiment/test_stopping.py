@@ -30,6 +30,21 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 each_signal = pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 
 
+@pytest.fixture(autouse=True)
+def nothing_ignored() -> Iterator[None]:
+    """Signals mean what they mean in a terminal, even where the tests themselves run under `nohup`.
+
+    What is ignored is inherited, by commands that tests start, too.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        by_default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, by_default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wait_for(what: Callable[[], object]) -> None:
     until = time.monotonic() + SECONDS
     while not what():
