@@ -3,8 +3,8 @@
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -30,19 +30,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         CannotWrite: a full disk, a quota, rights: whatever the system refuses, however the library that
             writes tells it. What was there before is still there.
     """
+    # Named before it is made: a signal may come between any two lines, and must find what to remove.
+    written = path.parent / f".{path.name[:NAME_KEPT]}.{secrets.token_hex(4)}{PARTIAL}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name[:NAME_KEPT]}.", suffix=PARTIAL, dir=path.parent
-        )
         try:
-            os.close(handle)
-            write(Path(name))
-            _settle(name)
-            os.replace(name, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written.touch(exist_ok=False)  # refused here in the system's words, not in a library's
+            write(written)
+            _settle(written)
+            os.replace(written, path)
         except BaseException:
             with suppress(OSError):  # the error that matters is the one that led here
-                os.unlink(name)
+                written.unlink(missing_ok=True)
             raise
     except Exception as error:
         reason = _reason(error, path)
@@ -51,16 +50,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise CannotWrite(path, reason) from error
 
 
-def _settle(name: str) -> None:
+def _settle(path: Path) -> None:
     """Open a new file to the group and have its bytes on the disk before its name is.
 
     A machine that crashes after a rename could else leave a file that is there and empty. Some file
     systems (of buckets, of Windows shares) refuse one or the other, and hold results all the same.
     """
     with suppress(OSError):
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from the group
+        path.chmod(0o644)  # some writers' 0600 would hide results from the group
     try:
-        handle = os.open(name, os.O_RDWR)
+        handle = os.open(path, os.O_RDWR)
     except OSError:
         return
     try:
@@ -110,12 +109,14 @@ def try_writing(folder: Path) -> None:
         CannotWrite: one of these is refused.
     """
     trial = folder / f".trial-{os.getpid()}{PARTIAL}"
-    for text in ("first", "over it"):
-        write_atomically(trial, partial(Path.write_text, data=text))
     try:
-        trial.unlink()
-    except OSError as error:
-        raise CannotWrite(folder, error.strerror or str(error)) from error
+        for text in ("first", "over it"):
+            write_atomically(trial, partial(Path.write_text, data=text))
+    finally:  # also where a signal arrives
+        try:
+            trial.unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(folder, error.strerror or str(error)) from error
 
 
 def remove_partial(folder: Path) -> None:

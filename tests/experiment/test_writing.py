@@ -1,6 +1,7 @@
 """Files are written whole or not at all; what the system refuses is one line, early if it can be."""
 
 import errno
+import inspect
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import matplotlib.figure
@@ -24,7 +26,7 @@ from ccm.errors import BadInput, CannotWrite
 from ccm.experiment.files import write_json, write_statistics, write_table
 from ccm.experiment.folder import RunFolder
 from ccm.experiment.results import read_results
-from ccm.experiment.writing import remove_partial, try_writing, write_atomically
+from ccm.experiment.writing import _settle, remove_partial, try_writing, write_atomically
 from ccm.reporting.figures.canvas import Drawing, _write_pdf, save
 from ccm.reporting.tables import write_tables
 from tests.made_runs import make_run
@@ -210,6 +212,43 @@ def test_bytes_that_were_lost_on_the_way_to_the_disk_are_an_error(
     with pytest.raises(CannotWrite):
         write_atomically(tmp_path / "a.txt", lambda p: p.write_text("hello"))
     assert names(tmp_path) == []
+
+
+def test_a_signal_between_any_two_instructions_leaves_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    # Without what checks the arguments' types in tests.
+    code = {inspect.unwrap(function).__code__ for function in (write_atomically, _settle)}
+
+    def interrupted_at(place: int) -> bool:
+        """Write, with the signal before the `place`-th instruction; whether there was such a one."""
+        count = iter(range(1, 1000))
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            if frame.f_code not in code:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(count) == place:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            write_atomically(path, lambda p: p.write_text("after"))
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    places = 0
+    path.write_text("before")
+    while interrupted_at(places + 1):
+        places += 1
+        assert names(tmp_path) == ["a.txt"]
+        assert path.read_text() in ("before", "after")
+        path.write_text("before")
+    assert places > 60
+    assert path.read_text() == "after"
 
 
 def test_a_measurement_is_kept_where_chmod_is_refused(

@@ -447,10 +447,10 @@ def test_one_clear_error_before_any_drawing(
 def test_a_folder_that_cannot_be_written_to(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def denied(**_: Any) -> None:
+    def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ccm.experiment.writing.tempfile.mkstemp", denied)  # for root, no folder is
+    monkeypatch.setattr(Path, "write_text", denied)  # for root, no folder is
     assert main(["report", "run"]) == 2
     assert "run: cannot be written to (Permission denied)" in capsys.readouterr().err
     assert not (Path("run") / "figures").exists()
