@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ccm.experiment.results import RunResults
-    from ccm.method.ablation import ActivationStatistics
     from ccm.method.prompts import ProbingPrompt
+    from ccm.method.statistics import ActivationStatistics
     from ccm.models.model import LoadedModel
 
 __version__ = "0.1.0"

@@ -12,7 +12,8 @@ from ccm.method.sources import SOURCES
 from ccm.paper.claims import claims
 from ccm.paper.comparison import Comparison
 from ccm.paper.values import MEAN, NEURON_MEASURES, printed
-from ccm.paper.verdicts import RULES, Row, complaints
+from ccm.paper.verdicts import RULES, Row
+from reproduction.complaints import complaints
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 
@@ -68,7 +69,7 @@ def test_selection_rule(pair: Pair, comparison: Comparison) -> None:
 
 def test_knowledge_sources(pair: Pair, comparison: Comparison) -> None:
     """Figure 5: how the prompts divide before ablation."""
-    check(rows_of(comparison, None, "share of"), len(SOURCES))
+    check(rows_of(comparison, None, "proportion of"), len(SOURCES))
 
 
 @printed_for_the_mean_only

@@ -9,7 +9,7 @@ import pytest
 from ccm.experiment.files import read_json, write_json, write_statistics, write_table
 from ccm.experiment.folder import ACTIVATION_STATS, MANIFEST, MEASURES, PROMPTS, RunFolder
 from ccm.experiment.scoring import write_scores
-from ccm.method.ablation import ActivationStatistics
+from ccm.method.statistics import ActivationStatistics
 from tests.made_runs import NO_OBJECTS, make_run
 
 NAMES = ("gpt2-small", "made")  # one whose printed values are drawn, one without any

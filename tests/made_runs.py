@@ -18,8 +18,9 @@ from ccm.experiment.folder import (
     RunFolder,
 )
 from ccm.experiment.scoring import write_scores
-from ccm.method.ablation import MATCHED, ActivationStatistics, numbered
+from ccm.method.ablation import MATCHED, numbered
 from ccm.method.sources import SOURCES
+from ccm.method.statistics import ActivationStatistics
 
 RELATIONS = (("capital-of", "places"), ("born-in", "places"), ("play-the", "music"))  # name, group
 NO_OBJECTS = {"count": 0, "of": 20, "names": [], "prompts": 0, "counter_begins": 0, "pairs": []}

@@ -21,13 +21,14 @@ from ccm.decoding.results import Completions, read_first_token
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_statistics_npz
 from ccm.experiment.probing import PromptSet, build_prompts
-from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, check_statistics, plan
+from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import PROTOCOLS
 from ccm.method.scores import Ratio, conversion_ratio, global_transition_score, ratio, transition_counts
 from ccm.method.sources import SOURCES, knowledge_sources
+from ccm.method.statistics import ActivationStatistics, check_statistics
 from ccm.models.load import load
 from ccm.models.specs import spec_for
 from tests.released import NAMES, Released, released

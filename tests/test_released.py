@@ -16,7 +16,7 @@ from ccm.decoding import shared as decoding
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens, object_tokens
 from ccm.decoding.results import Completions, merge
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import PLAIN, STATISTICS, Ablation, plan
+from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import NeuronMeasures, controls, measure, select
 from ccm.method.prompts import (
@@ -29,12 +29,12 @@ from ccm.method.prompts import (
 from ccm.method.scores import (
     conversion_ratio,
     global_transition_score,
-    invariant_share,
     mean_by_transition,
     q_value,
     transition_counts,
 )
 from ccm.method.sources import SOURCES, Source, knowledge_sources
+from ccm.method.statistics import STATISTICS
 from ccm.models.bridge import equal_length_batches
 from ccm.models.model import LoadedModel
 from tests.exact import lead, margins
@@ -106,6 +106,11 @@ class Parity:
 
     def counts(self, name: str) -> np.ndarray:
         return transition_counts(self.runs["pre"].sources, self.runs[name].sources)
+
+    def invariant(self, name: str) -> float:
+        """The proportion of prompts whose source did not change, 0 to 1."""
+        counts = self.counts(name)
+        return float(np.trace(counts) / counts.sum())
 
 
 @pytest.fixture(scope="session", params=NAMES)
@@ -367,7 +372,7 @@ def test_scores(parity: Parity) -> None:
             name = f"{source.lower()}cr"
             found = conversion_ratio(counts, source).percent
             PERCENT.of(name).assert_close(found, expected[name], what=run)
-        PERCENT.of("invariant").assert_close(invariant_share(counts), expected["invariant"], what=run)
+        PERCENT.of("invariant").assert_close(parity.invariant(run), expected["invariant"], what=run)
         changed = global_transition_score(counts).percent
         PERCENT.of("GTS").assert_close(changed, 100 * (1 - expected["invariant"]), what=run)
 
@@ -396,12 +401,12 @@ def test_scores_of_random_sets(parity: Parity) -> None:
         PERCENT.of("ckcr").assert_close(
             conversion_ratio(counts, "CK").percent, scores["ckcr"], what=run
         )
-        PERCENT.of("invariant").assert_close(invariant_share(counts), scores["invariant"], what=run)
+        PERCENT.of("invariant").assert_close(parity.invariant(run), scores["invariant"], what=run)
 
 
 def test_q_value(parity: Parity) -> None:
-    entropy = invariant_share(parity.counts("mean_ablation"))
-    others = [invariant_share(parity.counts(run)) for run in parity.random_runs]
+    entropy = parity.invariant("mean_ablation")
+    others = [parity.invariant(run) for run in parity.random_runs]
     expected = parity.released.outputs["scores"]["q_value_mean_ablation"]
     PERCENT.of("Q-value").assert_close(q_value(entropy, others), expected, what=parity.released.name)
 

@@ -268,8 +268,9 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.experiment.ablate import ablate
     from ccm.experiment.files import write_json
     from ccm.experiment.plan import model_paths
-    from ccm.method.ablation import check_neurons, check_statistics
+    from ccm.method.ablation import check_neurons
     from ccm.method.prompts import never_matched
+    from ccm.method.statistics import check_statistics
     from ccm.models.devices import device_for
     from ccm.models.load import load
     from ccm.models.specs import spec_for

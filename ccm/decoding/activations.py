@@ -15,7 +15,7 @@ from torch import Tensor
 from ccm.decoding import hooked
 from ccm.decoding.results import Completions, Observer
 from ccm.errors import CcmError
-from ccm.method.ablation import ActivationStatistics
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 

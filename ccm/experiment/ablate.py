@@ -14,10 +14,11 @@ from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Completions, Work, merge
 from ccm.errors import BadInput
 from ccm.experiment.cells import CellReader, decode_stored
-from ccm.method.ablation import PLAIN, ActivationStatistics, check_neurons, check_statistics, plan
+from ccm.method.ablation import PLAIN, check_neurons, plan
 from ccm.method.ablation_values import AblationValue
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import PROTOCOLS, Protocol
+from ccm.method.statistics import ActivationStatistics, check_statistics
 from ccm.models.model import LoadedModel
 
 

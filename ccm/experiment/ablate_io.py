@@ -15,10 +15,11 @@ from ccm.experiment.ablate import Ablated
 from ccm.experiment.config import RunConfig
 from ccm.experiment.fact_files import check_distinct, read_text_table
 from ccm.experiment.files import read_json
-from ccm.method.ablation import PLAIN, STATISTICS, ActivationStatistics, check_neurons
+from ccm.method.ablation import PLAIN, check_neurons
 from ccm.method.ablation_values import AblationValue
 from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
 from ccm.method.sources import nested_objects
+from ccm.method.statistics import STATISTICS, ActivationStatistics
 from ccm.models.model import LoadedModel
 
 PROMPT_COLUMNS = (

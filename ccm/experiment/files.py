@@ -12,7 +12,7 @@ import safetensors.numpy
 from ccm.errors import BadInput
 from ccm.experiment.writing import write_atomically as write_atomically
 from ccm.experiment.writing import write_formats as write_formats
-from ccm.method.ablation import STATISTICS, ActivationStatistics
+from ccm.method.statistics import STATISTICS, ActivationStatistics
 
 
 def to_json(value: object) -> str:

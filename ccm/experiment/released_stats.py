@@ -6,7 +6,7 @@ import numpy as np
 
 from ccm.errors import BadInput, NotAvailable
 from ccm.experiment.fact_files import DATA_VARIABLE, pararel_folder
-from ccm.method.ablation import STATISTICS, ActivationStatistics, check_statistics
+from ccm.method.statistics import STATISTICS, ActivationStatistics, check_statistics
 from ccm.models.checkpoint_folder import hash_of
 from ccm.models.specs import ModelSpec
 

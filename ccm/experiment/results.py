@@ -25,11 +25,11 @@ from ccm.experiment.folder import (
     SINGULAR_VALUES,
     read_manifest,
 )
-from ccm.method.ablation import ActivationStatistics
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import NeuronMeasures
 from ccm.method.protocol import PROTOCOLS
 from ccm.method.sources import SOURCES
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.specs import MODELS
 
 LOG_PROBS = tuple(f"log_prob_{s.lower()}" for s in SOURCES)

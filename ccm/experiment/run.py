@@ -21,9 +21,9 @@ from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
+from ccm.experiment.beyond_paper import draw_matched, effects_step, rho_by_layer
 from ccm.experiment.cells import cells_step, decode_stored
 from ccm.experiment.clock import Clock
-from ccm.experiment.comparisons import draw_matched, effects_step, rho_by_layer
 from ccm.experiment.config import RunConfig, given
 from ccm.experiment.files import read_json, read_statistics, read_table, write_statistics, write_table
 from ccm.experiment.folder import (
@@ -42,11 +42,12 @@ from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import StageDecoder, prompts_step, stage_decoder, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
-from ccm.method.ablation import CONTROL, PLAIN, Ablation, ActivationStatistics, kind_of, numbered, plan
+from ccm.method.ablation import CONTROL, PLAIN, Ablation, kind_of, numbered, plan
 from ccm.method.ablation_values import AblationValue
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.device_map import spread_over_devices
 from ccm.models.devices import dtype_for
 from ccm.models.download import download

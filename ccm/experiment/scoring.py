@@ -37,15 +37,15 @@ class Score:
     quantity: str
     source_from: str = ALL  # before ablation
     source_to: str = ALL  # after it
-    count: int | None = None  # of prompts, where the number is a share of them ...
+    count: int | None = None  # of prompts, where the number is a proportion of them ...
     n: int | None = None  # ... out of so many
     value: float | None = None  # percent, nats, or a rank; None where there is nothing to divide by
     low: float | None = None  # exact 95 % interval; of transition scores for the entropy set alone
     high: float | None = None
 
     @classmethod
-    def share(cls, *key: str, of: Ratio, source_from: str = ALL, source_to: str = ALL) -> "Score":
-        """A share of prompts, percent."""
+    def proportion(cls, *key: str, of: Ratio, source_from: str = ALL, source_to: str = ALL) -> "Score":
+        """A proportion of prompts, percent."""
         value, name, quantity = key
         numbers = (of.count, of.total, of.percent, of.low, of.high)
         return cls(value, name, quantity, source_from, source_to, *numbers)
@@ -82,9 +82,11 @@ def score_table(folder: RunFolder, released: bool) -> pd.DataFrame:
 def _before(plain: pd.DataFrame, facts: Mapping[str, int]) -> Iterator[Score]:
     """What is known before any ablation."""
     key, source = (ALL, PLAIN.name), plain["source"]
-    yield Score.share(*key, "parametric_recall", of=ratio(facts["recalled"], facts["facts"]))
+    yield Score.proportion(*key, "parametric_recall", of=ratio(facts["recalled"], facts["facts"]))
     for s in SOURCES:
-        yield Score.share(*key, "source", of=ratio(int((source == s).sum()), len(plain)), source_to=s)
+        yield Score.proportion(
+            *key, "source", of=ratio(int((source == s).sum()), len(plain)), source_to=s
+        )
     for name, values in _ratios(plain).items():
         for s in SOURCES:
             yield Score(*key, f"log_ratio {name}", s, value=_mean(values[source == s]))
@@ -103,12 +105,12 @@ def _of_set(
         for j, k2 in enumerate(SOURCES):
             # Of a thousand controls, the intervals would take longer than all else.
             of = ratio(int(counts[i, j]), total) if own else _bare(int(counts[i, j]), total)
-            yield Score.share(*key, "transition_score", of=of, source_from=k, source_to=k2)
+            yield Score.proportion(*key, "transition_score", of=of, source_from=k, source_to=k2)
             yield Score(*key, "entropy_difference", k, k2, value=change[k][k2])
     for k in SOURCES:
         found = conversion_ratio(counts, k, released=released)
-        yield Score.share(*key, "conversion_ratio", of=found, source_to=k)
-    yield Score.share(*key, "gts", of=global_transition_score(counts))
+        yield Score.proportion(*key, "conversion_ratio", of=found, source_to=k)
+    yield Score.proportion(*key, "gts", of=global_transition_score(counts))
     if own:
         source, changed = np.asarray(before), _difference(_ratios(plain), _ratios(cell))
         for k in SOURCES:
@@ -118,7 +120,7 @@ def _of_set(
 
 
 def _bare(count: int, total: int) -> Ratio:
-    """A share without its interval."""
+    """A proportion without its interval."""
     return Ratio(count, total, 100 * count / total if total else None, None, None)
 
 
@@ -235,7 +237,7 @@ class _Table:
         }
 
     def ratio(self, value: str, name: str, quantity: str, k: str = ALL, k2: str = ALL) -> Ratio:
-        """A share with all that is known of it."""
+        """A proportion with all that is known of it."""
         return Ratio(*self.rows[value, name, quantity, k, k2])
 
     def count(self, *key: str) -> int:

@@ -1,36 +1,14 @@
-"""Neuron sets with what their neurons are replaced by, and activation statistics (Method 7)."""
+"""Neuron sets, and what their neurons are replaced by (Method 7)."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from ccm.errors import BadInput
 from ccm.method.ablation_values import AblationValue
-
-Values = Float[np.ndarray, "d_mlp"]
-
-
-@dataclass(frozen=True)
-class ActivationStatistics:
-    """Per-neuron statistics of the last layer's `hook_post` (Method 6), float64."""
-
-    mean: Values
-    std: Values  # population (n), not sample (n-1)
-    median: Values
-    mode: Values
-    min: Values
-    max: Values
-
-    def __post_init__(self) -> None:
-        lengths = {name: np.shape(values) for name, values in vars(self).items()}
-        if len(set(lengths.values())) != 1:
-            raise BadInput(f"activation statistics of different lengths: {lengths}.")
-
-
-STATISTICS = ("mean", "std", "median", "mode", "min", "max")
+from ccm.method.statistics import ActivationStatistics
 
 
 @dataclass(frozen=True)
@@ -103,25 +81,3 @@ def check_neurons(neurons: Sequence[int], d_mlp: int, what: str = "neurons") -> 
             raise BadInput(f"{what}: neuron {i} is repeated. Name each one once.")
         seen.add(i)
     return tuple(neurons)
-
-
-def check_statistics(statistics: ActivationStatistics, d_mlp: int) -> ActivationStatistics:
-    """Check that statistics fit a model and are finite.
-
-    Raises:
-        BadInput: another number of neurons than `d_mlp`, or a value that is not finite.
-    """
-    for name in STATISTICS:
-        values = getattr(statistics, name)
-        if values.shape != (d_mlp,):
-            raise BadInput(
-                f"activation statistics: {name} has shape {values.shape}, the model has "
-                f"{d_mlp} last-layer neurons. Use the statistics of this model."
-            )
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            raise BadInput(
-                f"activation statistics: {name} of neuron {bad[0]} is {values[bad[0]]}, not finite "
-                f"({len(bad)} in all). Recompute them."
-            )
-    return statistics

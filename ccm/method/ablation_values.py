@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ccm.errors import BadInput, allowed
 
 if TYPE_CHECKING:
-    from ccm.method.ablation import ActivationStatistics, Values
+    from ccm.method.statistics import ActivationStatistics, Values
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AblationValue:
     name: str  # on the command line, in run folders and names of files
     label: str  # in figures and sentences: "mean (μ) ablation"
     symbol: str  # in the columns of tables; LaTeX is made from it, Greek letters included
-    meaning: str  # for the documentation: "replaces the activation by its ..."
+    constant: str  # what replaces the activation, in the table of the documentation
     marker: str  # matplotlib's, of its points in figures
     colour: str  # of these points
     of: Callable[["ActivationStatistics"], "Values"]  # one number per neuron
@@ -34,7 +34,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_ablation",
             label="mean (μ)",
             symbol="μ",
-            meaning="mean",
+            constant="mean",
             marker="o",
             colour="#000000",
             of=lambda s: s.mean,
@@ -43,7 +43,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="median_ablation",
             label="median",
             symbol="median",
-            meaning="median",
+            constant="median",
             marker="s",
             colour="#56B4E9",
             of=lambda s: s.median,
@@ -52,7 +52,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mode_ablation",
             label="mode",
             symbol="mode",
-            meaning="mode",
+            constant="mode",
             marker="D",
             colour="#CC79A7",
             of=lambda s: s.mode,
@@ -62,7 +62,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_minus_sigma_ablation",
             label="μ − 3σ",
             symbol="μ − 3 σ",
-            meaning="mean less three standard deviations, but at least its minimum",
+            constant="max(mean − 3 sigma, minimum)",
             marker="<",
             colour="#D55E00",
             of=lambda s: (s.mean - 3 * s.std).clip(min=s.min),
@@ -71,7 +71,7 @@ ABLATION_VALUES: dict[str, AblationValue] = {
             name="mean_plus_sigma_ablation",
             label="μ + 3σ",
             symbol="μ + 3 σ",
-            meaning="mean plus three standard deviations, but at most its maximum",
+            constant="min(mean + 3 sigma, maximum)",
             marker=">",
             colour="#D55E00",
             of=lambda s: (s.mean + 3 * s.std).clip(max=s.max),

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Ratio:
-    """A share with what it is a share of, and its exact (Clopper-Pearson) 95 % interval, percent.
+    """A proportion: its count and total, and its exact (Clopper-Pearson) 95 % interval, percent.
 
     With nothing to divide by, `percent`, `low` and `high` are None: an empty row is not 0/0.
     """
@@ -53,20 +53,15 @@ def transition_counts(
 
 
 def transition_scores(counts: Int[np.ndarray, "3 3"]) -> Float[np.ndarray, "3 3"]:
-    """TS(K, K2): each row's shares in percent; NaN in a row without prompts."""
+    """TS(K, K2): counts in percent of their row's total; NaN in a row without prompts."""
     totals = counts.sum(1, keepdims=True)
-    shares = np.full(counts.shape, np.nan)
-    np.divide(100.0 * counts, totals, out=shares, where=totals > 0)
-    return shares
-
-
-def invariant_share(counts: Int[np.ndarray, "3 3"]) -> float:
-    """Share of prompts whose source did not change, 0 to 1; 1 - GTS."""
-    return float(np.trace(counts) / counts.sum())
+    scores = np.full(counts.shape, np.nan)
+    np.divide(100.0 * counts, totals, out=scores, where=totals > 0)
+    return scores
 
 
 def global_transition_score(counts: Int[np.ndarray, "3 3"]) -> Ratio:
-    """GTS: the share of prompts whose source changed."""
+    """GTS: the proportion of prompts whose source changed."""
     total = int(counts.sum())
     return ratio(total - int(np.trace(counts)), total)
 
@@ -74,7 +69,7 @@ def global_transition_score(counts: Int[np.ndarray, "3 3"]) -> Ratio:
 def conversion_ratio(
     counts: Int[np.ndarray, "3 3"], source: Source, *, released: bool = False
 ) -> Ratio:
-    """CR(K): among prompts that were not K, the share that is K afterwards.
+    """CR(K): among prompts that were not K, the proportion that is K afterwards.
 
     Args:
         counts: Transition counts.
@@ -89,7 +84,15 @@ def conversion_ratio(
 
 
 def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
-    """Q: 100 - percentile rank of the entropy set's invariant share among the controls'."""
+    """Q: 100 - percentile rank of the entropy set among the controls, by what left sources unchanged.
+
+    Args:
+        invariant: Proportion of prompts whose source the entropy set did not change, 0 to 1.
+        control_invariants: The same for each control.
+
+    Returns:
+        0 to 100; ties count half.
+    """
     rank = stats.percentileofscore(np.asarray(control_invariants), invariant, kind="rank")
     return float(min(100.0, max(0.0, 100.0 - rank)))  # the rank is rounded
 

@@ -7,7 +7,7 @@ published dimensions alone, with nothing downloaded, and everything it will cost
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,6 @@ class Architecture:
 
     kind: str  # name of a transformers configuration class
     options: Mapping[str, Any]
-
-    def with_options(self, **options: Any) -> "Architecture":
-        """Return the same family with some numbers changed, smaller ones most often."""
-        return replace(self, options={**self.options, **options})
 
     def config(self) -> Any:
         """Return it as transformers' configuration."""

@@ -1,11 +1,12 @@
 """Every quantity of a run beside what was printed of it; pure.
 
-`compare` makes all rows. How shares are compared is told in `ccm.paper.intervals`, and what each kind
-of quantity is held to in `ccm.paper.verdicts`.
+`compare` makes all rows. `ccm.paper.intervals` says how proportions are compared, and
+`ccm.paper.verdicts` what each kind of quantity is held to.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,7 @@ import pandas as pd
 from ccm.method.sources import SOURCES, Source
 from ccm.paper.intervals import difference
 from ccm.paper.values import MEAN, NEURON_MEASURES, CountRange, Number, Printed, PrintedModel
-from ccm.paper.verdicts import MEASURE_RULES, RANK, SELECTION, SHARE, Quantity, Row, verdict
+from ccm.paper.verdicts import MEASURE_RULES, PROPORTION, RANK, SELECTION, Quantity, Row, verdict
 
 CONTROLS = 100  # behind each of the paper's Q-values
 
@@ -43,10 +44,10 @@ class Found:
         )
 
 
-# --- shares of prompts ------------------------------------------------------------------------------
+# --- proportions of prompts -------------------------------------------------------------------------
 
 
-def share_row(
+def proportion_row(
     paper: PrintedModel,
     value: str | None,
     quantity: str,
@@ -58,13 +59,13 @@ def share_row(
     absent: str = "",
     must_differ: bool = False,
 ) -> Row:
-    """Compare a share, in percent.
+    """Compare a proportion, in percent.
 
     Args:
         paper: What was printed about the model.
         value: Ablation value; None before ablation.
         quantity: Name of the row.
-        printed: The share, in percent.
+        printed: The proportion, in percent.
         of: Its denominator in the paper.
         ours: Count and total; None where the run did not measure it.
         paper_text: Printed form; the percentage if not given.
@@ -72,9 +73,9 @@ def share_row(
         must_differ: Whether the print is an artefact that no right run shows.
     """
     text = paper_text or f"{printed.value:g} % of {of:g}"
-    row = Quantity(paper.model, value, quantity, SHARE, printed, text)
+    row = Quantity(paper.model, value, quantity, PROPORTION, printed, text)
     if ours is None or ours[1] == 0:
-        return row.not_run(absent or "no prompt to take a share of")
+        return row.not_run(absent or "no prompt to take a proportion of")
     count, total = ours
     low, high = difference(count / total, total, (printed.low / 100, printed.high / 100), of)
     percent = 100 * count / total
@@ -94,16 +95,17 @@ def _count_text(count: CountRange, of: Number) -> str:
 
 
 def source_rows(paper: PrintedModel, found: Found) -> list[Row]:
-    """Shares of CK, ND and PK before ablation (Figure 5)."""
+    """Proportions of CK, ND and PK before ablation (Figure 5)."""
     total, n = paper.n_prompts, sum(found.sources.values())
     rows = []
     for s in SOURCES:
         count = paper.sources[s]
-        # The drawing gives prompts; a share makes runs of different sizes comparable.
-        share = _percent(CountRange(int(count.low), int(count.high), count.source), total)
-        text = f"{share.value:.3g} % ({count.value:g}/{total:g})"
+        # The drawing gives prompts; a proportion makes runs of different sizes comparable.
+        percent = _percent(CountRange(int(count.low), int(count.high), count.source), total)
+        text = f"{percent.value:.3g} % ({count.value:g}/{total:g})"
         ours = (found.sources[s], n)
-        rows.append(share_row(paper, None, f"share of {s}", share, total, ours, paper_text=text))
+        name = f"proportion of {s}"
+        rows.append(proportion_row(paper, None, name, percent, total, ours, paper_text=text))
     return rows
 
 
@@ -119,13 +121,13 @@ def transition_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
             ours = None if counts is None else (counts[k][j], sum(counts[k].values()))
             why = absent if counts is None else f"no prompt was {k} before ablation"
             ts = paper.transition_scores["entropy"][k][j]
-            rows.append(share_row(paper, value, f"TS({k}, {j})", ts, size, ours, absent=why))
+            rows.append(proportion_row(paper, value, f"TS({k}, {j})", ts, size, ours, absent=why))
             if j == k:
                 continue
             count = paper.transition_counts[k][j]
             name, text = f"count of {k} to {j}", _count_text(count, size)
-            share = _percent(count, size)
-            rows.append(share_row(paper, value, name, share, size, ours, paper_text=text, absent=why))
+            row = partial(proportion_row, paper, value, name, _percent(count, size), size, ours)
+            rows.append(row(paper_text=text, absent=why))
     return rows
 
 
@@ -149,7 +151,7 @@ def conversion_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
         why = (
             f"{value} is not in the run" if counts is None else f"every prompt was {k} before ablation"
         )
-        return share_row(paper, value, name, printed, paper.others(k), ours(k), absent=why, **more)
+        return proportion_row(paper, value, name, printed, paper.others(k), ours(k), absent=why, **more)
 
     ratios, true = paper.conversion_ratios["entropy"], paper.converted("ND")
     of, text = paper.others("ND"), _count_text(true, paper.others("ND"))
@@ -193,9 +195,8 @@ def gts_rows(paper: PrintedModel, found: Found, value: str) -> list[Row]:
     if counts is not None:
         total = sum(sum(row.values()) for row in counts.values())
         ours = (total - sum(counts[k][k] for k in SOURCES), total)
-    absent, must_differ = f"{value} is not in the run", printed.defect == 4
-    n = paper.n_prompts
-    return [share_row(paper, value, "GTS", printed, n, ours, absent=absent, must_differ=must_differ)]
+    row = partial(proportion_row, paper, value, "GTS", printed, paper.n_prompts, ours)
+    return [row(absent=f"{value} is not in the run", must_differ=printed.defect == 4)]
 
 
 # --- ranks and weights ------------------------------------------------------------------------------

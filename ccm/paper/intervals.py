@@ -1,13 +1,13 @@
-"""Intervals of shares, and of the difference of two; pure.
+"""Intervals of proportions, and of the difference of two; pure.
 
-How two shares are compared. A run of ours and the run behind the paper are two samples of prompts: the
-kept facts, and so the prompts, follow from what the model answers, and that changes with the library,
-the device and the wording of the instruction. So counts are compared as two binomial samples, by
-Newcombe's hybrid score interval of a difference of proportions (Newcombe 1998, method 10), made of the
-two Wilson intervals. Why this one: the counts are small (0 to 37 of 32 to 10,000), where the Wald
-interval has no width at 0 and Agresti and Caffo's four added prompts are a third of what is counted; it
-takes the half ranks of Q-values; and it needs nothing beyond scipy, which offers exact *tests* of two
-proportions but no interval of their difference.
+A run of ours and the run behind the paper are two samples of prompts: the kept facts, and so the
+prompts, follow from what the model answers, and that changes with the library, the device and the
+wording of the instruction. So counts are compared as two binomial samples, by Newcombe's hybrid score
+interval of a difference of proportions (Newcombe 1998, method 10), made of the two Wilson intervals.
+Why this one: the counts are small (0 to 37 of 32 to 10,000), where the Wald interval has no width at 0
+and Agresti and Caffo's four added prompts are a third of what is counted; it takes the half ranks of
+Q-values; and it needs nothing beyond scipy, which offers exact *tests* of two proportions but no
+interval of their difference.
 
 What the paper's rounding leaves open widens the interval: a run agrees if it agrees with any value that
 would be printed the same. Prompts of one fact resemble each other, which makes the interval too narrow;
@@ -24,8 +24,8 @@ from ccm.paper.values import Number
 CONFIDENCE = 0.99
 
 
-def wilson(share: float, n: Number, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share (0 to 1) of n.
+def wilson(p: float, n: Number, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a proportion p (0 to 1) of n.
 
     In closed form and not scipy's, because half ranks and the ends of a rounded percentage are no whole
     counts; it gives scipy's numbers where they are.
@@ -34,36 +34,36 @@ def wilson(share: float, n: Number, confidence: float = CONFIDENCE) -> tuple[flo
     (0.0173, 0.2015)
     """
     z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
 def newcombe(
-    share: float, n: Number, other: float, m: Number, confidence: float = CONFIDENCE
+    p: float, n: Number, other: float, m: Number, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Newcombe's hybrid score interval of the difference share - other of two independent samples.
+    """Newcombe's hybrid score interval of the difference p - other of two independent samples.
 
     Args:
-        share: 0 to 1, of n.
+        p: 0 to 1, of n.
         n: Size of the first sample.
         other: 0 to 1, of m.
         m: Size of the second sample.
         confidence: Of the interval.
     """
-    low, high = wilson(share, n, confidence)
+    low, high = wilson(p, n, confidence)
     other_low, other_high = wilson(other, m, confidence)
-    difference = share - other
+    difference = p - other
     return (
-        difference - sqrt((share - low) ** 2 + (other_high - other) ** 2),
-        difference + sqrt((high - share) ** 2 + (other - other_low) ** 2),
+        difference - sqrt((p - low) ** 2 + (other_high - other) ** 2),
+        difference + sqrt((high - p) ** 2 + (other - other_low) ** 2),
     )
 
 
-def difference(share: float, n: Number, paper: tuple[float, float], m: Number) -> tuple[float, float]:
-    """Differences share - paper that the samples leave open, for all shares the print may stand for.
+def difference(p: float, n: Number, paper: tuple[float, float], m: Number) -> tuple[float, float]:
+    """Differences p - paper that the samples leave open, whatever proportion was printed rounded.
 
-    The interval's ends fall as the paper's share rises, so its two ends are enough.
+    The interval's ends fall as the paper's proportion rises, so its two ends are enough.
     """
-    low, high = (min(1.0, max(0.0, p)) for p in paper)
-    return newcombe(share, n, high, m)[0], newcombe(share, n, low, m)[1]
+    low, high = (min(1.0, max(0.0, end)) for end in paper)
+    return newcombe(p, n, high, m)[0], newcombe(p, n, low, m)[1]

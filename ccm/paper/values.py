@@ -108,8 +108,8 @@ class PrintedModel:
         return first + second
 
     @property
-    def shares(self) -> Mapping[str, Mapping[str, Printed]]:
-        """Shares of prompts that were printed for the entropy set: by quantity, by ablation value."""
+    def proportions(self) -> Mapping[str, Mapping[str, Printed]]:
+        """What was printed of the entropy set in percent of prompts: by quantity, by ablation value."""
         ratios = self.conversion_ratios["entropy"]
         return {"GTS": self.gts, **{f"CR({k})": {MEAN: ratio} for k, ratio in ratios.items()}}
 
@@ -155,8 +155,8 @@ def printed(model: str) -> PrintedModel:
     )
 
 
-def printed_share(model: str, value: str, quantity: str) -> Printed | None:
-    """Look up a share of prompts that was printed for the entropy set, in percent.
+def printed_proportion(model: str, value: str, quantity: str) -> Printed | None:
+    """Look up a proportion of prompts that was printed for the entropy set, in percent.
 
     Args:
         model: Name of the model.
@@ -166,9 +166,9 @@ def printed_share(model: str, value: str, quantity: str) -> Printed | None:
     Returns:
         The number; None where the paper has none: conversion ratios are printed for mean ablation only.
 
-    >>> printed_share("gpt2-small", "mode_ablation", "GTS").defect
+    >>> printed_proportion("gpt2-small", "mode_ablation", "GTS").defect
     4
     """
     if model not in printed_models():
         return None
-    return printed(model).shares.get(quantity, {}).get(value)
+    return printed(model).proportions.get(quantity, {}).get(value)

@@ -1,6 +1,5 @@
 """One compared quantity: the rule it is compared by, its margin, its interval and the verdict; pure."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,13 +25,13 @@ class Rule:
         return (self.tolerance or 0.0) * (abs(printed) if self.relative else 1.0)
 
 
-SHARE = Rule(
-    "share",
+PROPORTION = Rule(
+    "proportion",
     "%",
     None,
     False,
-    f"{CONFIDENCE:.0%} Newcombe interval of the difference of two shares, plus the printed rounding: "
-    "both runs are samples of prompts",
+    f"{CONFIDENCE:.0%} Newcombe interval of the difference of two proportions, plus the printed "
+    "rounding: both runs are samples of prompts",
 )
 RANK = Rule(
     "Q-value",
@@ -40,8 +39,8 @@ RANK = Rule(
     None,
     False,
     f"{CONFIDENCE:.0%} Newcombe interval, Q percent of the controls on either side: Q estimates the "
-    "share of random sets that change fewer prompts, and each run draws 100 of them; where the seed "
-    "gives both the same sets, the margin is for ties, which one prompt more or less breaks",
+    "proportion of random sets that change fewer prompts, and each run draws 100 of them; where the "
+    "seed gives both the same sets, the margin is for ties, which one prompt more or less breaks",
 )
 LOGIT_VAR = Rule(
     "LogitVar",
@@ -74,7 +73,7 @@ SELECTION = Rule(
     "two thirds of the released neurons: they were picked by eye from a scatter plot, and a threshold "
     "with a count redraws its edge, not its core",
 )
-RULES = (SHARE, RANK, LOGIT_VAR, NORM, RHO, SELECTION)
+RULES = (PROPORTION, RANK, LOGIT_VAR, NORM, RHO, SELECTION)
 MEASURE_RULES = dict(zip(NEURON_MEASURES, (LOGIT_VAR, NORM, RHO), strict=True))
 
 
@@ -159,12 +158,3 @@ class Quantity:
             self.model, self.ablation_value, self.name, paper.source, self.rule.name, self.rule.unit,
             paper.value, self.text, None, "-", None, None, "not run", paper.defect, False, reason,
         )  # fmt: skip
-
-
-def complaints(rows: Iterable[Row]) -> list[str]:
-    """Say what is wrong: values that differ, and artefacts that should differ but agree."""
-    return [
-        str(row) + (f"; but it is an artefact (defect {row.defect})" if row.must_differ else "")
-        for row in rows
-        if row.verdict == "differs" or (row.must_differ and row.verdict == "agrees, though an artefact")
-    ]

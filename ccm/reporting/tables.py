@@ -255,22 +255,6 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
     )
 
 
-def ablation_value_table() -> Table:
-    """Make the documentation's table of the ablation values: one row for each, whatever was run."""
-    rows = [
-        {
-            "ablation value": value.name,
-            "symbol": value.symbol,
-            "in figures": value.label,
-            "replaces the activation by its": value.meaning,
-        }
-        for value in ABLATION_VALUES.values()
-    ]
-    table = pd.DataFrame(rows)
-    caption = "Ablation values: what the activations of a neuron set can be replaced by."
-    return Table("ablation_values", caption, table, table, wide=(str(table.columns[-1]),))
-
-
 def model_dimensions(runs: Sequence[RunResults]) -> Table:
     """Dimensions of the models (the paper's Table 4)."""
     rows: list[dict[str, object]] = []

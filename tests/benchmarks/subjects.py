@@ -11,9 +11,10 @@ import torch
 from ccm.decoding.activations import collect
 from ccm.experiment.fact_files import read_fact_folder
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import Ablation, ActivationStatistics, plan
+from ccm.method.ablation import Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, MODELS, spec_for

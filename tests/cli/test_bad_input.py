@@ -15,8 +15,8 @@ import pytest
 from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.ablate_io import read_prompts
-from ccm.method.ablation import STATISTICS
 from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.method.statistics import STATISTICS
 from ccm.models.specs import CHECKPOINT, MODELS
 from tests.needs import NO_GPU, PROC
 

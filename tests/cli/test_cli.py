@@ -18,8 +18,8 @@ from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
 from ccm.experiment.options import model_folders
-from ccm.method.ablation import STATISTICS
 from ccm.method.scores import ratio
+from ccm.method.statistics import STATISTICS
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
 from ccm.reporting.text import proportion
 from tests.tolerance import ENTROPY, LOG_PROBABILITY

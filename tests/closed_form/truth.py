@@ -129,11 +129,11 @@ class Outcome:
         return Fraction(sum(n for (b, a), n in self.counts.items() if b != a), len(self.before))
 
     def ts(self, source: str, to: str) -> Fraction:
-        """Among prompts that were `source`, the share that is `to` afterwards."""
+        """Among prompts that were `source`, the proportion that is `to` afterwards."""
         return Fraction(self.counts[source, to], self.before.count(source))
 
     def cr(self, source: str) -> Fraction:
-        """Among prompts that were not `source`, the share that is `source` afterwards."""
+        """Among prompts that were not `source`, the proportion that is `source` afterwards."""
         gained = sum(n for (b, a), n in self.counts.items() if b != source and a == source)
         return Fraction(gained, len(self.before) - self.before.count(source))
 

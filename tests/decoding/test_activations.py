@@ -23,7 +23,8 @@ from ccm.decoding.activations import (
 )
 from ccm.decoding.results import Completions
 from ccm.errors import CcmError
-from ccm.method.ablation import PLAIN, ActivationStatistics
+from ccm.method.ablation import PLAIN
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.specs import spec_for
 from tests.decoding.test_hooked import fed_back, naive

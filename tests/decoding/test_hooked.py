@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from ccm.decoding import hooked
 from ccm.decoding.results import Completions
-from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS, spec_for

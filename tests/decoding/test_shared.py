@@ -30,11 +30,12 @@ from ccm.decoding.shared import decode, decode_sets
 from ccm.errors import CcmError
 from ccm.experiment.plan import find_facts
 from ccm.experiment.probing import build_prompts
-from ccm.method.ablation import PLAIN, Ablation, ActivationStatistics, plan
+from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import SPLITTER, answer_object
 from ccm.method.sources import SOURCES, knowledge_source
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS, MODELS, spec_for

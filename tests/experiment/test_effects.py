@@ -16,9 +16,9 @@ from torch import Tensor
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
 from ccm.decoding.next_token import AtOnce
-from ccm.experiment import comparisons, effects
+from ccm.experiment import beyond_paper, effects
 from ccm.experiment.batches import ArrayStore
-from ccm.experiment.comparisons import rho_by_layer, set_effects
+from ccm.experiment.beyond_paper import rho_by_layer, set_effects
 from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, measure_effects
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
@@ -303,7 +303,7 @@ def test_a_layer_without_one_output_matrix_is_left_out(monkeypatch: pytest.Monke
         return whole(self, layer)
 
     monkeypatch.setattr(LoadedModel, "output_weights", experts)
-    table = comparisons.rho_by_layer(model, measures_of(model))
+    table = beyond_paper.rho_by_layer(model, measures_of(model))
     assert table["layer"].unique().tolist() == [1]
 
 

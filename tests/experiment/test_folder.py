@@ -22,7 +22,7 @@ from ccm.experiment.files import (
     write_table,
 )
 from ccm.experiment.folder import FORMAT, MANIFEST, RunFolder, read_manifest, write_atomically
-from ccm.method.ablation import STATISTICS, ActivationStatistics
+from ccm.method.statistics import STATISTICS, ActivationStatistics
 
 IDENTITY = {"model": "toy", "seed": 123, "values": ("mean_ablation",), "threshold": 0.1}
 

@@ -1,6 +1,5 @@
 """The dress rehearsal: the five architectures, every stage on small ones, and the projection."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -32,11 +31,11 @@ from ccm.experiment.rehearsal import rehearse as rehearsal
 from ccm.experiment.rehearsal.profiler import Profiler
 from ccm.experiment.rehearsal.projection import (
     PUBLISHED_FACTS,
+    Projection,
     Rehearsal,
     Stage,
     duration,
     project,
-    read_rehearsal,
     rehearsal_table,
 )
 from ccm.experiment.rehearsal.rehearse import RehearsalConfig, choose_facts, knowing_decoder, rehearse
@@ -71,6 +70,11 @@ OWN, REST = rehearsal.OWN, rehearsal.REST
 IN_RUN = ("load", "measures", "prompts", "activation_stats", "ablations", OWN, REST, "scores")
 
 
+def changed(architecture: Architecture, **options: int) -> Architecture:
+    """The same family with some numbers changed."""
+    return replace(architecture, options={**architecture.options, **options})
+
+
 def small(name: str) -> Architecture:
     """A published architecture with 2 layers of 4 heads, and d_model 32."""
     architecture = architecture_of(name)
@@ -81,7 +85,14 @@ def small(name: str) -> Architecture:
         sizes |= {"intermediate_size": 48}
     if "num_key_value_heads" in architecture.options:
         sizes["num_key_value_heads"] = 2
-    return architecture.with_options(vocab_size=D_VOCAB, bos_token_id=0, eos_token_id=0, **sizes)
+    return changed(architecture, vocab_size=D_VOCAB, bos_token_id=0, eos_token_id=0, **sizes)
+
+
+def read_rehearsal(path: Path) -> Rehearsal:
+    """Read back what `ccm rehearse --out` wrote."""
+    given = read_json(path)
+    stages, published = tuple(Stage(**s) for s in given["stages"]), Projection(**given["published"])
+    return Rehearsal(**{**given, "stages": stages, "published": published})
 
 
 def config(name: str = "gpt2-small", seed: int = 123, **own: Any) -> RehearsalConfig:
@@ -112,7 +123,7 @@ def test_architectures_have_the_published_number_of_parameters(name: str) -> Non
 
 
 def test_an_architecture_of_another_size_is_counted_otherwise() -> None:
-    one_more = architecture_of("gpt2-small").with_options(n_positions=1025)
+    one_more = changed(architecture_of("gpt2-small"), n_positions=1025)
     assert n_parameters(one_more.config()) == PARAMETERS["gpt2-small"] + 768
 
 
@@ -578,10 +589,6 @@ def test_a_report_reads_back_as_it_was(done: tuple[Rehearsal, Path], tmp_path: P
     path = tmp_path / "report.json"
     write_json(path, found)
     assert read_rehearsal(path) == found
-    for wrong in ({}, {"stages": [{"name": "grid"}]}, []):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(BadInput, match=r".*report.json: not the report of a rehearsal"):
-            read_rehearsal(path)
 
 
 def test_a_profiler_sees_the_highest_memory_of_each_stage() -> None:

@@ -12,8 +12,9 @@ from ccm.experiment.fact_files import DATA_VARIABLE, RELEASED
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS
 from ccm.experiment.released_stats import FILE, FOLDER, read_released_statistics
-from ccm.method.ablation import STATISTICS, plan
+from ccm.method.ablation import plan
 from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.method.statistics import STATISTICS
 from ccm.models.specs import MODELS, PUBLISHED
 from tests.needs import STATISTICS as STATISTICS_HERE
 

@@ -38,10 +38,10 @@ from ccm.experiment.folder import (
 )
 from ccm.experiment.plan import make_plan
 from ccm.experiment.run import statistics_step
-from ccm.method.ablation import STATISTICS
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import matched_controls
 from ccm.method.sources import SOURCES
+from ccm.method.statistics import STATISTICS
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, MAX_NEW_TOKENS, MODELS, ModelSpec

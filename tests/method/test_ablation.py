@@ -8,19 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ccm.errors import BadInput
-from ccm.method.ablation import (
-    CONTROL,
-    MATCHED,
-    PLAIN,
-    STATISTICS,
-    ActivationStatistics,
-    check_neurons,
-    check_statistics,
-    kind_of,
-    numbered,
-    plan,
-)
+from ccm.method.ablation import CONTROL, MATCHED, PLAIN, check_neurons, kind_of, numbered, plan
 from ccm.method.ablation_values import ABLATION_VALUES, ablation_values
+from ccm.method.statistics import STATISTICS, ActivationStatistics, check_statistics
 
 NAMES = (
     "mean_ablation",

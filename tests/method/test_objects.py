@@ -22,9 +22,9 @@ from ccm.experiment.files import read_json
 from ccm.experiment.folder import MANIFEST
 from ccm.experiment.probing import build_prompts
 from ccm.experiment.results import read_results
-from ccm.method.ablation import STATISTICS
 from ccm.method.prompts import ProbingPrompt, answer_object
 from ccm.method.protocol import PROTOCOLS
+from ccm.method.statistics import STATISTICS
 from ccm.models.load import load
 from ccm.models.specs import CHECKPOINT, spec_for
 from ccm.reporting import report

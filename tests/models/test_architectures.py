@@ -20,7 +20,8 @@ from ccm.decoding.results import merge
 from ccm.decoding.trial import check_shared
 from ccm.errors import AssumptionBroken, BadInput, CcmError
 from ccm.experiment.effects import measure_effects
-from ccm.method.ablation import STATISTICS, Ablation
+from ccm.method.ablation import Ablation
+from ccm.method.statistics import STATISTICS
 from ccm.models.bridge import Tokens
 from ccm.models.load import load
 from ccm.models.model import LoadedModel

@@ -17,15 +17,16 @@ from ccm.paper.agreement import (
     gts_rows,
     measure_rows,
     nd_bar_must_differ,
+    proportion_row,
     q_rows,
     selection_rows,
-    share_row,
     source_rows,
     transition_rows,
 )
 from ccm.paper.intervals import CONFIDENCE, difference, newcombe, wilson
 from ccm.paper.values import MEAN, NEURON_MEASURES, Printed, printed
-from ccm.paper.verdicts import RULES, Row, complaints, verdict
+from ccm.paper.verdicts import RULES, Row, verdict
+from reproduction.complaints import complaints
 from tests.published_run import Counts, found, measures, printed_counts, spread
 
 GPT2 = "gpt2-small"
@@ -68,7 +69,7 @@ def test_newcombe_is_around_the_difference_and_turns_round(a: float, n: int, b: 
     ("p", "n", "m"), [(2 / 32, 32, 32), (0.3, 32, 60), (0.02, 101, 101), (0.033, 666, 500)]
 )
 def test_the_interval_covers_as_often_as_it_says(p: float, n: int, m: int) -> None:
-    """Summed over every outcome of two equal shares of the size the paper counts."""
+    """Summed over every outcome of two equal proportions of the size the paper counts."""
     ours, theirs = (stats.binom.pmf(np.arange(k + 1), k, p) for k in (n, m))
     covered = 0.0
     for i in np.flatnonzero(ours > 1e-6):
@@ -116,14 +117,14 @@ def test_verdicts(interval: tuple[float, float], plain: str, artefact: str) -> N
 # --- just inside, just outside ------------------------------------------------------------------------
 
 
-def of_share(printed_share: Printed, of: float, count: int, total: int) -> str:
-    row = share_row(printed(GPT2), None, "share", printed_share, of, (count, total))
+def of_proportion(printed_proportion: Printed, of: float, count: int, total: int) -> str:
+    row = proportion_row(printed(GPT2), None, "proportion", printed_proportion, of, (count, total))
     return row.verdict
 
 
 # The count of the print, and the least and the greatest that agree with it, out of as many prompts.
 @pytest.mark.parametrize(
-    ("share", "of", "there", "least", "most"),
+    ("proportion", "of", "there", "least", "most"),
     [
         (printed(GPT2).gts[MEAN], 10684, 32, 11, 63),
         (printed(GPT2).transition_scores["entropy"]["ND"]["CK"], 666, 22, 8, 42),
@@ -132,11 +133,11 @@ def of_share(printed_share: Printed, of: float, count: int, total: int) -> str:
     ],
     ids=["GTS", "TS", "CR", "TS of few"],
 )
-def test_shares(share: Printed, of: int, there: int, least: int, most: int) -> None:
-    assert [of_share(share, of, n, of) for n in (there, least, most)] == ["agrees"] * 3
-    assert of_share(share, of, most + 1, of) == "differs"
+def test_proportions(proportion: Printed, of: int, there: int, least: int, most: int) -> None:
+    assert [of_proportion(proportion, of, n, of) for n in (there, least, most)] == ["agrees"] * 3
+    assert of_proportion(proportion, of, most + 1, of) == "differs"
     if least:
-        assert of_share(share, of, least - 1, of) == "differs"
+        assert of_proportion(proportion, of, least - 1, of) == "differs"
 
 
 @pytest.mark.parametrize(("q", "expected"), [(88.5, "agrees"), (88.0, "differs"), (100.0, "agrees")])
@@ -309,7 +310,7 @@ def test_an_ablation_value_that_did_not_run() -> None:
     )
 
 
-def test_no_prompt_to_take_a_share_of() -> None:
+def test_no_prompt_to_take_a_proportion_of() -> None:
     paper = printed(GPT2)
     empty: Counts = {k: dict.fromkeys(SOURCES, 0) for k in SOURCES}
     empty["CK"]["CK"] = 60
@@ -329,7 +330,7 @@ def test_scores_that_are_printed_for_the_mean_only() -> None:
     assert conversion_rows(printed(GPT2), found(GPT2), "mode_ablation") == []
 
 
-def test_shares_before_ablation_compare_runs_of_different_sizes() -> None:
+def test_proportions_before_ablation_compare_runs_of_different_sizes() -> None:
     paper = printed("Mistral-7B-v0.1")
     half = {s: round(paper.sources[s].value / 2) for s in SOURCES}
     assert [r.verdict for r in source_rows(paper, found(paper.model, sources=half))] == ["agrees"] * 3

@@ -96,7 +96,7 @@ def test_the_numbers_behind_a_claim() -> None:
 # --- the report ---------------------------------------------------------------------------------------
 
 AGREES = Row(
-    "gpt2-small", MEAN, "GTS", "Table 6", "share", "%", 0.3, "0.3 % of 10684", 0.29,
+    "gpt2-small", MEAN, "GTS", "Table 6", "proportion", "%", 0.3, "0.3 % of 10684", 0.29,
     "0.29 % (31/10684)", -0.01, (-0.25, 0.21), "agrees",
 )  # fmt: skip
 BAR = replace(

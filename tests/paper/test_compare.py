@@ -27,7 +27,7 @@ from ccm.paper.report import (
     read_report,
 )
 from ccm.paper.values import MEAN, NEURON_MEASURES, printed
-from ccm.paper.verdicts import complaints
+from reproduction.complaints import complaints
 from tests.made_runs import make_run
 from tests.published_run import found, published_run, scores_of
 

@@ -20,7 +20,7 @@ from ccm.paper.values import (
     folder_of_values,
     printed,
     printed_models,
-    printed_share,
+    printed_proportion,
 )
 
 # Of the published neurons, how many have an infinite released sigma (defect 3).
@@ -165,19 +165,19 @@ def test_which_numbers_are_marked_as_artefacts(model: str) -> None:
     assert how_many in (paper.gts["mean_plus_sigma_ablation"].reason or "")
 
 
-def test_defect_4_the_mode_gts_of_gpt2_is_the_share_that_was_not_nd() -> None:
+def test_defect_4_the_mode_gts_of_gpt2_is_the_proportion_that_was_not_nd() -> None:
     paper = printed("gpt2-small")
-    share = 100 * sum(paper.sources[s].value for s in SOURCES if s != "ND") / paper.n_prompts
-    assert round(share, 1) == paper.gts["mode_ablation"].value == 93.8
+    proportion = 100 * sum(paper.sources[s].value for s in SOURCES if s != "ND") / paper.n_prompts
+    assert round(proportion, 1) == paper.gts["mode_ablation"].value == 93.8
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_a_printed_share_is_found_by_model_value_and_quantity(model: str) -> None:
+def test_a_printed_proportion_is_found_by_model_value_and_quantity(model: str) -> None:
     paper = printed(model)
     for value in ABLATION_VALUES:
-        assert printed_share(model, value, "GTS") == paper.gts[value]
+        assert printed_proportion(model, value, "GTS") == paper.gts[value]
         for source in SOURCES:
-            found = printed_share(model, value, f"CR({source})")
+            found = printed_proportion(model, value, f"CR({source})")
             of_mean = value == "mean_ablation"
             assert found == (paper.conversion_ratios["entropy"][source] if of_mean else None)
-    assert printed_share("organism", "mean_ablation", "GTS") is None
+    assert printed_proportion("organism", "mean_ablation", "GTS") is None

@@ -12,9 +12,9 @@ import pandas as pd
 from ccm.experiment.ablate_io import read_statistics_npz
 from ccm.experiment.fact_files import read_facts
 from ccm.experiment.probing import PROMPT_COLUMNS
-from ccm.method.ablation import ActivationStatistics
 from ccm.method.facts import FactSet, Relation, fact_set
 from ccm.method.prompts import ProbingPrompt
+from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import spec_for

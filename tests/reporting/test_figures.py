@@ -23,10 +23,10 @@ from ccm.errors import BadInput
 from ccm.experiment.files import read_json, to_json, write_json
 from ccm.experiment.folder import MANIFEST, PROMPTS, SCORES
 from ccm.experiment.results import RunResults, read_results
-from ccm.method.ablation import ActivationStatistics
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import conversion_ratio, q_value, transition_counts
 from ccm.method.sources import RATIOS, SOURCES
+from ccm.method.statistics import ActivationStatistics
 from ccm.reporting.figures import activations, gallery, log_ratios, neurons, proportions
 from ccm.reporting.figures.canvas import (
     COLOURS,

@@ -15,7 +15,7 @@ from ccm.experiment.results import RunResults, read_results
 from ccm.method.scores import ControlSummary
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS, PUBLISHED
-from ccm.paper.values import printed_share
+from ccm.paper.values import printed_proportion
 from ccm.reporting.breakdowns import EntropyChange, entropy_changes, group_effects
 from ccm.reporting.figures import changes, forest, proportions
 from ccm.reporting.figures.canvas import FEW, Drawing
@@ -120,7 +120,7 @@ def test_the_papers_values_are_marked_and_its_artefacts_differently(
 ) -> None:
     drawing = forest.across_runs([(model, MODELS[model].display_name, ablations_of(run))])
     for panel, quantity, key in ((0, "CR(CK)", "cr_ck"), (1, "GTS", "gts")):
-        paper = [p for v in VALUES if (p := printed_share(model, v, quantity)) is not None]
+        paper = [p for v in VALUES if (p := printed_proportion(model, v, quantity)) is not None]
         results = [p.value for p in paper if p.defect is None]
         # The ring has the dot's marker; the dots come first in each row.
         own = [row[key]["own"]["percent"] for row in drawing.data["rows"]]
@@ -181,7 +181,7 @@ def test_edge_cases_are_drawn_and_said(
 def test_the_papers_value_stands_where_ours_has_no_denominator(tmp_path: Path) -> None:
     make_run(tmp_path, before=("CK",), moved=0.0)
     drawing = forest.across_runs([("gpt2-small", "GPT2", ablations_of(read_results(tmp_path)))])
-    paper = printed_share("gpt2-small", VALUES[0], "CR(CK)")
+    paper = printed_proportion("gpt2-small", VALUES[0], "CR(CK)")
     assert paper is not None
     assert marks(drawing, 0, "o") == [paper.value]
 
@@ -216,7 +216,7 @@ def test_no_group_at_all_is_said() -> None:
 def test_the_printed_nd_ratio_is_a_cross(run: RunResults) -> None:
     scores = run.scores["ablations"]
     drawing = proportions.conversion_ratios(scores[VALUES[0]], "Phi-1.5", VALUES[0], "Phi-1_5")
-    paper = {k: printed_share("Phi-1_5", VALUES[0], f"CR({k})") for k in SOURCES}
+    paper = {k: printed_proportion("Phi-1_5", VALUES[0], f"CR({k})") for k in SOURCES}
     lines = drawing.figure.axes[0].lines
     found = {m: [float(x.get_ydata()[0]) for x in lines if x.get_marker() == m] for m in ("x", "o")}
     assert found == {"x": [paper["ND"].value], "o": [paper["CK"].value, paper["PK"].value]}  # type: ignore[union-attr]

@@ -16,9 +16,9 @@ from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.models.specs import MODELS, PUBLISHED, spec_for
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE, check_weights
 from ccm.paper.report import comparisons_of
-from ccm.paper.verdicts import complaints
 from conftest import Options
 from reproduction import goldens
+from reproduction.complaints import complaints
 from reproduction.goldens import NotHeld
 from reproduction.pairs import Pair, is_stand_in, missing, pairs, rehearsal
 from reproduction.provenance import command_line, write_provenance

@@ -1,12 +1,10 @@
 """What a rehearsal measured, and what the full grid would take: pure arithmetic, and its table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from textwrap import wrap
-from typing import Any
 
-from ccm.errors import BadInput, listed
+from ccm.errors import listed
 from ccm.experiment.clock import Per
 
 PUBLISHED_FACTS = 4688  # rows of the released ParaRel statements (Method 3)
@@ -117,31 +115,6 @@ class Rehearsal:
     def n_sets(self) -> int:
         """Neuron sets of the grid, the plain run not counted."""
         return len(self.ablation_values) * (1 + self.controls + self.matched_controls)
-
-
-def rehearsal_of(found: Any, where: str = "report") -> Rehearsal:
-    """Make a `Rehearsal` of what its JSON says.
-
-    Raises:
-        BadInput: a report that something else wrote.
-    """
-    try:
-        stages = tuple(Stage(**s) for s in found["stages"])
-        given = {f.name: found[f.name] for f in fields(Rehearsal)}
-        return Rehearsal(**{**given, "stages": stages, "published": Projection(**found["published"])})
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{where}: not the report of a rehearsal ({error}).") from error
-
-
-def read_rehearsal(path: Path) -> Rehearsal:
-    """Read back what `ccm rehearse --out` wrote.
-
-    Raises:
-        BadInput: not JSON, or not such a report.
-    """
-    from ccm.experiment.files import read_json
-
-    return rehearsal_of(read_json(path), str(path))
 
 
 def duration(seconds: float) -> str:

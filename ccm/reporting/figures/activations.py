@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ccm.method.ablation import STATISTICS, ActivationStatistics
 from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.method.statistics import STATISTICS, ActivationStatistics
 from ccm.reporting.figures.canvas import (
     DOUBLE,
     GREY,

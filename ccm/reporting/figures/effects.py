@@ -38,9 +38,7 @@ COLUMNS = {
 KINDS = {CONTROL: (-0.24, GREY, "o", "controls"), MATCHED: (0.24, MATCHED_COLOUR, "D", "matched")}
 
 
-def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
-    if value not in run.effects:
-        return None
+def _reads(run: RunResults, value: str) -> tuple[Any, ...]:
     of_sets = run.set_effects[run.set_effects["ablation_value"] == value]
     return run.effects[value], of_sets, run.display_name, value
 

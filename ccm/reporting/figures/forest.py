@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from ccm.experiment.results import RunResults
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import ControlSummary, Ratio
-from ccm.paper.values import Printed, printed_share
+from ccm.paper.values import Printed, printed_proportion
 from ccm.reporting.breakdowns import RelationEffect, group_effects
 from ccm.reporting.figures.canvas import (
     DOUBLE,
@@ -183,7 +183,7 @@ def _estimates(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Estima
         ratios[0],
         "every prompt was CK before ablation" if own["gts"]["total"] else "no prompt",
         None if matched is None else ratios[1],
-        printed_share(name, value, "CR(CK)"),
+        printed_proportion(name, value, "CR(CK)"),
         f"quantile {quantiles}" if quantiles else "",
     )
     gts = Estimate(
@@ -191,7 +191,7 @@ def _estimates(name: str, value: str, scores: Mapping[str, Any]) -> tuple[Estima
         changes[0],
         "no prompt",
         None if matched is None else changes[1],
-        printed_share(name, value, "GTS"),
+        printed_proportion(name, value, "GTS"),
         f"Q {q}; p {p}" if q else "",
     )
     return cr_ck, gts

@@ -30,9 +30,7 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
 FEW_LAYERS = 8  # up to so many layers fit into one column
 
 
-def _reads(run: RunResults) -> tuple[Any, ...] | None:
-    if not len(run.rho_by_layer):
-        return None
+def _reads(run: RunResults) -> tuple[Any, ...]:
     dims, d_model = int(run.identity["null_space_dims"]), len(run.singular_values)
     own = run.entropy_neurons
     return run.rho_by_layer, own, run.display_name, dims, d_model, threshold_of(run)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ccm.method.scores import Ratio, conversion_ratio, ratio
 from ccm.method.sources import SOURCES, Source
-from ccm.paper.values import printed_share
+from ccm.paper.values import printed_proportion
 from ccm.reporting.figures.bars import bar_chart, bar_of
 from ccm.reporting.figures.canvas import (
     COLOURS,
@@ -81,7 +81,7 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
             conversion_ratio(own, source),
             [conversion_ratio(counts, source) for counts in others],
             f"every prompt was {source} before ablation" if own.sum() else "there is no prompt at all",
-            printed_share(name, value, f"CR({source})"),
+            printed_proportion(name, value, f"CR({source})"),
         )
         for source in SOURCES
     ]
