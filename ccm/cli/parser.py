@@ -24,7 +24,7 @@ from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
 from ccm.method.ablation_values import ABLATION_VALUES
 
-MODEL = ("model", "model_paths", "device", "dtype", "protocol")  # which model, and how it is run
+MODEL = ("model", "model_paths", "device", "dtype")  # which model, and how it is run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -231,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     models.set_defaults(run=subcommands.models)
 
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
-    add_options(prompts, *MODEL, "bos", "facts", "template", "engine")
+    add_options(prompts, *MODEL, "protocol", "bos", "facts", "template", "engine")
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")
     prompts.set_defaults(run=subcommands.prompts)
 
@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     measure.set_defaults(run=subcommands.measure)
 
     ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
-    add_options(ablate, *MODEL, "bos", "engine", "memory_budget")
+    add_options(ablate, *MODEL, "protocol", "bos", "engine", "memory_budget")
     ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
     ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
     sets = ablate.add_mutually_exclusive_group(required=True)
