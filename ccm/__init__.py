@@ -247,6 +247,9 @@ class Run:
 def run(config: RunConfig | str = "organism", *, out: StrPath | None = None, **options: Any) -> Run:
     """Run the whole experiment into a folder, or finish one that was interrupted there.
 
+    torch keeps the number of threads that the calling process has set. In a container with fewer CPUs
+    than the machine, lower it first (`torch.set_num_threads`), as the command line does.
+
     Args:
         config: What to run: a configuration, or its model's name.
         out: The run folder; by default a new one, `runs/MODEL-VALUE-TIME`.

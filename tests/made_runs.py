@@ -1,5 +1,6 @@
 """Finished run folders made of random results: no model, any size, any edge case."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import MATCHED, numbered
 from ccm.method.sources import SOURCES
 from ccm.method.statistics import ActivationStatistics
+from ccm.models.specs import CHECKPOINT
 
 RELATIONS = (("capital-of", "places"), ("born-in", "places"), ("play-the", "music"))  # name, group
 NO_OBJECTS = {"count": 0, "of": 20, "names": [], "prompts": 0, "counter_begins": 0, "pairs": []}
@@ -186,3 +188,11 @@ def _add_beyond(
             rows.append({"ablation_value": value, "set": name, **changes, "prompts": prompts})
     write_table(folder.path / SET_EFFECTS, pd.DataFrame(rows))
     folder.note(effects={"prompts": prompts}, layers_with_rho=list(range(layers)))
+
+
+def few_facts(folder: Path, every: int) -> Path:
+    """Fill a folder with one in `every` of the organism's facts, for runs of seconds."""
+    header, *rows = (CHECKPOINT / "facts.csv").read_text(encoding="utf-8").splitlines()
+    (folder / "facts.csv").write_text("\n".join([header, *rows[::every]]) + "\n", encoding="utf-8")
+    shutil.copy(CHECKPOINT / "relations.csv", folder)
+    return folder

@@ -36,9 +36,11 @@ def read_neurons(text: str) -> tuple[int, ...]:
 
 
 def _limit_threads() -> None:
-    """Set torch's threads down to the CPUs that this process may use: it counts the machine's.
+    """Lower torch's number of threads to the CPUs that this process may use.
 
-    More threads than a container's quota only wait for each other.
+    torch counts the machine's CPUs, and more threads than a container's quota only wait for each
+    other. Done here and not in the Python API: the number belongs to the whole process, and there
+    the process is the caller's.
     """
     import torch
 

@@ -60,8 +60,7 @@ def rehearse_options(command: argparse.ArgumentParser) -> None:
     """What to rehearse, and on what."""
     add_options(
         command,
-        *("model", "ablation_values", "controls", "matched_controls", "seed"),
-        *("device", "dtype", "memory_budget"),
+        *config.REHEARSED,
         changed={
             "model": {"told": "one of the five published models"},
             "ablation_values": {"default": ("all",)},

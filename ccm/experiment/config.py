@@ -5,7 +5,7 @@ options, a run's identity, its manifest and the command that does it again follo
 new option is a new field and nothing else. Nothing heavy is imported: `ccm --help` reads this, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import DTYPES
 
 STATISTICS_FROM = ("own", "released")
+# What `ccm rehearse` has of these options.
+REHEARSED = (
+    *("model", "ablation_values", "controls", "matched_controls", "seed"),
+    *("device", "dtype", "memory_budget"),
+)
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,12 @@ def given(config: RunConfig) -> dict[str, Any]:
     return differing
 
 
-def command_line(config: RunConfig) -> list[str]:
-    """Options of `ccm run` that give this configuration.
+def command_line(config: RunConfig, names: Collection[str] = ()) -> list[str]:
+    """Write the options of `ccm run` that give a configuration.
+
+    Args:
+        config: The configuration.
+        names: Write only these options; by default all.
 
     >>> " ".join(command_line(RunConfig(seed=7))[-2:])
     '--seed 7'
@@ -193,7 +202,7 @@ def command_line(config: RunConfig) -> list[str]:
     words = list[str]()
     for f in fields(config):
         option_, value = option_of(f), getattr(config, f.name)
-        if option_.is_default(value) and not option_.always:
+        if (names and f.name not in names) or (option_.is_default(value) and not option_.always):
             continue
         if option_.switch:
             words.append(option_.flag)

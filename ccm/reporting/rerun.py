@@ -1,21 +1,33 @@
-"""The command that repeats a run, written from the run's manifest."""
+"""The command that repeats a run or a rehearsal, written from its manifest."""
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ccm.experiment.config import RunConfig, command_line
+from ccm.experiment.config import REHEARSED, RunConfig, command_line
 
 
 def command_of(manifest: Mapping[str, Any]) -> str:
-    """Write the `ccm run` command that repeats a run.
+    """Write the `ccm run` or `ccm rehearse` command that made a run folder.
 
-    A merged run is repeated in one piece, with the same result. The run folder is not part of the
-    command.
+    A merged run is repeated in one piece, with the same result. The folder to write is not part of
+    the command.
 
     Args:
-        manifest: Of a run folder.
+        manifest: Of the run folder.
     """
     config = replace(RunConfig.read(**manifest["asked"]), shard=None)
-    return shlex.join(["ccm", "run", *command_line(config)])
+    rehearsal = manifest.get("rehearsal")
+    if rehearsal is None:
+        return shlex.join(["ccm", "run", *command_line(config)])
+    words = [
+        "ccm",
+        "rehearse",
+        *command_line(config, REHEARSED),
+        "--prompts",
+        str(rehearsal["prompts"]),
+    ]
+    if rehearsal["tokenizer"] is not None:
+        words += ["--tokenizer", rehearsal["tokenizer"]]
+    return shlex.join([*words, "--hooked"] if rehearsal["hooked"] else words)

@@ -1,4 +1,4 @@
-"""Shares of a run: decoded apart, merged bit for bit, and refused where they do not belong together."""
+"""Shards of a run: decoded apart, merged bit for bit, and refused where they do not belong together."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
 )
 from ccm.experiment.merging import merge_shards
-from ccm.models.specs import CHECKPOINT
+from tests.made_runs import few_facts
 from tests.needs import XDIST
 
 ROOT = Path(__file__).parents[2]
 N = 3
-# A small budget, so that there are more parts than shards.
+# A small budget, so that there are more batches than shards.
 RUN = (
     *(
         "run",
@@ -45,12 +45,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every tenth of the organism's facts."""
-    folder = tmp_path_factory.mktemp("facts")
-    header, *rows = (CHECKPOINT / "facts.csv").read_text(encoding="utf-8").splitlines()
-    (folder / "facts.csv").write_text("\n".join([header, *rows[::10]]) + "\n", encoding="utf-8")
-    shutil.copy(CHECKPOINT / "relations.csv", folder)
-    return folder
+    return few_facts(tmp_path_factory.mktemp("facts"), every=10)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +83,7 @@ def check_merged(merged: Path, whole: Path) -> None:
     for key in its:
         if key not in ("timings_s", "work"):
             assert mine[key] == its[key], key
-    # Refereed prefixes and all: the same parts were decoded, each by one shard.
+    # Refereed prefixes and all: the same batches were decoded, each by one shard.
     assert mine["work"] == its["work"]
 
 
@@ -103,7 +98,7 @@ def test_shards_merge_to_the_run_in_one_piece(whole: Path, shards: list[Path], t
 
 
 @pytest.mark.parametrize(("met", "kept"), [((1e-6, 3e-6, 2e-6), 3e-6), ((None, None, None), None)])
-def test_the_largest_noise_of_all_shares_is_kept(
+def test_the_largest_noise_of_all_shards_is_kept(
     met: tuple[float | None, ...], kept: float | None, shards: list[Path], tmp_path: Path
 ) -> None:
     def change(held: dict[str, Any], noise: float | None) -> None:

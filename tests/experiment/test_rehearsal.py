@@ -1,6 +1,7 @@
 """The dress rehearsal: the five architectures, every stage on small ones, and the projection."""
 
 import math
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ from ccm.models.random import (
     read_tokenizer,
 )
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED, spec_for
+from ccm.reporting.rerun import command_of
 from tests.needs import FACTS, NO_GPU
 from tests.toys import ToyConfig, toy_folder
 
@@ -261,7 +263,7 @@ def test_what_is_kept_is_what_a_run_leaves_behind(done: tuple[Rehearsal, Path], 
     found, folder = done
     assert names(folder) == names(whole)
     mine, its = (read_json(path / "manifest.json") for path in (folder, whole))
-    assert mine.keys() == its.keys()
+    assert mine.keys() == its.keys() | {"rehearsal"}
     for part in ("timings_s", "facts", "effects", "work", "special_tokens", "weights"):
         assert mine[part].keys() == its[part].keys(), part
     assert mine["done"] == its["done"]
@@ -275,6 +277,26 @@ def test_what_is_kept_is_what_a_run_leaves_behind(done: tuple[Rehearsal, Path], 
     results = read_results(folder)
     assert len(results.prompts) == results.scores["n_prompts"] == N_PROMPTS
     assert results.values == tuple(ABLATION_VALUES)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "a folder"])
+def test_the_report_of_what_is_kept_says_how_to_rehearse_again(
+    tokenizer: str | None, done: tuple[Rehearsal, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_json(done[1] / "manifest.json")
+    assert manifest["rehearsal"] == {"prompts": N_PROMPTS, "tokenizer": None, "hooked": True}
+    manifest["rehearsal"]["tokenizer"] = tokenizer
+    seen: list[RehearsalConfig] = []
+
+    def caught(config: RehearsalConfig) -> None:
+        seen.append(config)
+        raise BadInput("seen")
+
+    monkeypatch.setattr(rehearsal, "rehearse", caught)
+    program, *words = shlex.split(command_of(manifest))
+    assert program == "ccm"
+    assert main(words) == 2
+    assert seen == [config(hooked=True, tokenizer=None if tokenizer is None else Path(tokenizer))]
 
 
 def test_what_is_measured_of_a_run_is_what_its_manifest_says(done: tuple[Rehearsal, Path]) -> None:

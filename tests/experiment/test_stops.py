@@ -23,11 +23,11 @@ from ccm.experiment.folder import BATCHES, FILES, MANIFEST, PROMPT_EFFECTS, PROM
 from ccm.experiment.merging import merge_shards
 from ccm.experiment.results import read_results
 from ccm.experiment.run import run, run_shard
-from ccm.models.specs import CHECKPOINT
 from ccm.reporting.report import write_report
 from tests.experiment.test_merging import files, manifest
 from tests.experiment.test_run import loaded
 from tests.experiment.test_writing import no_file_above
+from tests.made_runs import few_facts
 from tests.stops import forsake, full_disk, recorded, what_lies_in
 
 VALUES = ("mode_ablation",)
@@ -43,11 +43,7 @@ STAGES: dict[str, set[str]] = {
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("facts")
-    header, *rows = (CHECKPOINT / "facts.csv").read_text(encoding="utf-8").splitlines()
-    (folder / "facts.csv").write_text("\n".join([header, *rows[::24]]) + "\n", encoding="utf-8")
-    shutil.copy(CHECKPOINT / "relations.csv", folder)
-    return folder
+    return few_facts(tmp_path_factory.mktemp("facts"), every=24)
 
 
 @pytest.fixture(scope="module")

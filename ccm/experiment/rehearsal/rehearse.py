@@ -171,6 +171,10 @@ def rehearse(
     with tempfile.TemporaryDirectory() as scratch:
         out = config.keep or Path(scratch) / "run"
         with _held(plan_, out) as folder:
+            # The report of what is kept says how to do it again.
+            tokenizer = None if config.tokenizer is None else str(config.tokenizer)
+            own = {"prompts": config.prompts, "tokenizer": tokenizer, "hooked": config.hooked}
+            folder.note(rehearsal=own)
             profiler = Profiler(plan_.device, folder, say)
             with profiler("load"):
                 model = build(
