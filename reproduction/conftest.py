@@ -1,5 +1,6 @@
 """Runs each selected model once, all its ablation values in one run folder, for all tests here."""
 
+import json
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
+from ccm.experiment.files import to_json
 from ccm.models.specs import PUBLISHED
 from ccm.paper.comparison import Comparison, comparison_of
-from ccm.paper.report import from_text, one_line, to_text, write
+from ccm.paper.report import one_line, read_comparison, write
 from conftest import OPTIONS, Options, artifact_root
 from reproduction.artifacts import Artifacts, Left, artifacts_of, write_index
 from reproduction.goldens import GoldenExtension, NotHeld
@@ -103,7 +105,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """On a worker of pytest-xdist: send what was compared to the process that reports."""
     config = session.config
     if hasattr(config, "workeroutput") and COMPARISONS in config.stash:
-        compared = [to_text(c) for c in config.stash[COMPARISONS].values()]
+        compared = [to_json(c) for c in config.stash[COMPARISONS].values()]
         config.workeroutput["compared"] = [str(config.stash[REPORT_FOLDER]), *compared]
 
 
@@ -115,7 +117,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         stash = node.config.stash
         stash[REPORT_FOLDER] = stash[OPTIONS].artifacts or Path(folder)
         done = stash.setdefault(COMPARISONS, {})
-        done |= {c.model: c for c in map(from_text, compared)}
+        done |= {c.model: c for c in map(read_comparison, map(json.loads, compared))}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

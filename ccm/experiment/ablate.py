@@ -24,7 +24,7 @@ from ccm.models.model import LoadedModel
 
 @dataclass(frozen=True)
 class Ablated:
-    """What neuron sets made of prompts."""
+    """What was decoded of prompts under each neuron set."""
 
     tables: Mapping[str, pd.DataFrame]  # by set, the plain run first; a row per prompt, in their order
     sets: Mapping[str, tuple[int, ...]]
@@ -50,21 +50,21 @@ def ablate(
     engine: str = "shared",
     memory_budget: int | None = None,
 ) -> Ablated:
-    """Decode prompts under the plain run and with each neuron set held at its replacement values.
+    """Decode prompts as they are, and with each neuron set held at its replacement values (Method 7).
 
     Args:
         model: The model.
-        prompts: Probing prompts; or texts, of which nothing is known that a source could be told by.
+        prompts: Probing prompts; or texts, whose sources cannot be told.
         sets: Numbers of last-layer neurons by the name of their set.
-        value: What they are replaced by.
-        statistics: Where that is taken from; None: from these prompts (section 6 of the method).
-        protocol: For the tokens of the answers.
+        value: What replaces their activations.
+        statistics: What the value is taken from; by default, of these prompts (Method 6).
+        protocol: Decides how sources and answer tokens are told.
         engine: A key of `ENGINES`.
-        memory_budget: Bytes that what is decoded at once may use.
+        memory_budget: Bytes that a batch may use.
 
     Raises:
-        BadInput: a set named as the plain run, neurons or statistics that do not fit the model, no
-            prompt.
+        BadInput: no prompt, a set with the name of the plain run, or neurons or statistics that do not
+            fit the model.
         AssumptionBroken: the engine does not compute this model.
     """
     if not prompts:

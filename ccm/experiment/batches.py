@@ -1,4 +1,4 @@
-"""Finished batches of a stage, kept in a run folder until what is made of them is written."""
+"""Finished batches of a stage, kept in the run folder until the stage's results are written."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,16 +14,14 @@ from ccm.decoding.results import Batch
 from ccm.errors import BadInput
 from ccm.experiment.files import read_json, read_stamped, to_json
 from ccm.experiment.folder import BATCHES, MANIFEST
-from ccm.experiment.writing import remove_partial
-from ccm.experiment.writing import write_atomically as write_atomically
-from ccm.experiment.writing import write_formats as write_formats
+from ccm.experiment.writing import remove_partial, write_atomically
 
 
 class ArrayStore:
-    """Arrays of finished batches of a stage, kept until what is made of them is written.
+    """Arrays of finished batches of a stage, kept until the stage's results are written.
 
-    Only then are they removed, one by one: a stage whose results are all there must not read what is
-    left of its batches, for a start before may have been stopped while it removed them.
+    Then they are removed, one by one. A stage whose results are all there must not read the batches: an
+    earlier start may have been stopped while it removed them.
     """
 
     def __init__(self, run: Path, stage: str) -> None:
@@ -33,9 +31,9 @@ class ArrayStore:
 
     @cached_property
     def stamp(self) -> dict[str, str]:
-        """What every batch says of itself: its run, whichever shard of it, and its stage.
+        """What is written into every batch: which run it belongs to (not which shard), and which stage.
 
-        Under one key: safetensors writes several in an order that changes.
+        Under one key, because safetensors writes several in an order that changes.
         """
         known = read_json(self.run / MANIFEST)["identity"] if (self.run / MANIFEST).is_file() else {}
         told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
@@ -47,10 +45,6 @@ class ArrayStore:
         write_atomically(
             self.path / name, lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp)
         )
-
-    def paths(self) -> list[Path]:
-        """Files of the batches that are there."""
-        return sorted(self.path.glob("batch_*.safetensors"))
 
     def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
         """Read every batch that is there, one at a time.
@@ -73,9 +67,9 @@ class ArrayStore:
         return BadInput(f"{path}: {why}. Remove {self.path}: what it held is computed again.")
 
     def clear(self) -> None:
-        """Remove the batches, and their folders unless others put something there.
+        """Remove the batches, and their folders if nothing else is in them.
 
-        What cannot be removed is in nobody's way: it is not read again.
+        A file that cannot be removed does no harm: it is not read again.
         """
         remove_partial(self.path)
         for path in self.path.glob("batch_*.safetensors"):

@@ -1,4 +1,4 @@
-"""From decoding to cells: one table per ablation value and neuron set."""
+"""From finished batches to cells: one table per ablation value and neuron set."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ccm.models.model import LoadedModel
 
 
 class CellReader:
-    """Reads texts, sources and first-token numbers of one set off its completions."""
+    """Makes a table of texts, sources and first-token numbers from a neuron set's completions."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class CellReader:
             prompts: The probing prompts.
             objects: First tokens of their counter- and parametric objects.
             plain: Completions of the plain run.
-            released: Name answer tokens by each run's own sources and most likely tokens. Otherwise
-                they are those of the plain run, so that a difference before - after is one of the
-                same token.
+            released: Take the answer tokens from each set's own sources and most likely tokens.
+                Otherwise they are the plain run's, so that before and after are compared at the same
+                token.
             counter_first: As for `ccm.method.sources.knowledge_source`.
         """
         self.prompts, self.objects, self.released = prompts, objects, released
@@ -52,11 +52,19 @@ class CellReader:
         self.plain_tokens = answer_tokens(sources, objects, plain.first)
 
     def sources(self, done: Completions) -> list[Source]:
-        """Source of every continuation."""
+        """Classify every continuation."""
         return knowledge_sources(done.texts, self.prompts, counter_first=self.counter_first)
 
     def table(self, done: Completions) -> pd.DataFrame:
-        """One cell: a row per prompt, in prompt order."""
+        """Make one cell, a row per prompt in prompt order.
+
+        Args:
+            done: Completions of a neuron set.
+
+        Returns:
+            Columns `text`, `source`, `tokens`, `entropy` (nats), `log_prob_ck`, `log_prob_nd` and
+            `log_prob_pk` (nats).
+        """
         sources = self.sources(done)
         at = self.plain_tokens
         if self.released:
@@ -84,14 +92,14 @@ def decode_stored(
     on_batch: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[Batch]:
-    """Decode with a progress bar, keeping every finished batch, and go on from those that are there.
+    """Decode with a progress bar and keep every finished batch; those kept already are read back.
 
     Args:
         engine: What decodes.
         model: The model.
         tokens: Prompts.
         ablations: Neuron sets with their values.
-        store: Where finished batches are kept; those already there are not computed again.
+        store: Where finished batches are kept; None keeps none.
         label: Of the progress bar.
         on_batch: Called after each batch.
         options: For the engine's `decode_sets`.
@@ -114,7 +122,7 @@ def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingP
     paths = [folder.cell("", "plain")]
     for value in folder.manifest["identity"]["ablation_values"]:
         paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
-    # Not read where all cells are there: a start before may have removed some batches already.
+    # Not read where all cells are there: an earlier start may have removed some batches.
     if not all(path.is_file() for path in paths):
         decoded = merge(store.read())
         runs = (decoded.completions(i) for i in range(len(paths)))
@@ -130,7 +138,15 @@ def write_cells(
     objects: Int[np.ndarray, "prompt 2"],
     protocol: Protocol,
 ) -> None:
-    """Write a table for every run that has none yet; the plain run comes first."""
+    """Write the table of every set that has none yet.
+
+    Args:
+        runs: Completions of each set, the plain run first.
+        paths: Where each is written.
+        prompts: The probing prompts.
+        objects: First tokens of their counter- and parametric objects.
+        protocol: Decides how sources and answer tokens are told.
+    """
     reader: CellReader | None = None
     for path, done in zip(paths, runs, strict=True):
         if reader is None:

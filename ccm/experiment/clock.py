@@ -1,4 +1,4 @@
-"""Times the stages of a run, in its manifest; whatever else is to be known of them extends this."""
+"""A clock that writes the time of each stage to the manifest; a rehearsal's profiler extends it."""
 
 import time
 from collections.abc import Iterator
@@ -14,23 +14,23 @@ class Clock:
     """Writes the time of every stage to the manifest, once the stage is done."""
 
     def __init__(self, folder: RunFolder) -> None:
-        """Fix the manifest."""
+        """Take the run folder whose manifest gets the times."""
         self.folder: RunFolder | None = folder
 
     @contextmanager
     def __call__(self, stage: str, per: Per = "run", items: int = 1) -> Iterator[None]:
-        """Time what the block does; a block that fails is no stage that is done.
+        """Time a stage; if the block fails, the stage is not noted.
 
         Args:
             stage: Its name in the manifest.
             per: What it is done once for.
-            items: So many facts or prompts; 1 for a run.
+            items: How many facts or prompts; 1 for a run.
         """
         start = time.perf_counter()
         yield
         self.done(stage, time.perf_counter() - start)
 
     def done(self, stage: str, seconds: float) -> None:
-        """Write a stage down."""
+        """Note a stage that is done, with its time in seconds."""
         if self.folder is not None:
             self.folder.time(stage, seconds)

@@ -37,7 +37,7 @@ SAMPLED = 256  # prompts at which all sets are read; the entropy sets are read a
 
 @dataclass(frozen=True)
 class Effects:
-    """First-token entropies, nats: of few sets at every prompt, of many at some."""
+    """First-token entropies, nats: of the entropy sets at every prompt, of all others at some."""
 
     plain: Float[np.ndarray, "prompt"]
     own: Float[np.ndarray, "prompt own effect"]
@@ -46,7 +46,7 @@ class Effects:
 
 
 def row_entropies(rows: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
-    """Entropy of each row of logits, nats; `rows` are overwritten."""
+    """Compute the entropy of each row of logits, nats; `rows` are overwritten."""
     rows -= rows.amax(-1, keepdim=True)
     weights = rows.exp()
     z = weights.sum(-1)
@@ -55,7 +55,7 @@ def row_entropies(rows: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
 
 
 def plain_entropies(screen: Screen, nodes: Nodes, sizes: AtOnce) -> Float[Tensor, "node"]:
-    """Entropy of every node without ablation, nats."""
+    """Compute the entropy of every node without ablation, nats."""
     parts = [
         row_entropies(torch.addcmul(screen.beta, nodes.sz[at], 1 / nodes.scale[at, None]))
         for at in slices(len(nodes.scale), sizes.rows(3))
@@ -66,12 +66,12 @@ def plain_entropies(screen: Screen, nodes: Nodes, sizes: AtOnce) -> Float[Tensor
 def ablated_entropies(
     screen: Screen, nodes: Nodes, sizes: AtOnce, sets: slice
 ) -> Float[Tensor, "set node effect"]:
-    """Entropies of some sets at every node, nats: total, direct, norm only.
+    """Compute entropies of some sets at every node, nats: total, direct, norm only (Method 13).
 
     Args:
         screen: The plan of all sets.
         nodes: Plain readings at last prompt positions.
-        sizes: How many rows of logits to hold at once; they change no result by more than rounding.
+        sizes: How many rows of logits to hold at once; changes results by rounding only.
         sets: Which sets of the plan.
     """
     n = len(nodes.scale)
@@ -122,16 +122,16 @@ def measure_effects(
     memory_budget: int | None = None,
     engine: Engine = ENGINES["shared"],
 ) -> Effects:
-    """Run every prompt up to its last position once, and take all sets' entropies there.
+    """Run every prompt once, and compute all sets' entropies at its last position (Method 13).
 
     Args:
         model: The model.
         prompts: Token ids, BOS included.
         own: Sets to read at every prompt.
-        others: Sets to read at `SAMPLED` of them, evenly spaced.
-        store: Where finished batches are kept; those already there are not computed again.
+        others: Sets to read at no more than `SAMPLED` prompts, evenly spaced.
+        store: Where finished batches are kept; those there already are not computed again.
         memory_budget: As for `ccm.decoding.shared.decode_sets`.
-        engine: What runs them.
+        engine: What runs the prompts.
 
     Returns:
         Entropies in the order of prompts and of sets.

@@ -10,8 +10,7 @@ import pandas as pd
 import safetensors.numpy
 
 from ccm.errors import BadInput
-from ccm.experiment.writing import write_atomically as write_atomically
-from ccm.experiment.writing import write_formats as write_formats
+from ccm.experiment.writing import write_atomically
 from ccm.method.statistics import STATISTICS, ActivationStatistics
 
 

@@ -11,8 +11,6 @@ from ccm.errors import BadInput, CannotWrite
 from ccm.experiment.files import read_json, to_json, write_json
 from ccm.experiment.locking import LOCK, check_still_locked, locked
 from ccm.experiment.writing import PARTIAL, remove_partial, try_writing
-from ccm.experiment.writing import write_atomically as write_atomically
-from ccm.experiment.writing import write_formats as write_formats
 
 FORMAT = 1  # of run folders; a folder of another is not read
 MANIFEST = "manifest.json"

@@ -16,10 +16,10 @@ from ccm.experiment.folder import (
     RunFolder,
     check_folder,
     read_manifest,
-    write_atomically,
 )
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.run import finish, read_scores
+from ccm.experiment.writing import write_atomically
 from ccm.method.protocol import PROTOCOLS
 
 # What every shard was told or made for itself, and must have made alike.

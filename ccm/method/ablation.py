@@ -26,7 +26,14 @@ _NUMBERED = re.compile(rf"({CONTROL}|{MATCHED})_\d{{3,}}")
 
 
 def numbered(kind: str, sets: Iterable[Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Name the sets of a kind.
+    """Name the sets of a kind by their numbers.
+
+    Args:
+        kind: `CONTROL` or `MATCHED`.
+        sets: The neurons of each set.
+
+    Returns:
+        The sets by name, in their order.
 
     >>> numbered(MATCHED, [(1, 2), (3, 4)])
     {'matched_000': (1, 2), 'matched_001': (3, 4)}
@@ -47,7 +54,16 @@ def kind_of(name: str) -> str | None:
 def plan(
     name: str, neurons: Sequence[int], value: AblationValue, statistics: ActivationStatistics
 ) -> Ablation:
-    """Fix what a neuron set is replaced by. Order and duplicates of `neurons` do not matter.
+    """Look up the replacement value of each neuron of a set (Method 7).
+
+    Args:
+        name: Of the set.
+        neurons: Last-layer neurons; their order and duplicates do not matter.
+        value: Which constant replaces their activations.
+        statistics: Of the activations, from which the constant is taken.
+
+    Returns:
+        The set with its distinct neurons in ascending order.
 
     Raises:
         BadInput: a neuron outside 0..d_mlp-1, or one whose replacement value is not finite.
@@ -66,10 +82,18 @@ def plan(
 
 
 def check_neurons(neurons: Sequence[int], d_mlp: int, what: str = "neurons") -> tuple[int, ...]:
-    """Check a neuron list a user typed: not empty, in range, none repeated.
+    """Check a list of neurons that a user typed.
+
+    Args:
+        neurons: Numbers of last-layer neurons, from 0.
+        d_mlp: Neurons of the layer.
+        what: What to call the list in the message.
+
+    Returns:
+        The neurons, in their order.
 
     Raises:
-        BadInput: otherwise, with the number that is wrong.
+        BadInput: an empty list, or a neuron that is out of range or repeated.
     """
     if not neurons:
         raise BadInput(f"{what}: empty. Give at least one neuron number from 0 to {d_mlp - 1}.")

@@ -1,7 +1,7 @@
-"""What neurons are replaced by: every ablation value is one row of one table (Method 7).
+"""What replaces the activations of ablated neurons: one row per ablation value (Method 7).
 
-Command line, figures, tables and documentation are derived from the rows. No NumPy here, because
-the help of the command line lists the names.
+The command line, figures and tables are derived from the rows, and a test holds the documentation to
+them. No NumPy here, because the help of the command line lists the names.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,13 @@ ALL = "all"  # on the command line: every row of the table
 
 
 def ablation_values(names: str | Sequence[str]) -> list[AblationValue]:
-    """Look up ablation values by name; `all` means every one.
+    """Look up ablation values by name.
+
+    Args:
+        names: One name or several; `all` means every one.
+
+    Returns:
+        Their rows in the order of the names, each once.
 
     Raises:
         BadInput: an unknown name.

@@ -1,4 +1,4 @@
-"""Facts and relations, and what makes a set of them whole (Method 3)."""
+"""Facts and the relations they name (Method 3)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """What prompts and filters need to know of a relation."""
+    """What prompts and filters need to know about a relation."""
 
     name: str
     group: str  # relations of one group may share names without being dropped (Method 4.3c)
@@ -44,6 +44,11 @@ class FactSet:
 
 def fact_set(name: str, facts: tuple[Fact, ...], relations: Mapping[str, Relation]) -> FactSet:
     """Join facts with their relations.
+
+    Args:
+        name: What to call the set.
+        facts: The facts, in file order.
+        relations: Every relation by its name.
 
     Raises:
         BadInput: a fact names a relation that the relations table does not have.

@@ -42,7 +42,7 @@ class FinalNorm:
 
 @dataclass(frozen=True)
 class NeuronMeasures:
-    """Per last-layer neuron, and the spectrum of the unembedding they are measured against."""
+    """Measures of every last-layer neuron, and the spectrum of the unembedding (Method 5)."""
 
     logit_var: Float[np.ndarray, "d_mlp"]
     norm: Float[np.ndarray, "d_mlp"]
@@ -52,7 +52,7 @@ class NeuronMeasures:
     null_space: Float[np.ndarray, "d_model dims"] | None = None
 
     def table(self) -> pd.DataFrame:
-        """One row a neuron: `neuron_idx`, `logitvar`, `norm`, `rho`."""
+        """Return a row per neuron: `neuron_idx`, `logitvar`, `norm`, `rho`."""
         return pd.DataFrame(
             {
                 "neuron_idx": np.arange(len(self.norm)),
@@ -91,11 +91,11 @@ def processed_W_out(
 def spectrum(
     W_U: Float[Tensor, "d_model d_vocab"],
 ) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
-    """Singular values (descending) and left singular vectors (columns) of a processed W_U.
+    """Compute singular values (descending) and left singular vectors (columns) of a processed W_U.
 
-    From the float64 Gram matrix, summed over vocabulary chunks: one pass and d_model^2 memory. It
-    squares the condition number, which float64 bears: a singular value 1e-4 of the largest still has
-    eight digits.
+    They come from the float64 Gram matrix W_U W_U^T, summed over chunks of the vocabulary: one pass,
+    and memory for d_model^2 numbers. The Gram matrix squares the condition number, which float64
+    bears: a singular value of 1e-4 of the largest still has eight digits.
     """
     gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
     for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1):
@@ -108,10 +108,14 @@ def spectrum(
 def logit_var(
     W_U: Float[Tensor, "d_model d_vocab"], W_out: Float[Tensor, "d_mlp d_model"]
 ) -> Float[Tensor, "d_mlp"]:
-    """Variance over tokens of cos(w_U^t, w_out^i), unbiased (Method 5).
+    """Compute LogitVar(i), the unbiased variance over tokens t of cos(w_U^t, w_out^i) (Method 5).
 
-    Streamed over vocabulary chunks with Chan's update in float64, so that no d_mlp x d_vocab matrix
-    is ever held.
+    Chan's update adds one chunk of the vocabulary after another in float64, so that no d_mlp x d_vocab
+    matrix is ever held.
+
+    Args:
+        W_U: Processed unembedding.
+        W_out: Processed output weights; a neuron without any has LogitVar 0.
     """
     directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
     mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
@@ -132,7 +136,7 @@ def measure(
     norm: FinalNorm,
     null_space_dims: int,
 ) -> NeuronMeasures:
-    """Measure every neuron of a layer from the checkpoint's own weights.
+    """Measure every neuron of a layer from the checkpoint's own weights (Method 5).
 
     Args:
         W_U: Unembedding as stored.
@@ -165,12 +169,12 @@ def rho(
     norm: FinalNorm,
     null_space: Float[np.ndarray, "d_model dims"],
 ) -> Float[np.ndarray, "d_mlp"]:
-    """Share of each output weight's norm in a null space that `measure` found (Method 5).
+    """Compute rho(i) = |V0^T w_out^i| / |w_out^i|, how much of an output weight lies in V0 (Method 5).
 
     Args:
         W_out: Output weights of any layer's MLP as stored; a neuron without any has rho NaN.
         norm: The final norm.
-        null_space: V0, orthonormal columns.
+        null_space: V0, the null space that `measure` found, in orthonormal columns.
     """
     V0 = torch.from_numpy(null_space).to(W_out.device)
     return _numpy(_rho(processed_W_out(W_out, norm), V0))
@@ -180,8 +184,8 @@ def _rho(
     W_out: Float[Tensor, "d_mlp d_model"], V0: Float[Tensor, "d_model dims"]
 ) -> Float[Tensor, "d_mlp"]:
     W_out = W_out.double()
-    shares: Tensor = (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
-    return shares
+    found: Tensor = (W_out @ V0).norm(dim=1) / W_out.norm(dim=1)
+    return found
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -189,9 +193,13 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def select(measures: NeuronMeasures, k: int, min_rho: float) -> tuple[int, ...]:
-    """Choose entropy neurons: rho at least `min_rho`, then the k of lowest LogitVar.
+    """Choose entropy neurons: of those whose rho is at least `min_rho`, the k of lowest LogitVar.
 
-    A neuron without output weight has no rho (NaN) and is never chosen.
+    Args:
+        measures: Of the last layer. A neuron without output weight has no rho (NaN) and is never
+            chosen.
+        k: How many to choose.
+        min_rho: The lowest rho allowed, 0 to 1.
 
     Returns:
         Neuron numbers, lowest LogitVar first; ties to the lower number.
@@ -251,15 +259,16 @@ def controls(
 def match_plane(
     norm: Float[np.ndarray, "d_mlp"], sigma: Float[np.ndarray, "d_mlp"], entropy_neurons: Sequence[int]
 ) -> tuple[Float[np.ndarray, "d_mlp 2"], Int[np.ndarray, "other"]]:
-    """Place neurons by (log norm, log sigma), in standard deviations of the others that have both.
+    """Place neurons by (log norm, log sigma), in standard deviations of all others (Method 13).
 
     Args:
         norm: Of each neuron's processed output weight, weight units.
         sigma: Standard deviation of its activation.
-        entropy_neurons: What the others are others than.
+        entropy_neurons: Left out of the others.
 
     Returns:
-        Places, which may be infinite or NaN, and the others that have a finite one.
+        Places of all neurons, which may be infinite or NaN; and the numbers of the others whose place
+        is finite, the only ones that the standard deviations are taken over.
     """
     with np.errstate(divide="ignore"):
         logs = np.log(np.stack([norm, sigma], axis=1))  # (d_mlp, 2)
@@ -288,8 +297,8 @@ def matched_controls(
        of 3,072. Fewer would match better and repeat themselves. Where twenty do not make 2 n distinct
        sets (k = 1, or k near 20), every neuron gets as many as do.
     2. A neuron without output weight, or one that never moves, changes nothing when it is ablated, so
-       it is no control. An entropy neuron that is such a one has no logarithm, either: it stands where
-       the least of the others does, and one of infinite sigma (defect 3) where the largest does.
+       it is no control. An entropy neuron of that kind has no logarithm: it is placed where the least
+       of the others is, and one of infinite sigma (defect 3) where the largest is.
 
     Args:
         n: How many sets.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protocol:
-    """Switches for the released code's behaviours; the defaults are right."""
+    """Switches for the released code's behaviours; each is off unless it is asked for."""
 
     name: str
     lower_case_objects: bool = False  # defect 11

@@ -29,7 +29,7 @@ class Ratio:
 
 @lru_cache(maxsize=1 << 16)  # controls repeat each other, and an exact interval takes a millisecond
 def ratio(count: int, total: int) -> Ratio:
-    """Return `count` of `total` with its interval.
+    """Return `count` of `total` in percent, with its interval.
 
     >>> ratio(2, 32).percent, round(ratio(2, 32).high, 1)
     (6.25, 20.8)
@@ -91,14 +91,22 @@ def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
         control_invariants: The same for each control.
 
     Returns:
-        0 to 100; ties count half.
+        0 to 100; tied values have the mean of their ranks.
     """
     rank = stats.percentileofscore(np.asarray(control_invariants), invariant, kind="rank")
     return float(min(100.0, max(0.0, 100.0 - rank)))  # the rank is rounded
 
 
 def quantile(value: float, control_values: Float[np.ndarray, "control"]) -> float | None:
-    """Percentile rank of a value among the controls'; None where either is undefined."""
+    """Rank a value among the controls', as a percentile; None where either is undefined.
+
+    Args:
+        value: Of the entropy set.
+        control_values: Of each control; NaN is left out.
+
+    Returns:
+        0 to 100; tied values have the mean of their ranks.
+    """
     values = control_values[np.isfinite(control_values)]
     if not len(values) or not np.isfinite(value):
         return None
@@ -106,9 +114,13 @@ def quantile(value: float, control_values: Float[np.ndarray, "control"]) -> floa
 
 
 def permutation_p(changed: int, control_changed: Sequence[int]) -> float:
-    """One-sided p-value (1 + controls with GTS >= the entropy set's) / (1 + controls).
+    """Compute the one-sided p = (1 + controls with GTS >= the entropy set's) / (1 + controls).
 
-    All sets are run on the same prompts, so changed counts compare as GTS does, exactly.
+    All sets are run on the same prompts, so the counts of changed prompts compare exactly as GTS does.
+
+    Args:
+        changed: Prompts whose source the entropy set changed.
+        control_changed: The same for each control.
     """
     at_least = sum(c >= changed for c in control_changed)
     return (1 + at_least) / (1 + len(control_changed))
@@ -116,7 +128,7 @@ def permutation_p(changed: int, control_changed: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class ControlSummary:
-    """What the controls gave for one quantity, percent."""
+    """One quantity over all controls, percent."""
 
     mean: float | None
     three_standard_errors: float | None
@@ -126,9 +138,12 @@ class ControlSummary:
 
 
 def summarise(value: float, control_values: Sequence[float]) -> ControlSummary:
-    """Mean, 3 x standard error and range of the controls, and where the entropy set stands.
+    """Compute mean, 3 x standard error and range of the controls, and the entropy set's rank.
 
-    Values that are NaN (a row without prompts) are left out; they are NaN for every set alike.
+    Args:
+        value: Of the entropy set, percent.
+        control_values: Of each control, percent. NaN (a row without prompts) is left out; such a
+            value is NaN for every set alike.
     """
     values = np.asarray(control_values, dtype=np.float64)
     finite = values[np.isfinite(values)]
@@ -147,7 +162,16 @@ def summarise(value: float, control_values: Sequence[float]) -> ControlSummary:
 def mean_by_transition(
     before: Sequence[Source], after: Sequence[Source], values: Float[np.ndarray, "prompt"]
 ) -> dict[Source, dict[Source, float | None]]:
-    """Mean of a per-prompt quantity for each transition; None where no prompt made it."""
+    """Average a per-prompt quantity over the prompts of each transition.
+
+    Args:
+        before: Source of each prompt before the ablation.
+        after: Source of each prompt after it.
+        values: The quantity, one number per prompt.
+
+    Returns:
+        Means by source before and source after; None where no prompt made the transition.
+    """
     b, a = np.asarray(before), np.asarray(after)
 
     def mean(k: Source, k2: Source) -> float | None:

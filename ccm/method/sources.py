@@ -30,11 +30,11 @@ def _begins(first: Sequence[str], words: Sequence[str]) -> bool:
 def knowledge_source(
     text: str, counter_object: str, parametric_object: str, *, counter_first: bool = False
 ) -> Source:
-    """Classify a continuation: CK or PK if its first words are that object's, else ND.
+    """Classify a continuation (Method 8): CK or PK if its first words are that object's, else ND.
 
-    Both are where one object begins the other: then the one of more words is what the answer names,
-    and CK where they are the same. The published rule asks for CK first, so that "New York City" is
-    never PK beside a counter-object "New York".
+    A continuation may begin with both objects, where one object begins the other. Then the object of
+    more words counts, and CK where the two have the same words. The published rule asks for CK first,
+    so that "New York City" is never PK beside a counter-object "New York".
 
     >>> knowledge_source(" Italy. Paris", counter_object="Italy", parametric_object="France")
     'CK'
@@ -55,7 +55,7 @@ def knowledge_source(
 def knowledge_sources(
     texts: Sequence[str], prompts: Sequence[ProbingPrompt], *, counter_first: bool = False
 ) -> list[Source]:
-    """Classify every continuation, as `knowledge_source` does one."""
+    """Classify the continuation of every prompt; see `knowledge_source`."""
     return [
         knowledge_source(
             text, prompt.counter_object, prompt.parametric_object, counter_first=counter_first
@@ -64,7 +64,7 @@ def knowledge_sources(
     ]
 
 
-NESTED_PAIRS = 20  # as many are named
+NESTED_PAIRS = 20  # at most so many pairs are named
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class NestedObjects:
 
 
 def nested_objects(prompts: Sequence[ProbingPrompt]) -> NestedObjects:
-    """Find the prompts whose two objects are unlike, and one of them the first words of the other."""
+    """Find the prompts whose objects differ, but one is the first words of the other."""
     pairs, shorter, nested = dict[tuple[str, str], tuple[str, str]](), 0, 0
     for prompt in prompts:
         counter, parametric = _words(prompt.counter_object), _words(prompt.parametric_object)
@@ -93,5 +93,12 @@ def nested_objects(prompts: Sequence[ProbingPrompt]) -> NestedObjects:
 def log_ratios(
     log_probs: dict[Source, Float[np.ndarray, "prompt"]],
 ) -> dict[str, Float[np.ndarray, "prompt"]]:
-    """Return log(P_CK/P_PK), log(P_ND/P_CK) and log(P_ND/P_PK), nats, keyed `CK/PK` and so on."""
+    """Compute log(P_CK/P_PK), log(P_ND/P_CK) and log(P_ND/P_PK), in nats (Method 9).
+
+    Args:
+        log_probs: Log-probability of each source's first token, nats, one number per prompt.
+
+    Returns:
+        Log-ratios by their names: `CK/PK`, `ND/CK`, `ND/PK`.
+    """
     return {f"{a}/{b}": log_probs[a] - log_probs[b] for a, b in RATIOS}  # type: ignore[index]

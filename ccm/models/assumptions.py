@@ -1,4 +1,4 @@
-"""Whether the method's premise holds for a model: measured, not looked up by its name."""
+"""Whether the method's assumptions hold for a model: measured, not looked up by its name."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from ccm.models.model import LoadedModel
 
 
 def check_parts(model: LoadedModel) -> None:
-    """Refuse a model without the parts that are ablated.
+    """Refuse a model that lacks a part that the ablation needs.
 
     Raises:
-        AssumptionBroken: with the part that is not there.
+        AssumptionBroken: `hook_post` is missing, or the last MLP has no single output matrix.
     """
     name = model.spec.name
     if model.hook_post not in model.bridge.hook_dict:
@@ -23,15 +23,19 @@ def check_parts(model: LoadedModel) -> None:
 
 
 def check_assumptions(model: LoadedModel, rtol: float = 2e-3) -> None:
-    """Refuse a model for which ablating last-layer neurons is more than a change of its last residual.
+    """Refuse a model in which ablating last-layer neurons changes more than its final residual.
 
-    Method 12 needs: logits = norm(x) W_U + b_U with x the final residual, and a change of
-    neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens, so a
-    post-norm, a soft cap, a second head, a scaled unembedding or a mixture of experts shows itself
+    Method 12 assumes that logits = norm(x) W_U + b_U, with x the final residual, and that changing
+    neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens. So a
+    post-norm, a soft cap, a second head, a scaled unembedding or a mixture of experts is found
     whatever the library calls it.
 
+    Args:
+        model: The model.
+        rtol: Largest relative deviation allowed in float32; lower precisions are allowed 0.1.
+
     Raises:
-        AssumptionBroken: with the part that fails.
+        AssumptionBroken: one of the two does not hold, or the logits are not finite.
     """
     check_parts(model)
     name = model.spec.name

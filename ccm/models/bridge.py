@@ -18,6 +18,10 @@ def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator
     """Yield prompt indices in batches whose prompts have one length, so that nothing is padded.
 
     Pads are the commonest silent error of this field; without them no mask can be wrong.
+
+    Args:
+        prompts: Token ids of every prompt.
+        batch_size: At most so many prompts per batch.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, tokens in enumerate(prompts):
@@ -29,7 +33,7 @@ def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator
 
 
 def new_cache(model: LoadedModel) -> Any:
-    """Make an empty cache; of a hybrid, its configuration says which layers keep something else."""
+    """Make an empty cache. The configuration tells it which layers of a hybrid keep something else."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache(config=model.bridge.original_model.config)
@@ -38,7 +42,13 @@ def new_cache(model: LoadedModel) -> Any:
 def next_logits(
     model: LoadedModel, tokens: Int[Tensor, "prompt position"], cache: Any
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Run new tokens through the bridge, in float32 the logits after the last; the cache grows."""
+    """Run new tokens through the bridge and return the logits after the last one, in float32.
+
+    Args:
+        model: The model.
+        tokens: What comes after the cached positions, without pads.
+        cache: Of `new_cache`; the new positions are added to it.
+    """
     seen = cache.get_seq_length() + tokens.shape[1]
     logits: Tensor = model.bridge(
         tokens,

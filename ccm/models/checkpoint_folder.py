@@ -1,8 +1,8 @@
-"""What a checkpoint folder holds, by its files alone: no tensor is read and no library asked.
+"""What a checkpoint folder holds, judged by its files alone: no tensor is read, no library is asked.
 
-What transformers would load is what is checked and hashed: `model.safetensors` where there is one, else
-the shards that the index names. What it would read or not, depending on what else is installed or on
-a person's answer (adapters, code), is refused or left out.
+The files that transformers would load are checked and hashed: `model.safetensors` where there is one,
+else the shards that the index names. Files that it would load only with other packages installed, or
+after a person agreed (adapters, code), are refused or left out.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
-# A tokenizer comes whole in any one of these.
+# Any one of these holds a whole tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# All that transformers reads of a tokenizer.
+# All files that transformers reads for a tokenizer.
 TOKENIZER_FILES = (
     *(*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("merges.txt", "chat_template.jinja"),
@@ -78,7 +78,7 @@ def check_folder(folder: Path) -> Path:
 
 
 def _no_weights(folder: Path) -> str:
-    """Say what is there instead of weights that are read, and what to do with it."""
+    """Say what the folder holds instead of weights in safetensors, and what to do with it."""
 
     def first(*patterns: str) -> str | None:
         found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
@@ -103,10 +103,11 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's JSON file.
+    """Read the object in a JSON file of a checkpoint.
 
     Raises:
-        BadInput: not an object in JSON; an empty file and a pointer of git-lfs are told apart.
+        BadInput: not an object in JSON. The message says so where the file is empty, or a pointer of
+            git-lfs.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +119,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def advice(path: Path) -> str:
-    """Say what to do about a file that is not what its name says."""
+    """Say what to do about a file that cannot be read as what its name says."""
     try:
         with path.open("rb") as stream:
             start = stream.read(len(LFS))
@@ -130,7 +131,7 @@ def advice(path: Path) -> str:
 
 
 def hash_of(paths: Iterable[Path]) -> str:
-    """SHA-256 over files in the order of their names."""
+    """Compute one SHA-256 over files in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
         with path.open("rb") as stream:
@@ -140,11 +141,11 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str | None]:
-    """SHA-256 of everything that is read from a checkpoint folder, by what it decides.
+    """Compute the SHA-256 of everything that is read from a checkpoint folder.
 
     Returns:
-        Of the weights, config.json, the tokenizer's files and the generation config; None where there
-        is no such file. Which of the tokenizer's files are there matters, too.
+        Hashes of the weights, config.json, the tokenizer's files (with their names) and the generation
+        config, as a run's identity names them; None where there is no generation config.
     """
     tokenizer = hashlib.sha256()
     for name in sorted(TOKENIZER_FILES):

@@ -1,4 +1,4 @@
-"""A model that fits no single device, laid over several: its layers stay where they are put."""
+"""Spread a model that fits no single device over several; every layer stays where it is put."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,20 @@ from typing import Any
 import torch
 
 from ccm.errors import NotAvailable
-from ccm.models.memory import shares_of_devices
+from ccm.models.memory import bytes_by_device
 from ccm.models.model import LoadedModel
 
 
 def spread_over_devices(
     model: LoadedModel, max_memory: dict[int | str, int] | None = None, folder: Path | None = None
 ) -> LoadedModel:
-    """Lay a loaded model's body over several devices, layer by layer, as a second copy of its weights.
+    """Spread a loaded model's body over several devices, layer by layer, as a copy of its weights.
 
     Args:
         model: On the CPU; its bridge and its own matrices stay there until they are asked for.
-        max_memory: Bytes for each device, GPUs by number; by default `shares_of_devices`.
-        folder: Where to put what fits nowhere; None refuses such a model.
+        max_memory: Bytes of weights allowed on each device, GPUs by number; by default
+            `bytes_by_device`.
+        folder: Where layers go that fit on no device; None refuses a model that has such layers.
 
     Returns:
         The model, whose `device` is that of its final norm: residuals and activations end there.
@@ -32,7 +33,7 @@ def spread_over_devices(
     body = model.body
     places = infer_auto_device_map(
         body,
-        max_memory=shares_of_devices() if max_memory is None else max_memory,
+        max_memory=bytes_by_device() if max_memory is None else max_memory,
         no_split_module_classes=list(body._no_split_modules or []),
         dtype=model.dtype,
     )

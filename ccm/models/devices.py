@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, as options have them."""
+"""From the names of devices and dtypes to torch's own."""
 
 import torch
 

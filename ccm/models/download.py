@@ -1,4 +1,4 @@
-"""Download a published model into the hub's cache, and what to say where that cannot be."""
+"""Download a published model into the hub's cache, or say why that is impossible."""
 
 from ccm.errors import BadInput, NotAvailable
 from ccm.models.specs import ModelSpec
@@ -10,9 +10,9 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
 
 
 def download(spec: ModelSpec) -> None:
-    """Download a published model into the hub's cache, or what an earlier download left out.
+    """Download a published model into the hub's cache, or the files that an earlier download missed.
 
-    The token is the stored one. Files that are whole stay; damaged ones are fetched anew.
+    The hub's stored token is used. Whole files are kept, damaged ones are downloaded again.
 
     Raises:
         NotAvailable: no network, no access to a gated model, or files that the hub does not have.
@@ -38,7 +38,13 @@ def download(spec: ModelSpec) -> None:
 
 
 def cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | NotAvailable:
-    """Say what to do where the libraries' own errors do not."""
+    """Turn a library's error into one that says what to do.
+
+    Args:
+        spec: The model.
+        source: Folder or hub id that it was to be loaded from.
+        error: What the library raised.
+    """
     reason = reason_of(error)
     if spec.folder is not None:
         return BadInput(

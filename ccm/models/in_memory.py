@@ -1,7 +1,8 @@
 """Models that are in memory already: a transformers model, or a TransformerLens bridge around one.
 
-What is run is a model of its own around the same tensors, so nothing is copied and nothing that the
-caller holds is changed: a bridge replaces modules of the model it is given, and gradients are off.
+A bridge replaces modules of the model that it is given, and gradients must be off. So the caller's
+model is not run itself, but a second one around the same tensors: no weight is copied, and nothing
+that the caller holds is changed.
 """
 
 import copy
@@ -21,17 +22,18 @@ MOST = 1e-2  # nats; rounding is far below, and folded or edited weights are far
 
 
 def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own") -> LoadedModel:
-    """Make what the rest runs of a model in memory; the model itself stays as it is.
+    """Make a `LoadedModel` of a model in memory, which itself stays as it is.
 
     Args:
         model: A causal language model of transformers, or a TransformerBridge around one.
-        tokenizer: Its fast tokenizer; a bridge brings its own.
-        name: What to call it; its `name_or_path` where nothing is given.
+        tokenizer: Its fast tokenizer; by default the one of the bridge.
+        name: What to call it; by default its `name_or_path`.
         bos: As for `ccm.models.load.load`.
 
     Raises:
-        BadInput: neither of the two, no tokenizer, or weights on several devices or of several dtypes.
-        AssumptionBroken: the bridge does not compute the model that it wraps; and what `load` raises.
+        BadInput: another object, no tokenizer, or weights on several devices or of several dtypes.
+        AssumptionBroken: the bridge does not compute the model that it wraps, or the model is not what
+            the method assumes.
     """
     bridge = model if hasattr(model, "original_model") else None
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
@@ -90,10 +92,10 @@ def _unwrapped(bridge: Any) -> Any:
 
 
 def _check_bridge(bridge: Any, plain: Any, tokenizer: Any, device: torch.device) -> None:
-    """See that a bridge still computes the model it wraps: its weights may be folded, or edited.
+    """Check that a bridge still computes the model it wraps: its weights may be folded, or edited.
 
     Raises:
-        AssumptionBroken: it does not.
+        AssumptionBroken: its log-probabilities differ.
     """
     d_vocab = int(plain.get_input_embeddings().weight.shape[0])
     (prompt, *_) = trial_prompts(tokenizer, plain.config, d_vocab)

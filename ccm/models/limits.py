@@ -1,8 +1,8 @@
 """What this process may use of the machine: the limits of its container or batch job, not the host's.
 
 Linux keeps them in control groups, of which there are two versions, and a machine may have both at
-once. A limit holds for a group and all below it, so every group from the process's own up to the
-topmost that can be seen is asked, and the tightest counts. What cannot be read limits nothing.
+once. A limit holds for a group and all groups below it. So every group is read, from the process's own
+up to the topmost visible one, and the tightest limit counts. A file that cannot be read sets no limit.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path("/")  # below it lie /proc and /sys
 NONE = 1 << 62  # bytes: version 1 writes "no limit" as a number above this
 PERIOD = 100_000  # microseconds, the kernel's own where a quota names none
-# The limits of a group, its use, and what of that the kernel gives up when asked: pages of files.
+# By version: files of the limits, of the memory in use, and counters of cached pages of files.
 _MEMORY: Mapping[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
     "cgroup": (
@@ -57,9 +57,9 @@ def cpu_quota(root: Path | None = None) -> float | None:
 def memory_left(root: Path | None = None) -> int | None:
     """Bytes that this process may still take; None where no limit is set.
 
-    Of a group that is the limit less the working set: its use without the pages of files, which the
-    kernel gives up before it refuses memory (as in its own count of what is available). Of the
-    process that is what `ulimit -v` and `ulimit -d` leave.
+    For a control group, that is its limit less its working set: the memory in use, without the cached
+    pages of files, which the kernel gives up before it refuses memory. For the process, it is what
+    `ulimit -v` and `ulimit -d` leave. The smallest of these counts.
 
     Args:
         root: As for `cores`.
@@ -99,7 +99,7 @@ def _left_of_process() -> Iterator[int]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
-    """Folders of the groups that this process is in, its own first, with the version of each.
+    """Yield the version and folder of every group that this process is in, its own first.
 
     Args:
         root: As for `cores`.
@@ -130,7 +130,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
 
 
 def _own_groups(root: Path) -> dict[str, PurePosixPath]:
-    """The process's group by controller; that of version 2 under no name."""
+    """Read the process's group by controller; the group of version 2 is under the name ""."""
     found = dict[str, PurePosixPath]()
     for line in _lines(root / "proc/self/cgroup"):
         _, first, rest = line.partition(":")

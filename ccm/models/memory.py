@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, how much to plan with, and what a model takes at least."""
+"""Memory of a device: how much is free, how much to plan with, and how much a model needs."""
 
 import gc
 
@@ -14,10 +14,10 @@ MOST_TO_PLAN_WITH = 4 * GIB  # more would make no step faster: that much keeps a
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, bytes.
+    """Return the free memory of a device, bytes.
 
-    On a GPU also what torch holds ready for reuse; on the CPU no more than a container's or a batch
-    job's limit leaves (see `ccm.models.limits`).
+    On a GPU, memory that torch holds ready for reuse counts as free. On the CPU, it is no more than the
+    limit of a container or batch job leaves (see `ccm.models.limits`).
     """
     if device.type == "cuda":
         ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -27,32 +27,41 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _machine_bytes() -> int:
-    """What is free of the machine's memory, whatever of it this process may use."""
+    """Return the free memory of the machine, whether this process may use it or not."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes to plan a decode with: half of what is free, and no more than 4 GiB."""
+    """Return how many bytes to plan a decode with: half of the free memory, at most 4 GiB."""
     return min(free_bytes(device) // 2, MOST_TO_PLAN_WITH)
 
 
-def shares_of_devices() -> dict[int | str, int]:
-    """Bytes of weights to lay on every GPU, and on the CPU: what is free, less room to work in.
+def bytes_by_device() -> dict[int | str, int]:
+    """Return how many bytes of weights fit on each GPU, by its number, and on the CPU.
 
-    A quarter of a GPU, 8 GiB at most, is left for caches, rows of logits and the measures.
+    That is the free memory; on a GPU less a quarter of it, 8 GiB at most, which is left for caches,
+    rows of logits and the measures.
     """
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    shares: dict[int | str, int] = {"cpu": free_bytes(torch.device("cpu"))}
+    found: dict[int | str, int] = {"cpu": free_bytes(torch.device("cpu"))}
     for gpu in gpus:
         free = free_bytes(gpu)
-        shares[gpu.index] = free - min(free // 4, 2 * MOST_TO_PLAN_WITH)
-    return shares
+        found[gpu.index] = free - min(free // 4, 2 * MOST_TO_PLAN_WITH)
+    return found
 
 
 def weight_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
-    """Bytes that a loaded model takes; the bridge splits a joint matrix of GPT-2 and NeoX in copies."""
+    """Return the bytes that a loaded model takes.
+
+    The bridge splits the joint query-key-value matrix of GPT-2 and NeoX, which makes copies.
+
+    Args:
+        spec: The model.
+        parameters: How many it has, tied ones once.
+        dtype: Of its weights.
+    """
     split = 3 * spec.d_model * (spec.d_model + 1) * spec.n_layers
     family = FAMILIES.get(spec.architecture)
     copied = split if family is not None and family.joint_qkv else 0
@@ -60,10 +69,15 @@ def weight_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
 
 
 def needed_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
-    """Least bytes that a run takes: the weights, and what measures hold beside them.
+    """Return the least bytes that a run takes: the weights, and what the measures need beside them.
 
-    That is a processed float32 copy of the unembedding, and LogitVar's three float64 arrays of neurons
-    x a chunk of the vocabulary. Decoding adapts to what is left.
+    The measures need a processed float32 copy of the unembedding, and for LogitVar three float64 arrays
+    of neurons x a chunk of the vocabulary. Decoding adapts to the memory that is left.
+
+    Args:
+        spec: The model.
+        parameters: How many it has, tied ones once.
+        dtype: Of its weights.
     """
     unembedding = 4 * spec.d_vocab * spec.d_model
     chunk = 3 * 8 * spec.d_mlp * min(VOCAB_COLUMNS, spec.d_vocab)
@@ -73,8 +87,14 @@ def needed_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
 def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a model that cannot fit, before any work.
 
+    Args:
+        name: Of the model, for the message.
+        needed: Bytes, as `needed_bytes` counts them.
+        device: Where it is to run.
+        dtype: Of its weights.
+
     Raises:
-        NotAvailable: with what is needed and what is free.
+        NotAvailable: more bytes are needed than are free.
     """
     if needed > free_bytes(device):
         gc.collect()  # a model before this one may be held by cycles only
@@ -96,7 +116,7 @@ def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtyp
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is how a device says that it has no more memory."""
+    """Return whether an error says that a device has no more memory."""
     said = ("allocate memory", "out of memory", "ALLOC_FAILED")  # by the CPU, CUDA, its libraries
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or (

@@ -1,4 +1,4 @@
-"""A checkpoint ready to run, and what the method reads off it as it is stored."""
+"""A checkpoint that is ready to run, and the stored weights that the method reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from ccm.models.specs import MAX_NEW_TOKENS, ModelSpec
 
 @dataclass(frozen=True)
 class LastLayer:
-    """What stands between the last MLP's activations and the logits, as it is stored."""
+    """The stored weights between the last MLP's activations and the logits."""
 
     W_out: Float[Tensor, "d_mlp d_model"]
     norm: FinalNorm
@@ -26,7 +26,7 @@ class LastLayer:
 
 @dataclass
 class LoadedModel:
-    """A checkpoint ready to run, with what the method reads off it."""
+    """A checkpoint that is ready to run, and the stored weights that the method reads."""
 
     spec: ModelSpec
     bridge: Any  # transformer_lens TransformerBridge: hooks, the reference path
@@ -41,10 +41,10 @@ class LoadedModel:
     n_ctx: int
     bos: int | None  # the one token in front of every prompt, if any
     eos: frozenset[int]  # decoding stops at any of these
-    special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where those were found
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where BOS and EOS were found
     splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
     noise: float | None = None  # filled by `decoding.batch_noise`
-    trial: Any = None  # what a way to run it is held to; a `Trial` of `ccm.models.trial`
+    trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
 
     @property
     def hook_post(self) -> str:
@@ -70,7 +70,7 @@ class LoadedModel:
 
     @cached_property
     def last_layer(self) -> LastLayer:
-        """From the last MLP's activations to the logits."""
+        """The weights between the last MLP's activations and the logits."""
         return LastLayer(self.W_out, self.final_norm, self.W_U, self.b_U)
 
     @cached_property
@@ -93,9 +93,12 @@ class LoadedModel:
         return self.output_weights(self.spec.n_layers - 1)
 
     def output_weights(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """A layer's MLP output weights, a row per neuron, in the model's dtype.
+        """Read a layer's MLP output weights, a row per neuron, in the model's dtype.
 
-        A view of the weights where they lie on the model's device, else a copy that nothing keeps.
+        They are a view of the weights if these lie on the model's device, else a copy.
+
+        Args:
+            layer: Its number, from 0.
 
         Raises:
             AttributeError: the layer's MLP has no one output matrix (experts).
@@ -110,11 +113,11 @@ class LoadedModel:
         return self.bridge.unembed.original_component
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the model's BOS in front if it has one.
+        """Encode a text, with the model's BOS in front if it has one.
 
         Raises:
-            BadInput: no token at all, one that the model does not have, or more than its context leaves
-                room for.
+            BadInput: no token at all, a token that the model does not have, or more tokens than its
+                context leaves room for.
         """
         start = [] if self.bos is None else [self.bos]
         ids = [*start, *self.tokenizer.encode(text, add_special_tokens=False)]
@@ -128,7 +131,7 @@ class LoadedModel:
         return self._known(ids, text)
 
     def _known(self, ids: list[int], text: str) -> list[int]:
-        """Refuse tokens that were added to the tokenizer, but not to the model."""
+        """Check that the model has all tokens: some are added to a tokenizer alone."""
         if max(ids) >= self.spec.d_vocab:
             raise BadInput(
                 f"{text[:40]!r}: holds token {max(ids)} of the tokenizer, but {self.spec.name} has "
@@ -137,7 +140,7 @@ class LoadedModel:
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens, without special tokens."""
+        """Turn generated tokens into text, without special tokens."""
         return str(
             self.tokenizer.decode(
                 list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -145,10 +148,13 @@ class LoadedModel:
         )
 
     def first_token(self, answer: str) -> int:
-        """Id of the first token of `answer` when it follows a space (Method 9).
+        """Return the id of the first token of `answer` when it follows a space (Method 9).
 
-        The answer is encoded after a word and the word's tokens are taken off, so that neither a
-        BOS that `encode` adds nor a token that is a bare space can be mistaken for it (defect 7).
+        The answer is encoded after a word, whose tokens are then removed. So neither a BOS that
+        `encode` adds nor a token that is a bare space can be mistaken for it (defect 7).
+
+        Raises:
+            BadInput: the answer has no token of its own, or one that the model does not have.
         """
         word = self.tokenizer.encode("is", add_special_tokens=False)
         both = self.tokenizer.encode(f"is {answer.strip()}", add_special_tokens=False)

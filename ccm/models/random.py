@@ -40,7 +40,7 @@ class Architecture:
 
 
 def architecture_of(name: str) -> Architecture:
-    """A published model's architecture; weights are drawn at its default `initializer_range`.
+    """Look up a published model's architecture, with its default `initializer_range`.
 
     Raises:
         BadInput: the organism, a folder, or no model at all.
@@ -57,7 +57,7 @@ def architecture_of(name: str) -> Architecture:
 
 
 def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Build a transformers model where its weights are to lie, in their dtype: no copy is ever made."""
+    """Build a transformers model right on its device and in its dtype, so that nothing is copied."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
@@ -65,12 +65,19 @@ def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
 
 
 def n_parameters(config: Any) -> int:
-    """Count parameters, tied ones once, without memory for any of them."""
+    """Count the parameters of a configuration, tied ones once, without allocating any."""
     return sum(p.numel() for p in _build(config, "meta", torch.float32).parameters())
 
 
 def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Draw a transformers model's weights on its device; the global random state stays as it was."""
+    """Build a transformers model with random weights; the global random state stays as it was.
+
+    Args:
+        config: Of transformers.
+        device: Where the weights are drawn and stay.
+        dtype: Of the weights.
+        seed: Of the weights.
+    """
     cuda = device.type == "cuda"
     index = torch.cuda.current_device() if cuda and device.index is None else device.index
     with torch.random.fork_rng(devices=[index] if cuda else []):
@@ -116,7 +123,7 @@ def build(
 
 
 class StandInTokenizer:
-    """Cuts text as a tokenizer of real size would, as far as lengths and shared prefixes go.
+    """Cuts text into tokens about as long as a real tokenizer does, with the same shared prefixes.
 
     Words, with the space before them, are cut into pieces of at most `LETTERS` letters; a piece's id is
     a hash of it, spread over the whole vocabulary. Ids have distinct texts, which mean nothing and end

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as its own file says, and its special tokens with the places that name them.
+"""A checkpoint's tokenizer as tokenizer.json has it, and its BOS and EOS tokens.
 
 transformers rebuilds a tokenizer by the class that a configuration names, and loses what that class
 does not know (a pre-tokenizer that splits digits, say). Here tokenizer.json is taken as it is.
@@ -12,11 +12,10 @@ from typing import Any, Literal
 from ccm.errors import BadInput
 from ccm.models.checkpoint_folder import GENERATION, TOKENIZERS, advice, read_object
 
-Bos = (
-    int | Literal["own", "none"]
-)  # what stands before a prompt: a token id, the tokenizer's own, nothing
+# What stands before every prompt: a token id, the tokenizer's own BOS, or nothing.
+Bos = int | Literal["own", "none"]
 
-# Texts that pre-tokenizers, normalizers and added tokens treat differently.
+# Texts that different pre-tokenizers, normalizers and added tokens treat differently.
 PROBES = (
     "born in 2023",
     " The capital of São Tomé is  São Tomé.",
@@ -45,14 +44,14 @@ def parse_bos(text: str) -> Bos:
 
 
 def check_tokenizer_files(folder: Path, option: str = "") -> None:
-    """See that a tokenizer is there, before any weight is read.
+    """Check that a folder holds a tokenizer, before any weight is read.
 
     Args:
         folder: The checkpoint folder.
-        option: That gave it, for the message.
+        option: The option that named it, for the message.
 
     Raises:
-        BadInput: there is none, for which transformers would make up an empty one.
+        BadInput: it holds none; transformers would make up an empty one.
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise BadInput(
@@ -66,19 +65,19 @@ def _called(folder: Path, option: str) -> str:
 
 
 def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
-    """Read a checkpoint's tokenizer: its tokenizer.json as it is, or what its vocabulary files make.
+    """Read a checkpoint's tokenizer from tokenizer.json as it is, or else from its vocabulary files.
 
     Args:
         folder: The checkpoint folder.
         d_vocab: Tokens of the model.
-        option: That gave the folder, for messages.
+        option: The option that named the folder, for messages.
 
     Returns:
         A tokenizer of transformers.
 
     Raises:
-        BadInput: no tokenizer, one that cannot be read, that needs code of its own, that is made to
-            encode otherwise than its file, or that has more tokens than the model.
+        BadInput: there is no tokenizer; or it cannot be read, needs code of its own, encodes otherwise
+            than tokenizer.json alone does, or has more tokens than the model.
     """
     what = _called(folder, option)
     check_tokenizer_files(folder, option)
@@ -110,7 +109,7 @@ def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
 
 
 def _read_whole(folder: Path) -> Any:
-    """Read tokenizer.json, with the special tokens that tokenizer_config.json names, by no class."""
+    """Read tokenizer.json and the special tokens of tokenizer_config.json, whose class is ignored."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -122,7 +121,7 @@ def _read_whole(folder: Path) -> Any:
 
 
 def _read_by_class(folder: Path) -> Any:
-    """Make a tokenizer of vocabulary files, as only its class in transformers knows how."""
+    """Make a tokenizer from vocabulary files, which only its class in transformers can read."""
     from transformers import AutoTokenizer
 
     with _quiet():
@@ -132,7 +131,7 @@ def _read_by_class(folder: Path) -> Any:
 
 
 class _quiet:  # noqa: N801
-    """Hold back what transformers says about tokenizers: whoever reads it can do nothing about it."""
+    """Silence what transformers logs about tokenizers, which no reader can act on."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf_logging
@@ -147,7 +146,7 @@ class _quiet:  # noqa: N801
 
 
 def _check_same(found: Any, whole: Path) -> None:
-    """Hold what was read to tokenizer.json itself."""
+    """Check that what was read encodes as tokenizer.json itself does."""
     from tokenizers import Tokenizer
 
     raw = Tokenizer.from_file(str(whole))
@@ -165,7 +164,7 @@ def _check_same(found: Any, whole: Path) -> None:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The token before every prompt and those that end an answer, and where each was found."""
+    """The token before every prompt and the tokens that end an answer, and where each was found."""
 
     bos: int | None
     bos_from: str
@@ -173,7 +172,7 @@ class SpecialTokens:
     notes: tuple[str, ...] = ()  # where the places disagree, for people
 
     def as_dict(self) -> dict[str, Any]:
-        """For manifests."""
+        """Return what a run's manifest says of them."""
         return {
             "bos": {"id": self.bos, "from": self.bos_from},
             "eos": [{"id": id_, "from": list(places)} for id_, places in self.eos.items()],
@@ -187,7 +186,7 @@ def special_tokens(
     """Find a model's BOS and EOS tokens, and say where its files disagree.
 
     Decoding stops at any EOS that the tokenizer, config.json or generation_config.json names. BOS is
-    the tokenizer's, whether it puts it there by itself or not; a tokenizer without one has none.
+    the tokenizer's, whether the tokenizer adds it by itself or not. Without one, prompts have none.
 
     Args:
         name: Of the model, for messages.
@@ -195,7 +194,7 @@ def special_tokens(
         config: Its configuration.
         generation: Its generation config, or None.
         d_vocab: Its number of tokens.
-        bos: Another BOS than the tokenizer's.
+        bos: What to take as BOS.
 
     Raises:
         BadInput: an id that is no token of the model.
@@ -223,7 +222,7 @@ def special_tokens(
 
 
 def _bos(name: str, tokenizer: Any, config: Any, bos: Bos) -> tuple[int | None, str, list[str]]:
-    """Find BOS, where it comes from, and what there is to say of it."""
+    """Return the BOS token, where it was found, and notes for people."""
     if bos != "own":
         return (None if bos == "none" else bos), "--bos", []
     first, other = tokenizer.bos_token_id, getattr(config, "bos_token_id", None)

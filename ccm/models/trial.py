@@ -1,20 +1,20 @@
 """Whether each way to run a model computes that model: tried on three short prompts.
 
-The hooks of TransformerLens are the reference that everything else is held to, and the fast path runs
-transformers' modules with less than they are used to. Either may tell a model wrongly (ALiBi by another
-scale, positions that a cache has lost), and then gives the numbers of another model, without a word. So
-both are held to transformers' own forward, by measurement and not by a list of names.
+The hooks of TransformerLens are the reference for everything else, and the fast path calls
+transformers' modules with fewer arguments than usual. Either may get a model wrong (another scale of
+ALiBi, positions that a cache has lost) and then silently gives the numbers of another model. So both
+are compared with transformers' own forward, by measurement and not by a list of names.
 
 1. The truth is the forward of the model as it was loaded, before anything was wrapped around it: each
-   prompt alone, no cache. Two prompts are long enough for positions to matter and begin alike; one is
-   short.
-2. The hooks are tried when a model is loaded, as `ccm.decoding.hooked` runs them; the fast path when
-   the shared engine is asked for, as `ccm.decoding.engine` runs it: prompts of unlike lengths in one
-   cache, what they begin with shared, the last token in a step of its own.
-3. Two right ways differ by rounding, and by how much is measured on the model at hand: every module's
-   output is moved, up or down at random, by a few roundings (`ROUNDINGS`), and what that does to the
-   results is what is allowed. So a model that amplifies rounding is given more room, and no number is
-   one that some processor happened to give. In lower precision more is allowed, and less is seen.
+   prompt alone, no cache. Two prompts have the same first half and are long enough for positions to
+   matter; one is short.
+2. The hooks are tried when a model is loaded, as `ccm.decoding.hooked` runs them. The fast path is
+   tried when the shared engine is asked for, as `ccm.decoding.engine` runs it: prompts of different
+   lengths in one cache, their common prefix shared, the last token in a step of its own.
+3. Two correct ways differ by rounding. How much is allowed is measured on the model at hand: every
+   module's output is moved, up or down at random, by a few roundings (`ROUNDINGS`), and the change of
+   the results is the margin. So a model that amplifies rounding gets a larger margin, and no margin is
+   a number that some processor happened to give. Lower precision gets a larger margin and hides more.
 """
 
 import math
@@ -40,14 +40,14 @@ LONG, SHORT = 24, 4  # tokens of the prompts
 ROUNDINGS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 LOG_PROBS, FINAL, ACTIVATIONS = "log-probabilities", "final residuals", "last-layer activations"
 
-# What a way to run gives, by what it is: a row for each position, one prompt after another.
+# What running gives, by its name: a row for each position, one prompt after another.
 Readings = Mapping[str, Float[Tensor, "row size"]]
 Found = Mapping[str, tuple[Int[Tensor, "some"], Float[Tensor, "some size"]]]  # at some of the rows
 
 
 @dataclass
 class Trial:
-    """What transformers' own forward gave, and how far from it rounding may lead."""
+    """What transformers' own forward gave, and how far rounding may move it."""
 
     prompts: tuple[tuple[int, ...], ...]
     plain: Readings  # at every position
@@ -60,14 +60,14 @@ class Trial:
 
 
 def ordinary_tokens(tokenizer: Any, d_vocab: int) -> Int[np.ndarray, "token"]:
-    """Tokens that a text may hold: no special ones, and none that only the model has."""
+    """List the tokens that a text may hold: no special ones, and none that only the model has."""
     n = min(len(tokenizer), d_vocab) if hasattr(tokenizer, "__len__") else d_vocab
     found = np.setdiff1d(np.arange(n), list(getattr(tokenizer, "all_special_ids", ())))
     return found if len(found) else np.arange(d_vocab)
 
 
 def trial_prompts(tokenizer: Any, config: Any, d_vocab: int) -> tuple[tuple[int, ...], ...]:
-    """Draw two long prompts that share their first half, and a short one; a BOS, if any, in front."""
+    """Draw two long prompts with the same first half, and a short one; each begins with BOS, if any."""
     most = getattr(config, "max_position_embeddings", None) or LONG
     long = min(LONG, most) if most > 0 else LONG  # XLNet says -1
     ids, draw = ordinary_tokens(tokenizer, d_vocab), np.random.default_rng(0)
@@ -85,7 +85,13 @@ def trial_prompts(tokenizer: Any, config: Any, d_vocab: int) -> tuple[tuple[int,
 def plain_log_probs(
     plain: Any, prompts: Sequence[Tokens], device: torch.device
 ) -> Float[Tensor, "row d_vocab"]:
-    """Log-probabilities of a transformers model as it is, at every position of prompts run alone."""
+    """Compute log-probabilities (nats) at every position of prompts that are run one by one.
+
+    Args:
+        plain: The transformers model, with nothing wrapped around it.
+        prompts: Token ids.
+        device: Where the model is.
+    """
     return torch.cat([_log_probs(plain, prompt, device) for prompt in prompts])
 
 
@@ -97,7 +103,7 @@ def _log_probs(plain: Any, prompt: Tokens, device: torch.device) -> Float[Tensor
 
 
 def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) -> Readings:
-    """The same, with what the fast path reads off the modules."""
+    """Run the prompts as `plain_log_probs` does, and read what the fast path reads off the modules."""
     seen: dict[str, Tensor] = {}  # at a module's last call
 
     def keep(name: str) -> Callable[..., None]:
@@ -130,7 +136,7 @@ def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) ->
 
 @contextmanager
 def _moved(plain: Any, by: float) -> Iterator[None]:
-    """Within it, every innermost module's output is moved by this part of itself, up or down."""
+    """Move every innermost module's output, within the block, by this part of itself, up or down."""
     draw = torch.Generator().manual_seed(0)
 
     def move(module: Any, inputs: Any, output: Any) -> Any:
@@ -154,7 +160,7 @@ def _moved(plain: Any, by: float) -> Iterator[None]:
 def check_hooks(
     model: LoadedModel, twin: Any, prompts: Sequence[Tokens], truth: Float[Tensor, "row d_vocab"]
 ) -> Trial:
-    """Hold the hooks, and the modules that the fast path runs, to what transformers computes.
+    """Check that the hooks, and the modules that the fast path runs, compute what transformers does.
 
     Args:
         model: The model.
@@ -163,10 +169,10 @@ def check_hooks(
         truth: `plain_log_probs` of them, from before the bridge was made.
 
     Returns:
-        What the fast path is held to later.
+        What the fast path is compared with later.
 
     Raises:
-        AssumptionBroken: they cannot run it, or give other numbers than rounding explains.
+        AssumptionBroken: the hooks cannot run the model, or their numbers differ by more than rounding.
     """
     refused = f"{model.spec.name}: refused,"
     if not torch.isfinite(truth).all():
@@ -207,7 +213,7 @@ def check_hooks(
 
 
 def _by_hooks(model: LoadedModel, trial: Trial) -> Found:
-    """As `decoding.hooked` runs them: prompts of equal length together, the last token in a step."""
+    """Run the prompts as `decoding.hooked` does: equal lengths together, the last token in a step."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -239,14 +245,14 @@ def _by_hooks(model: LoadedModel, trial: Trial) -> Found:
 
 
 def _distance(what: str, found: Tensor, wanted: Tensor) -> float:
-    """Largest difference: of log-probabilities in nats, of vectors as a part of their length."""
+    """Return the largest difference: log-probabilities in nats, vectors relative to their length."""
     if what == LOG_PROBS:
         return float((found - wanted).abs().max())
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)).max())
 
 
 def wrong(trial: Trial, found: Found) -> str:
-    """Say what is further from transformers' own forward than rounding explains, if anything is."""
+    """Say what differs from transformers' own forward by more than rounding; empty if nothing does."""
     for what, (rows, values) in found.items():
         wanted, most = trial.plain[what], trial.allowed[what]
         shape = (len(rows), wanted.shape[1])
@@ -262,6 +268,6 @@ def wrong(trial: Trial, found: Found) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What a library's error says, by its first sentence: some go on to list all there is."""
+    """Shorten a library's error to its kind and first sentence: some go on to list all there is."""
     words = " ".join(str(error).split()).partition(". ")[0]
     return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")

@@ -3,16 +3,16 @@
 `ccm compare` writes it, as Markdown for people and as JSON for `ccm report`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ccm.errors import BadInput, allowed
-from ccm.experiment.files import read_json, to_json, write_json
-from ccm.experiment.folder import locked_for, write_atomically
+from ccm.experiment.files import read_json, write_json
+from ccm.experiment.folder import locked_for
 from ccm.experiment.results import RunResults
+from ccm.experiment.writing import write_atomically
 from ccm.paper.claims import Claim
 from ccm.paper.comparison import CLAIM_HEADER, ROW_HEADER, Comparison, comparison_of
 from ccm.paper.markdown import escape_markdown, markdown_table
@@ -127,20 +127,11 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     return paths
 
 
-def to_text(comparison: Comparison) -> str:
-    """Serialise a comparison, to send it from one process to another."""
-    return to_json(comparison)
-
-
 # --- read back ---------------------------------------------------------------------------------------
 
 
-def from_text(text: str) -> Comparison:
-    """Read back what `to_text` wrote."""
-    return _parsed(json.loads(text))
-
-
-def _parsed(entry: Mapping[str, Any]) -> Comparison:
+def read_comparison(entry: Mapping[str, Any]) -> Comparison:
+    """Make a comparison of its JSON."""
     intervals = [row["interval"] for row in entry["rows"]]
     rows = (
         Row(**{**row, "interval": None if interval is None else (interval[0], interval[1])})
@@ -165,7 +156,7 @@ def read_report(path: Path, models: Sequence[str] | None = None) -> dict[str, Co
         raise BadInput(f"{path}: no such file. {give}")
     found = read_json(path)
     try:
-        comparisons = [_parsed(entry) for entry in found["models"]]
+        comparisons = [read_comparison(entry) for entry in found["models"]]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a tolerance report ({error!r}). {give}") from error
     held = {c.model: c for c in comparisons}

@@ -11,8 +11,9 @@ from urllib.parse import quote
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from ccm.errors import BadInput
-from ccm.experiment.folder import locked_for, write_atomically
+from ccm.experiment.folder import locked_for
 from ccm.experiment.results import RunResults
+from ccm.experiment.writing import write_atomically
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.prompts import never_recalled
 from ccm.method.protocol import PROTOCOLS

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ccm.experiment.folder import write_formats
 from ccm.experiment.results import RunResults
+from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS

@@ -21,7 +21,8 @@ from ccm.experiment.files import (
     write_statistics,
     write_table,
 )
-from ccm.experiment.folder import FORMAT, MANIFEST, RunFolder, read_manifest, write_atomically
+from ccm.experiment.folder import FORMAT, MANIFEST, RunFolder, read_manifest
+from ccm.experiment.writing import write_atomically
 from ccm.method.statistics import STATISTICS, ActivationStatistics
 
 IDENTITY = {"model": "toy", "seed": 123, "values": ("mean_ablation",), "threshold": 0.1}

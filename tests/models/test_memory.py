@@ -16,11 +16,11 @@ from ccm.models import memory
 from ccm.models.load import load
 from ccm.models.memory import (
     GIB,
+    bytes_by_device,
     check_memory,
     default_budget,
     free_bytes,
     needed_bytes,
-    shares_of_devices,
     weight_bytes,
 )
 from ccm.models.specs import MODELS, spec_for
@@ -55,7 +55,7 @@ def test_what_torch_holds_ready_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch
 def test_gpus_keep_room_to_work_in() -> None:
     for free, share in ((24 * GIB, 18 * GIB), (80 * GIB, 72 * GIB)):
         with pretended_gpus(2, free):
-            shares = shares_of_devices()
+            shares = bytes_by_device()
         assert [shares[0], shares[1]] == [share, share]
         assert list(shares) == ["cpu", 0, 1]
 

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from ccm.experiment.files import to_json
-from ccm.experiment.folder import write_formats
+from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import Source
 from ccm.paper.values import Printed
