@@ -1,4 +1,4 @@
-"""Ablations on prompts and statistics that come from elsewhere (`ccm ablate`)."""
+"""Files of `ccm ablate`: prompts, statistics and neuron sets of the user, and the results."""
 
 import re
 import zipfile
@@ -39,11 +39,11 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
 
     Args:
         path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are kept where they are.
-        d_vocab: Also need `TOKEN_COLUMNS`, below this number; only the released token rule reads
-            them (defect 7).
+        d_vocab: Tokens of the model, if `TOKEN_COLUMNS` are needed and checked against it: only the
+            released token rule reads them (defect 7).
 
     Raises:
-        BadInput: a missing column, an empty cell, a duplicate prompt, a token id that there is not.
+        BadInput: a missing column, an empty cell, a duplicate prompt, or a token id out of range.
     """
     token_ids = d_vocab is not None
     needed = PROMPT_COLUMNS + (TOKEN_COLUMNS if token_ids else ())
@@ -75,7 +75,7 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
 
 
 def split_columns(prompts: Sequence[ProbingPrompt]) -> dict[str, SplitObjects]:
-    """Find, by column, the objects of a prompts CSV that no answer can name."""
+    """Find the objects that no answer can name, by their column in the CSV of prompts."""
     objects = (
         [prompt.counter_object for prompt in prompts],
         [prompt.parametric_object for prompt in prompts],
@@ -160,7 +160,7 @@ def ablated_json(
     value: AblationValue,
     config: RunConfig,
 ) -> dict[str, Any]:
-    """What `ccm ablate` writes: what was run, and what came of every set."""
+    """Arrange what `ccm ablate` writes: what was run, and the results of every set."""
     return {
         "model": model.spec.name,
         "ablation_value": value.name,
@@ -180,7 +180,7 @@ def ablated_json(
 def sets_json(
     tables: Mapping[str, pd.DataFrame], neurons: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Arrange cell tables as the released outputs are: lists per quantity, by set."""
+    """Arrange tables as the released outputs are: by set, a list per quantity."""
     return {
         name: {
             "neurons": list(neurons.get(name, ())),

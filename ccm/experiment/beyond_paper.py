@@ -16,16 +16,16 @@ from ccm.models.model import LoadedModel
 
 
 def rho_by_layer(model: LoadedModel, measures: NeuronMeasures) -> pd.DataFrame:
-    """Measure rho of every layer's MLP neurons against the null space of the last one's measures.
+    """Compute rho of every layer's MLP neurons, against the one null space of the unembedding.
 
-    One layer at a time; a layer whose MLP has no one output matrix is left out.
+    A layer whose MLP has no single output matrix is left out.
 
     Args:
         model: The model.
-        measures: Of its last layer, with their null space.
+        measures: Of its last layer, with the null space.
 
     Returns:
-        A row per neuron: `layer` (0 first), `neuron_idx`, `rho` (NaN without output weight).
+        A row per neuron: `layer` (from 0), `neuron_idx`, `rho` (NaN without output weight).
     """
     assert measures.null_space is not None
     last, tables = model.spec.n_layers - 1, []
@@ -44,11 +44,19 @@ def rho_by_layer(model: LoadedModel, measures: NeuronMeasures) -> pd.DataFrame:
 def draw_matched(
     folder: RunFolder, n: int, entropy_neurons: Sequence[int], seed: int
 ) -> dict[str, tuple[int, ...]]:
-    """Draw and name the matched controls of a run whose measures and statistics are there.
+    """Draw and name the matched controls of a run whose measures and statistics are written already.
 
-    Sigma is the statistics' own, whatever the protocol makes of it (defect 3): what is matched is
-    what the neurons do. Released statistics have their own defect in it: an infinite sigma is taken
-    for the largest.
+    Sigma is taken as it was measured, not as the protocol changes it (defect 3), because the controls
+    should match what the neurons do. An infinite sigma of released statistics counts as the largest.
+
+    Args:
+        folder: The run.
+        n: How many sets.
+        entropy_neurons: The set to match.
+        seed: Of the draws.
+
+    Returns:
+        Neurons of each set, by its name.
     """
     norm = read_table(folder.path / MEASURES)["norm"].to_numpy(float)
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
@@ -62,9 +70,9 @@ def effects_step(
     planned: Mapping[str, Sequence[Ablation]],
     engine: Engine = ENGINES["shared"],
 ) -> None:
-    """Split every ablation's effect on the first token's entropy, unless that is done.
+    """Split every ablation's effect on the first token's entropy, unless the tables are there already.
 
-    Either engine only runs the prompts, without ablation; what follows from that is the same.
+    The engine only runs the prompts without ablation; the rest is the same for every engine.
 
     Args:
         folder: The run.

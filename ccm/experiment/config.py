@@ -1,8 +1,8 @@
-"""The options of a run: one row each, from which all else that knows them is derived.
+"""The options of a run, one field each; everything else about an option is derived from its field.
 
-A field of `RunConfig` carries its help, its checks and how it is read and written. The command line's
-options, a run's identity, its manifest and the command that does it again follow from the fields, so a
-new option is a new field and nothing else. Nothing heavy is imported: `ccm --help` reads this, too.
+A field of `RunConfig` carries its help, its checks and how it is read and written. From the fields
+come the options of the command line, a run's identity, its manifest and the command that repeats it. So
+a new option is one new field. Nothing heavy is imported, because `ccm --help` reads this.
 """
 
 from collections.abc import Collection, Mapping
@@ -37,11 +37,11 @@ REHEARSED = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run's results depend on, apart from the weights and facts themselves.
+    """Everything that a run's results depend on, apart from the weights and facts themselves.
 
     Raises:
-        BadInput: a value that can be seen to be wrong without the model (`ccm.experiment.plan` sees to
-            the rest).
+        BadInput: a value is wrong for every model; `ccm.experiment.plan` checks what depends on the
+            model.
     """
 
     model: str = option(
@@ -163,10 +163,13 @@ class RunConfig:
 
     @classmethod
     def read(cls, **given: Any) -> "RunConfig":
-        """Make one of values as the command line has them, or of what they stand for.
+        """Make a configuration from text, as on the command line, or from the values themselves.
+
+        Args:
+            given: Values of options by their names; the rest keep their defaults.
 
         Raises:
-            BadInput: a name that is no option, or a value that cannot be read or is not allowed.
+            BadInput: a name is no option, or a value cannot be read or is not allowed.
 
         >>> RunConfig.read(ablation_values="all", shard="2/8", memory_budget="8G").shard
         (2, 8)
@@ -178,7 +181,7 @@ class RunConfig:
 
 
 def given(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults, for a manifest: `RunConfig.read(**...)` makes the same of it."""
+    """Return the options that differ from their defaults; `RunConfig.read` takes them back."""
     differing = {
         f.name: value
         for f in fields(config)

@@ -1,4 +1,4 @@
-"""Files of a run by kind: JSON, tables, statistics; written whole, and checked when read back."""
+"""Files of a run by kind: JSON, tables, statistics; written atomically, checked when read back."""
 
 import json
 from dataclasses import asdict, is_dataclass
@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse what JSON lets pass: of two values under one key, the first would be lost."""
+    """Refuse a key that is there twice, which JSON allows: its first value would be lost."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -80,7 +80,13 @@ def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
 
 
 def write_statistics(path: Path, statistics: ActivationStatistics, positions: int) -> None:
-    """Write activation statistics as float64 safetensors, with the number of positions."""
+    """Write activation statistics as float64 safetensors.
+
+    Args:
+        path: The file.
+        statistics: What to write.
+        positions: How many token positions they were taken over; 0 where that is not known.
+    """
     tensors = {name: np.ascontiguousarray(getattr(statistics, name)) for name in STATISTICS}
     tensors["n_positions"] = np.asarray([positions])
     write_atomically(path, lambda p: safetensors.numpy.save_file(tensors, p))
@@ -88,6 +94,9 @@ def write_statistics(path: Path, statistics: ActivationStatistics, positions: in
 
 def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
     """Read what `write_statistics` wrote.
+
+    Returns:
+        The statistics, and how many token positions they were taken over.
 
     Raises:
         BadInput: the file is damaged.
@@ -107,7 +116,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_stamped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read tensors with what the file says of itself."""
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names, stamp = list(file.keys()), dict(file.metadata() or {})
@@ -117,5 +130,5 @@ def read_stamped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def damaged(path: Path, error: object) -> BadInput:
-    """What to say of a file of ours: they are written whole, so the damage came later."""
+    """Make the error for a damaged file of a run: it was written whole, so the damage came later."""
     return BadInput(f"{path}: damaged ({error}). Remove it to compute it again.")

@@ -1,4 +1,4 @@
-"""The files a run leaves behind: written atomically, read back for resuming, never another run's."""
+"""A run's folder: which files it holds, and a manifest that says which run it belongs to."""
 
 import json
 import os
@@ -29,10 +29,10 @@ FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is there and is no run folder, nor an empty one.
+    """Refuse a path that exists and is neither a run folder nor an empty folder.
 
     Raises:
-        BadInput: a file, or a folder of other files.
+        BadInput: it is a file, or a folder that holds something else.
     """
     # `os.path` says that a name too long for the file system is not there, where `Path` raises.
     if os.path.exists(path) and not path.is_dir():
@@ -42,14 +42,14 @@ def check_folder(path: Path) -> None:
 
 
 def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
-    """Read what a run folder says of itself.
+    """Read the manifest of a run folder.
 
     Args:
         folder: The folder.
-        way_out: What to do where it holds no run, for the message.
+        way_out: What to do if it holds no run, for the message.
 
     Raises:
-        BadInput: no manifest there, not a run's, or one of another format.
+        BadInput: there is no manifest, or it is not a run's, or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -67,16 +67,16 @@ def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
 
 
 def _names(path: Path) -> set[str]:
-    """What a folder holds besides a lock and what was being written when its process was killed."""
+    """Name what a folder holds, without locks and files that a killed process was writing."""
     return {p.name for p in path.iterdir() if p.suffix != PARTIAL and not p.name.startswith(LOCK)}
 
 
 @contextmanager
 def locked_for(out: Path) -> Iterator[None]:
-    """Hold the folder that what is made of finished runs is written to, or the run folder it lies in.
+    """Lock the folder for figures or reports of finished runs, or the run folder that it lies in.
 
     Args:
-        out: A run folder, a folder in one, or any other.
+        out: Where they are written: a run folder, a folder in one, or any other.
 
     Raises:
         InUse: another process is writing there.
@@ -89,23 +89,22 @@ def locked_for(out: Path) -> Iterator[None]:
 
 
 def folder_to_lock(out: Path) -> Path:
-    """The run folder that a folder is or lies in, or else that folder."""
+    """Return the run folder that a folder is or lies in; else the folder itself."""
     return next((folder for folder in (out, out.parent) if (folder / MANIFEST).is_file()), out)
 
 
 class RunFolder:
-    """One run's folder: its manifest says which run it holds."""
+    """The folder of one run, with its manifest."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         """Open a new folder, or one that an earlier start of the same run left.
 
         Args:
             path: The folder; made if it is not there.
-            identity: Everything a result depends on. Two runs may share a folder only if it is equal.
+            identity: Everything that a result depends on. A folder belongs to one identity.
 
         Raises:
-            BadInput: the folder holds another run, or files that are no run at all, or cannot be
-                written to.
+            BadInput: the folder holds another run or other files, or cannot be written to.
         """
         self.path = path
         # Through JSON, so that it compares equal to what is read back.
@@ -130,8 +129,8 @@ class RunFolder:
                 return held
         else:
             held = fresh
-        # A folder that cannot be written to is found out before the work: all that is done to files
-        # later is done now, below the folder and, with the manifest, in it.
+        # Whether the folder can be written to is found out before the work: everything that is done to
+        # files later is tried now, below the folder and, with the manifest, in it.
         remove_partial(path)
         trial = path / f".trial{PARTIAL}"
         try_writing(trial)
@@ -163,7 +162,7 @@ class RunFolder:
         self.save_manifest()
 
     def time(self, stage: str, seconds: float) -> None:
-        """Add to the time a stage has taken over all starts of this run: it is done."""
+        """Note that a stage is done, and add to the seconds it took over all starts of this run."""
         timings = self.manifest["timings_s"]
         timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
         if stage not in self.manifest["done"]:
@@ -175,9 +174,9 @@ class RunFolder:
         return (self.path / name).is_file()
 
     def missing(self) -> list[Path]:
-        """Files of a finished run that are not there, whatever the manifest says of them.
+        """List the files of a finished run that are not there, whatever the manifest says.
 
-        Of a shard of a run those that every shard has, which are no cells and no scores.
+        A shard of a run has no cells and no scores, so only the files that every shard has count.
         """
         values, shared = self.manifest["identity"]["ablation_values"], [self.path / n for n in FILES]
         shared += [self.path / value / PROMPT_EFFECTS for value in values]
@@ -194,7 +193,7 @@ class RunFolder:
         ]
 
     def cell(self, ablation_value: str, set_name: str) -> Path:
-        """Path of one cell's completions; the plain run belongs to no ablation value."""
+        """Return the path of a cell; the plain run's belongs to no ablation value."""
         if set_name == "plain":
             return self.path / "plain.parquet"
         return self.path / ablation_value / f"{set_name}.parquet"

@@ -1,10 +1,10 @@
-"""One process at a time in a run folder, on this machine and on others that share the file system.
+"""A lock on a run folder, against other processes here and on machines that share the file system.
 
-The lock is a file in the folder that its holder touches every few seconds (`filelock.SoftFileLease`):
-no system call for locking is needed, which shared file systems often lack. Whether a holder is gone is
-seen in one of two ways. On this machine, its process is not there. On another one, where nobody can
-look, the file is not touched for a minute; who lost the lock in this way without being gone (a machine
-that slept) finds out before it writes its manifest again, and stops.
+The lock is a file in the folder that its holder touches every few seconds (`filelock.SoftFileLease`).
+It needs no system call for locking, which shared file systems often lack. A holder on this machine is
+gone if its process is. A holder on another machine, whose processes cannot be seen, is gone if the file
+is not touched for a minute. A process that loses its lock in this way while it lives (on a machine that
+slept) finds out before it writes its manifest again, and stops.
 """
 
 import errno
@@ -35,12 +35,12 @@ _held: dict[str, SoftFileLease] = {}  # what this process holds, by real path of
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as it wrote down itself."""
+    """The process that holds a lock, as it signed."""
 
-    token: str  # of the lock it belongs to: what an earlier holder left says nothing
+    token: str  # of the lock that it signed for; an earlier holder's file has another
     host: str
     pid: int
-    pids: int  # which of the host's worlds of process numbers: containers have their own
+    pids: int  # the host's namespace of process numbers: containers have their own
     started: float  # when the process began, seconds since 1970
     since: str
 
@@ -49,7 +49,7 @@ class Holder:
 
     @property
     def is_there(self) -> bool | None:
-        """Whether it is at work, as far as that can be seen from here; None: watch its lock."""
+        """Whether the process is at work; None if that cannot be seen from here."""
         if (self.host, self.pids) != (socket.gethostname(), _pid_namespace()):
             return None
         try:
@@ -73,9 +73,9 @@ def _pid_namespace() -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; the folder is made where it is missing.
+    """Hold a folder's lock; the folder is made if it is missing.
 
-    A folder that cannot be written to is held by nobody: who then writes to it is told so.
+    A folder that cannot be written to is not locked: writing to it then fails with the reason.
 
     Args:
         folder: The run folder.
@@ -101,10 +101,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_locked(folder: Path) -> None:
-    """Find out before any work, and without making a folder, that another process is at work there.
+    """Check, before any work and without making a folder, that no other process is at work there.
 
     Raises:
-        InUse: so it is.
+        InUse: another process is.
     """
     if os.path.exists(folder / LOCK):  # False, too, of a name that no file system takes
         with locked(folder):
@@ -112,10 +112,10 @@ def refuse_if_locked(folder: Path) -> None:
 
 
 def check_still_locked(folder: Path) -> None:
-    """See that a folder that this process locked is still its own; others are not looked at.
+    """Check that this process still holds a folder that it locked; other folders pass.
 
     Raises:
-        InUse: another process took it for gone and is at work there now, or the lock was removed.
+        InUse: another process took the lock over, or it was removed.
     """
     lease = _held.get(os.path.realpath(folder))
     if lease is None or _is_ours(lease):
@@ -137,7 +137,7 @@ def _is_ours(lease: SoftFileLease) -> bool:
 
 
 def _acquire(folder: Path) -> SoftFileLease | None:
-    """Get the lock of a folder; None where it cannot be written to."""
+    """Get the lock of a folder; None if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(
@@ -173,7 +173,7 @@ def _sign(folder: Path, lease: SoftFileLease) -> None:
 
 
 def _try(lease: SoftFileLease) -> bool:
-    """Take a lock that is free, or whose holder the library sees to be gone."""
+    """Take a lock that is free, or whose holder the library knows to be gone."""
     try:
         lease.acquire(timeout=0)
     except (Timeout, LeaseSettingsMismatch):
@@ -186,10 +186,10 @@ def _try(lease: SoftFileLease) -> bool:
 
 
 def _wait_for(lease: SoftFileLease, folder: Path) -> bool:
-    """Refuse where the holder is at work, take over where it is gone, and watch until that is clear.
+    """Watch a lock until it is clear whether its holder is at work (refuse) or gone (take over).
 
-    The library takes no lock over where the file system cannot exchange two names (NFS, Windows
-    shares), nor one whose holder was killed before it had written who it is, nor that of a zombie.
+    The library itself takes no lock over if the file system cannot exchange two names (NFS, Windows
+    shares), if the holder was killed before it signed, or if it is a zombie.
     """
     first, start, told = _look(lease), time.monotonic(), False
     while True:
@@ -218,7 +218,7 @@ def _wait_for(lease: SoftFileLease, folder: Path) -> bool:
 
 
 def _look(lease: SoftFileLease) -> tuple[int, ...] | None:
-    """What changes with each touch of the lock's file; None where it is not there."""
+    """Read what changes with each touch of the lock's file; None if there is no file."""
     try:
         # Opened, because what a shared file system says without that may be a minute old.
         with open(lease.lock_file, "rb") as stream:
@@ -229,7 +229,7 @@ def _look(lease: SoftFileLease) -> tuple[int, ...] | None:
 
 
 def _read_holder(folder: Path, lease: SoftFileLease | None = None) -> Holder | None:
-    """Who signed; None where nobody did, or not for the lock that is there now."""
+    """Read who signed; None if nobody did, or only for an earlier lock."""
     with suppress(OSError, ValueError, TypeError):
         found = Holder(**json.loads((folder / HOLDER).read_text(encoding="utf-8")))
         if lease is None or (lease.owner is not None and lease.owner.token == found.token):

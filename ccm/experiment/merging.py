@@ -1,4 +1,4 @@
-"""Several shards of one run, decoded apart, become the run that they are shards of."""
+"""Merge the shards of a run into the run in one piece."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ccm.experiment.run import finish, read_scores
 from ccm.experiment.writing import write_atomically
 from ccm.method.protocol import PROTOCOLS
 
-# What every shard was told or made for itself, and must have made alike.
+# Entries of the manifest that must be the same for all shards.
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
     *("nested_objects", "sets", "effects"),
@@ -74,7 +74,7 @@ def _join(
     stores: Sequence[BatchStore],
     merged: RunFolder,
 ) -> None:
-    """Copy what all shards have alike and gather what each decoded."""
+    """Copy the files that are the same for all shards, and gather the batches of each."""
     for name in _files(manifests[0]):
         write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
     work, timings = Work(), dict[str, float]()
@@ -101,7 +101,7 @@ def _join(
 
 
 def _files(manifest: dict[str, Any]) -> list[str]:
-    """Files of every shard."""
+    """Name the files that every shard has."""
     return [*FILES, *(f"{value}/{PROMPT_EFFECTS}" for value in manifest["identity"]["ablation_values"])]
 
 
@@ -117,7 +117,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Hold the shards to 1/n to n/n, each once."""
+    """Check that the shards are 1/n to n/n, each once."""
     first, *_ = shards = [str(m["identity"]["shard"]) for m in manifests]
     n = int(first.split("/")[1])
     wanted = [f"{i}/{n}" for i in range(1, n + 1)]

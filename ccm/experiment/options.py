@@ -1,4 +1,4 @@
-"""How one option of a run is declared, read, checked and written."""
+"""How an option of a run is declared, read, checked and written."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ PUBLISHED_NEURONS = "published"  # instead of neurons: those that the paper's au
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its value."""
+    """Everything about an option but its value."""
 
     told: str | Callable[[], str]  # what `help` says before the default
     flag: str
@@ -33,18 +33,18 @@ class Option:
 
     @property
     def help(self) -> str:
-        """What the option is, and its default where the text does not say it."""
+        """The help text, with the default unless the text says it already."""
         told = self.told if isinstance(self.told, str) else self.told()
         if self.switch or self.default in (None, {}):
             return told
         return f"{told} (default: {self.shown(self.default)})"
 
     def is_default(self, value: Any) -> bool:
-        """Whether a value is what is taken where none is given."""
+        """Return whether a value is the default."""
         return bool(value == self.default)
 
     def value_of(self, given: Any) -> Any:
-        """Read a value where it is text or a list, as the command line and a manifest have it.
+        """Read a value that is text or a list, as the command line and a manifest have it.
 
         Raises:
             BadInput: it cannot be read.
@@ -59,10 +59,10 @@ class Option:
         return tuple(given) if isinstance(given, list) else given
 
     def check(self, value: Any) -> None:
-        """Hold a value to what is allowed, as far as that does not depend on the model.
+        """Check a value, as far as that is possible without the model.
 
         Raises:
-            BadInput: it is not.
+            BadInput: it is not allowed.
         """
         if value is None and self.default is None:
             return
@@ -90,7 +90,7 @@ def option(default: Any, told: str | Callable[[], str], flag: str = "", **more: 
 
 
 def option_of(f: "dataclasses.Field[Any]") -> Option:
-    """What a field of a configuration says of itself; its flag is its name unless it has another."""
+    """Return the option of a configuration's field; its flag is its name unless it has another."""
     found: Option = f.metadata["option"]
     return found if found.flag else replace(found, flag="--" + f.name.replace("_", "-"))
 

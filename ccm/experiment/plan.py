@@ -31,9 +31,9 @@ from ccm.models.weights import check_weights, file_hashes
 
 @dataclass(frozen=True)
 class Plan:
-    """A `RunConfig` after every name in it was looked up and every number checked."""
+    """A `RunConfig` with every name looked up and every number checked."""
 
-    config: RunConfig  # with what the model decides where it was not said
+    config: RunConfig
     spec: ModelSpec
     facts: FactSet
     template: str
@@ -53,12 +53,12 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
 
     Args:
         config: What to run.
-        spec: The model's, where it is no checkpoint's: nothing is looked for then.
-        facts: Instead of those that the configuration names.
+        spec: Of a model without a checkpoint, for which no weights are looked for.
+        facts: Used instead of those that the configuration names.
 
     Raises:
-        BadInput: any name, number or file that cannot be used.
-        NotAvailable: a device or data that are not here.
+        BadInput: a name, number or file cannot be used.
+        NotAvailable: a device or data are not here.
     """
     protocol = PROTOCOLS[config.protocol]
     values = tuple(ablation_values(config.ablation_values))
@@ -96,7 +96,7 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
 
 
 def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
-    """What selects entropy neurons, held to the model: `k`, `min_rho` and `null_space_dims`.
+    """Check the selection rule against the model: `k`, `min_rho` and `null_space_dims`.
 
     Raises:
         BadInput: more neurons or directions than the model has.
@@ -116,10 +116,10 @@ def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
 
 
 def model_paths(config: RunConfig) -> Mapping[str, Path]:
-    """Folders of named models; a name that nothing would ever look up is refused.
+    """Return the folders of named models.
 
     Raises:
-        BadInput: such a name.
+        BadInput: a folder is named for a model that is not run.
     """
     for name in config.model_paths:
         if name not in (*MODELS, config.model):
@@ -131,7 +131,7 @@ def model_paths(config: RunConfig) -> Mapping[str, Path]:
 
 
 def _neurons(config: RunConfig, spec: ModelSpec) -> tuple[int, ...] | None:
-    """The fixed entropy set, if one is asked for."""
+    """Return the fixed entropy set, if one is asked for."""
     if config.neurons is None:
         return None
     if config.neurons == PUBLISHED_NEURONS:
@@ -187,18 +187,18 @@ def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
     return load_pararel()
 
 
-# What computes a result: the model, its tokens, names that are alike, intervals.
+# Packages that a result depends on: for the model, its tokens, similar names, intervals.
 PACKAGES = (
     *("ccm", "torch", "transformers", "transformer_lens", "tokenizers", "numpy", "scipy", "rapidfuzz"),
 )
 
 
 def identity(plan_: Plan, hashes: Mapping[str, str | None] | None = None) -> dict[str, Any]:
-    """Everything a result depends on: two starts with the same identity give the same bytes.
+    """Gather everything that a result depends on: the same identity gives the same bytes.
 
     Args:
         plan_: What is run.
-        hashes: Of the model's files, where they are not those of a checkpoint.
+        hashes: Of the model's files, if they are not a checkpoint's.
     """
     config = plan_.config
     facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Probing prompts with what the filters left of the facts."""
+    """Probing prompts, and how many facts were left after each filter."""
 
     prompts: tuple[ProbingPrompt, ...]
     counts: dict[str, int]  # facts left after each step, in order
@@ -63,10 +63,10 @@ def build_prompts(
         facts: Facts and relations.
         template: A key of `ccm.method.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
-        decoder: Gives what decodes each of two stages, `answers` and `first_tokens`.
+        decoder: Takes the name of a stage, `answers` or `first_tokens`, and returns what decodes it.
 
     Raises:
-        BadInput: a prompt that does not fit the model's context, or no prompt left by the filters.
+        BadInput: a prompt does not fit the model's context, or the filters leave no prompt.
     """
     asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
     tokens = [model.encode(text) for text in asked]
@@ -128,7 +128,7 @@ PROMPT_COLUMNS = {
 
 
 def prompt_table(prompts: Iterable[ProbingPrompt]) -> pd.DataFrame:
-    """Probing prompts as a table with the released column names."""
+    """Make a table of probing prompts, a row each, with the released column names."""
     rows = list(prompts)
     return pd.DataFrame({c: [getattr(p, a) for p in rows] for c, a in PROMPT_COLUMNS.items()})
 
@@ -139,7 +139,7 @@ def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
     return [ProbingPrompt(**f) for f in fields]
 
 
-# Makes what decodes one stage of a run: of its folder, its plan, and the stage's name.
+# Takes a run's folder, its plan and the name of a stage, and returns what decodes the stage.
 StageDecoder = Callable[[RunFolder, Plan, str], Callable[..., Completions]]
 
 
@@ -149,7 +149,14 @@ def prompts_step(
     model: LoadedModel,
     decoder: StageDecoder,
 ) -> list[ProbingPrompt]:
-    """Build the probing prompts, or read them back; `decoder` gives what asks the model."""
+    """Build the probing prompts, or read them back if they are there.
+
+    Args:
+        folder: The run.
+        plan_: What is run.
+        model: The model.
+        decoder: Returns what decodes each stage.
+    """
     if not folder.has(PROMPTS):
         split = split_objects([fact.object for fact in plan_.facts.facts])
         if split.count:
@@ -181,7 +188,7 @@ def prompts_step(
 
 
 def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """What decodes a stage, and goes on where an earlier start of it stopped."""
+    """Return what decodes a stage and goes on where an earlier start of it stopped."""
 
     def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
         budget = folder.manifest["memory_budget"]

@@ -15,15 +15,15 @@ FILE = "neurons_{}_activations_last_layer.npy"
 
 
 def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStatistics:
-    """Read a published model's released statistics (float16; the mode float64), a vector each.
+    """Read a published model's released statistics, stored in float16 (the mode in float64).
 
     Args:
-        spec: The model; its name is the folder's.
+        spec: The model; the folder has its name.
         finite: Refuse infinite sigmas and NaN modes (defects 3 and 4), of which every model has some.
 
     Raises:
         NotAvailable: they are not in the data folder.
-        BadInput: a file that is no vector of numbers, of another length, or not finite.
+        BadInput: a file is no vector of numbers, of another length, or not finite.
     """
     data = pararel_folder()
     folder = None if data is None else data / FOLDER / spec.name
@@ -48,7 +48,7 @@ def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStat
 
 
 def released_statistics_hash(spec: ModelSpec) -> str | None:
-    """SHA-256 over the released statistics of a model; None where they are not here."""
+    """Compute the SHA-256 of a model's released statistics; None if they are not here."""
     data = pararel_folder()
     if data is None:
         return None

@@ -49,7 +49,7 @@ MEASURE_COLUMNS = ("neuron_idx", "logitvar", "norm", "rho", "entropy_neuron")
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a run left behind, as far as figures and tables need it."""
+    """What figures and tables read of a finished run."""
 
     path: Path
     model: str  # the name by which it is known to the paper and to `MODELS`
@@ -119,8 +119,8 @@ def read_results(path: Path) -> RunResults:
         path: A folder of `ccm run` or `ccm merge`.
 
     Raises:
-        BadInput: no folder, no run, a shard of a run, a run that is not finished, or a file of it
-            that is missing or damaged, or a folder of another format.
+        BadInput: no folder, no run, a shard of a run, an unfinished run, a missing or damaged file,
+            or a folder of another format.
     """
     if not path.is_dir():
         raise BadInput(f"{path}: no such folder. Give a run folder of `ccm run`.")

@@ -86,10 +86,10 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def new_folder(config: RunConfig) -> Path:
-    """Name a run folder that says what and when, once what is asked for was checked.
+    """Name a new run folder after the model, the ablation values and the time.
 
     Raises:
-        CcmError: bad input, before a folder is announced.
+        CcmError: the configuration cannot be run; then no folder is named.
     """
     make_plan(config)
     values = config.ablation_values
@@ -100,9 +100,9 @@ def new_folder(config: RunConfig) -> Path:
 
 
 def run_shard(config: RunConfig, out: Path) -> RunFolder:
-    """Decode the shard of a run that `config.shard` names; `merging` puts all shards together.
+    """Decode the shard of a run that `config.shard` names; `merge_shards` joins all shards.
 
-    Every shard prepares prompts, measures and statistics for itself, and to the same bytes.
+    Every shard makes prompts, measures and statistics for itself, with the same bytes.
     """
     with open_folder(config, out) as (folder, plan_):
         mine = folder.manifest.get("shard_prompts")
@@ -114,20 +114,20 @@ def run_shard(config: RunConfig, out: Path) -> RunFolder:
 
 
 def _n_decoded(folder: RunFolder) -> int:
-    """Prompts in the batches of a shard, which are its results."""
+    """Count the prompts in the batches of a shard, which are its results."""
     return sum(len(batch.prompts) for batch in BatchStore(folder.path).read())
 
 
 @contextmanager
 def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]]:
-    """Check what is asked for, see that its weights are here and fit, and hold the run folder open.
+    """Check the configuration, the weights and the memory, and lock the run folder.
 
     Raises:
-        CcmError: before any long work; `InUse` where another process is at work in the folder.
+        CcmError: before any long work; `InUse` if another process is at work in the folder.
     """
     refuse_if_locked(out)
     plan_ = make_plan(config)
-    # Before the folder is made: what cannot be had must leave no trace of a run.
+    # Before the folder is made: a download that fails must leave no trace of a run.
     if unfinished(plan_.spec):
         download(plan_.spec)
         plan_ = make_plan(config)
@@ -141,7 +141,7 @@ def open_folder(config: RunConfig, out: Path) -> Iterator[tuple[RunFolder, Plan]
 
 @contextmanager
 def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFolder]:
-    """Hold a run's folder open, made where it is not there.
+    """Lock a run's folder, which is made if it is missing.
 
     Args:
         plan_: What is run there.
@@ -149,21 +149,21 @@ def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFo
         out: The folder.
 
     Raises:
-        BadInput: the folder is another run's, or none.
+        BadInput: the folder holds another run or other files.
         InUse: another process is at work there.
     """
     check_folder(out)
     with locked(out):
         folder = RunFolder(out, known)
         if "memory_budget" not in folder.manifest:
-            # Kept, because batches cut otherwise would round otherwise when the run is resumed.
+            # Kept, because a resumed run must cut the same batches: others would round differently.
             budget = plan_.config.memory_budget or default_budget(plan_.device)
             folder.note(memory_budget=budget, work=Work(), asked=given(plan_.config))
         yield folder
 
 
 def decode_everything(folder: RunFolder, plan_: Plan, clock: Clock) -> None:
-    """Every step that needs the model, in order."""
+    """Do every step that needs the model, in order."""
     with clock("load"):
         model = load_step(folder, plan_)
     decode_with(folder, plan_, model, stage_decoder, clock)
@@ -172,14 +172,14 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: Clock) -> None:
 def decode_with(
     folder: RunFolder, plan_: Plan, model: LoadedModel, decoder: StageDecoder, clock: Clock
 ) -> list[ProbingPrompt]:
-    """Every step that needs the model once it is there, in order.
+    """Do every step that needs the loaded model, in order.
 
     Args:
         folder: The run.
         plan_: What is run.
         model: The model.
-        decoder: Makes what decodes the questions for facts; a rehearsal has one of its own.
-        clock: Told what begins.
+        decoder: Returns what decodes each stage of the prompts; a rehearsal has one of its own.
+        clock: Times every stage.
 
     Returns:
         The probing prompts.
@@ -205,7 +205,7 @@ def decode_with(
 
 
 def finish(folder: RunFolder, protocol: Protocol, clock: Clock) -> None:
-    """Turn what was decoded into cells, and cells into scores, unless the run is complete."""
+    """Turn batches into cells and cells into scores, unless the run is complete."""
     if folder.manifest["complete"]:
         return
     prompts = table_prompts(read_table(folder.path / PROMPTS))
@@ -216,7 +216,7 @@ def finish(folder: RunFolder, protocol: Protocol, clock: Clock) -> None:
 
 
 def read_scores(folder: RunFolder) -> dict[str, Any]:
-    """Read the scores back, so that a caller sees what the file says and nothing else."""
+    """Read `scores.json` back: a caller gets exactly what the file says."""
     scores: dict[str, Any] = read_json(folder.path / SCORES)
     return scores
 
@@ -225,7 +225,7 @@ def read_scores(folder: RunFolder) -> dict[str, Any]:
 
 
 def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
-    """Load the model, on one device or over all, and see that the engine computes it."""
+    """Load the model onto one device or over all, and check that the engine computes it."""
     config = plan_.config
     if config.device_map is None:
         model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)

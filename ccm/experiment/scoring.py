@@ -80,7 +80,7 @@ def score_table(folder: RunFolder, released: bool) -> pd.DataFrame:
 
 
 def _before(plain: pd.DataFrame, facts: Mapping[str, int]) -> Iterator[Score]:
-    """What is known before any ablation."""
+    """Score the plain run: recall, sources and log-ratios before any ablation."""
     key, source = (ALL, PLAIN.name), plain["source"]
     yield Score.proportion(*key, "parametric_recall", of=ratio(facts["recalled"], facts["facts"]))
     for s in SOURCES:
@@ -237,20 +237,20 @@ class _Table:
         }
 
     def ratio(self, value: str, name: str, quantity: str, k: str = ALL, k2: str = ALL) -> Ratio:
-        """A proportion with all that is known of it."""
+        """Look up a proportion with its count, total and interval."""
         return Ratio(*self.rows[value, name, quantity, k, k2])
 
     def count(self, *key: str) -> int:
-        """Of prompts."""
+        """Look up a count of prompts."""
         return self.ratio(*key).count
 
     def value(self, value: str, name: str, quantity: str, k: str = ALL, k2: str = ALL) -> float | None:
-        """The number itself."""
+        """Look up a number."""
         number: float | None = self.rows[value, name, quantity, k, k2][2]
         return number
 
     def log_ratios(self, value: str, name: str, quantity: str) -> dict[Source, dict[str, float | None]]:
-        """Means by source before ablation."""
+        """Look up mean log-ratios by source before ablation."""
         return {
             k: {f"{a}/{b}": self.value(value, name, f"{quantity} {a}/{b}", k) for a, b in RATIOS}
             for k in SOURCES

@@ -1,7 +1,7 @@
 """Signals that ask the command to stop: Ctrl-C, a batch system's SIGTERM, a terminal that goes away.
 
-All three end it alike: they are raised as `Stopped` where the program is, so that files that are half
-written are removed and one line is said. Processes that draw figures end with it, without a word.
+All three end it in the same way: they are raised as `Stopped` in the main thread, so that half-written
+files are removed and one line is printed. Processes that draw figures end with it and print nothing.
 """
 
 import multiprocessing
@@ -45,14 +45,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Again:
-    """What becomes of exceptions that cannot be raised: those of a signal are raised again, later.
+    """Handles exceptions that cannot be raised: a signal's are raised again a little later.
 
     A handler may run within a finalizer or a weak reference's callback, whose exceptions Python only
     prints, with a traceback; then nothing would stop.
     """
 
     def __init__(self, kind: type[BaseException], again: Callable[[], None]) -> None:
-        """Note what was there before.
+        """Keep the hook that was there before.
 
         Args:
             kind: What a handler raises.
@@ -61,7 +61,7 @@ class _Again:
         self.kind, self.again, self.before = kind, again, sys.unraisablehook
 
     def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Take one that could not be raised."""
+        """Handle an exception that could not be raised."""
         if isinstance(unraisable.exc_value, self.kind):
             timer = threading.Timer(AGAIN_SECONDS, self.again)
             timer.daemon = True
@@ -71,7 +71,7 @@ class _Again:
 
 
 def _interrupt_main(number: int) -> None:
-    """Send a signal to the main thread, which it wakes where it waits."""
+    """Send a signal to the main thread, which wakes it if it waits."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
@@ -86,7 +86,7 @@ class Stopping:
     """
 
     def __init__(self, last_words: Callable[[], None]) -> None:
-        """Say nothing and install nothing yet.
+        """Install nothing yet.
 
         Args:
             last_words: Called before the program is ended where cleaning up takes too long.
@@ -117,7 +117,7 @@ class Stopping:
                 sys.unraisablehook = sys.unraisablehook.before
 
     def finish(self) -> None:
-        """Keep the handlers to the end of the process, which a signal then ends without a word."""
+        """Keep the handlers to the end of the process, which a signal then ends silently."""
         self._finished = True
 
     def _again(self) -> None:
@@ -146,8 +146,8 @@ def in_processes(
     """Map over items in several processes, which end with this one, however it ends.
 
     Args:
-        function: What to do; it and the items are pickled.
-        items: For what.
+        function: Applied to every item; it and the items are pickled.
+        items: The items.
         processes: How many. Each is a Python of its own, started anew: a fork of a process with
             threads, as torch has, may hang.
 
@@ -187,7 +187,7 @@ def in_processes(
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold signals back while workers start: they inherit that, and would die with a traceback."""
+    """Block signals while workers start: they inherit the block, and would die with a traceback."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -212,7 +212,7 @@ def _end(workers: Iterable[BaseProcess]) -> None:
 
 
 def _begin_worker() -> None:
-    """Leave signals to the parent, and end when it says so or is gone."""
+    """Leave signals to the parent, and end when the parent says so or is gone."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END_OF_WORKER, _end_worker)
@@ -234,7 +234,7 @@ def _end_with_parent() -> None:
 
 
 def _work(function: Callable[[_In], _Out], item: _In) -> _Out:
-    """Do one item; what `_end_worker` raises ends the process, which the pool would keep."""
+    """Do one item. What `_end_worker` raises ends the process; the pool would keep it."""
     try:
         return function(item)
     except SystemExit:

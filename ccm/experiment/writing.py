@@ -1,4 +1,4 @@
-"""Files written whole or not at all, on whatever file system; where that fails, one clear line."""
+"""Files written whole or not at all, on any file system; if that fails, one clear line says why."""
 
 import errno
 import os
@@ -51,10 +51,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Open a new file to the group and have its bytes on the disk before its name is.
+    """Make a new file readable for the group, and put its bytes on the disk before its name.
 
-    A machine that crashes after a rename could else leave a file that is there and empty. Some file
-    systems (of buckets, of Windows shares) refuse one or the other, and hold results all the same.
+    Else a machine that crashes after a rename could leave an empty file. Some file systems (of buckets,
+    of Windows shares) refuse one or the other, and hold results all the same.
     """
     with suppress(OSError):
         path.chmod(0o644)  # some writers' 0600 would hide results from the group
@@ -100,10 +100,10 @@ def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -
 
 
 def try_writing(folder: Path) -> None:
-    """Do in a folder all that writing results will do there: they come minutes or days later.
+    """Try now everything that writing results will do in a folder minutes or days later.
 
-    A file is written, written over and removed, as `write_atomically` does it. The folder is made where
-    it is missing; nothing else is left.
+    A file is written, overwritten and removed, as `write_atomically` does it. The folder is made if it
+    is missing, and stays; nothing else does.
 
     Raises:
         CannotWrite: one of these is refused.
@@ -120,10 +120,10 @@ def try_writing(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what was being written here, or below, when the process that wrote it was killed."""
+    """Remove the partial files that a killed process left in a folder or below it."""
     for path in folder.rglob(f".*{PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(OSError):  # what is left is in nobody's way
+            with suppress(OSError):  # one that stays does no harm
                 path.unlink()

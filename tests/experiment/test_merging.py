@@ -23,6 +23,7 @@ from ccm.experiment.folder import (
     SET_EFFECTS,
 )
 from ccm.experiment.merging import merge_shards
+from ccm.models.specs import CHECKPOINT
 from tests.made_runs import few_facts
 from tests.needs import XDIST
 

@@ -1,4 +1,4 @@
-"""A clock that also measures memory: the highest while each stage ran."""
+"""A clock that also measures the peak memory of each stage."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ def _nothing(text: str) -> None:
 
 
 class Profiler(Clock):
-    """Measures stages: wall time, and the highest memory while each ran."""
+    """Measures the wall time and the peak memory of each stage."""
 
     def __init__(
         self, device: torch.device, folder: RunFolder | None = None, say: Say = _nothing
@@ -28,16 +28,16 @@ class Profiler(Clock):
         """Start with no stages.
 
         Args:
-            device: Whose work is waited for, and whose memory is measured.
-            folder: Whose manifest gets the times, too; None: no run's.
-            say: Told what begins.
+            device: Its work is waited for, and its memory is measured.
+            folder: The run whose manifest gets the times, too; None writes no manifest.
+            say: Called with a line of text when a stage begins.
         """
         self.device, self.folder, self.say = device, folder, say
         self.stages: dict[str, Stage] = {}
 
     @property
     def memory(self) -> str:
-        """What the peaks count."""
+        """Say what the peaks of memory count."""
         if self.device.type == "cuda":
             return "allocated on the GPU (torch.cuda.max_memory_allocated, reset before each stage)"
         return f"resident memory of the process, looked at every {1000 * SAMPLE_SECONDS:.0f} ms"
@@ -63,7 +63,7 @@ class Profiler(Clock):
             torch.cuda.synchronize(self.device)
 
     def _start(self) -> Callable[[], int]:
-        """Start to watch memory; the returned function ends it and gives the peak in bytes."""
+        """Start to watch memory; the returned function stops that and returns the peak in bytes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,4 +1,4 @@
-"""What a rehearsal measured, and what the full grid would take: pure arithmetic, and its table."""
+"""What a rehearsal measured, and how long the full run would take; pure arithmetic, and its table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ PUBLISHED_FACTS = 4688  # rows of the released ParaRel statements (Method 3)
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it was measured, and how its time grows: along a straight line through two runs."""
+    """The time of one stage, which grows along a straight line through two runs."""
 
     name: str
     seconds: float  # as measured
@@ -25,9 +25,9 @@ class Stage:
     most: int | None = None  # items that a run does it for at most; None: for all
 
     def beside(self, few: "Stage") -> "Stage":
-        """Keep what the smaller run measured of the same stage.
+        """Add what the smaller run measured for the same stage.
 
-        Of what is done once, the longer time counts. A smaller run that did no less tells nothing.
+        If a stage is done once, the longer time counts. A smaller run of as many items tells nothing.
         """
         if self.per == "run":
             return max(few, self, key=lambda stage: stage.seconds)
@@ -37,7 +37,7 @@ class Stage:
 
     @property
     def per_item(self) -> float:
-        """Seconds that each more fact or prompt takes; neither they nor the rest are below 0.
+        """Seconds for each further fact or prompt; neither these nor the fixed seconds are below 0.
 
         >>> Stage("decode", 5.0, 0, "prompt", items=10, few_items=5, few_seconds=3.0).per_item
         0.4
@@ -47,13 +47,13 @@ class Stage:
 
     @property
     def fixed_seconds(self) -> float:
-        """Seconds that more items leave as they are."""
+        """Seconds that do not depend on how many items there are."""
         if self.per == "run":
             return self.seconds
         return max(0.0, self.seconds - self.per_item * self.items)  # rounding may lead below 0
 
     def projected(self, items: int) -> float:
-        """Seconds for so many facts or prompts.
+        """Project the seconds to a number of facts or prompts.
 
         >>> Stage("decode", 5.0, 0, "prompt", items=10, few_items=5, few_seconds=3.0).projected(100)
         41.0
@@ -66,7 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Projection:
-    """Seconds the whole grid would take on the machine that was measured."""
+    """Seconds that the full run would take on the machine that was measured."""
 
     facts: int
     prompts: int
@@ -75,7 +75,7 @@ class Projection:
 
 
 def project(stages: tuple[Stage, ...], facts: int, prompts: int) -> Projection:
-    """Scale every stage of a run to so many facts and prompts."""
+    """Project every stage of a run to a number of facts and prompts."""
     count = {"run": 1, "fact": facts, "prompt": prompts}
     seconds = {s.name: s.projected(count[s.per]) for s in stages if s.in_run}
     return Projection(facts, prompts, seconds, sum(seconds.values()))
@@ -118,7 +118,7 @@ class Rehearsal:
 
 
 def duration(seconds: float) -> str:
-    """Time to three digits or so, in the unit people would use.
+    """Write a time to about three digits, in the unit that people would use.
 
     >>> duration(0.0412), duration(75.2), duration(8000.0)
     ('0.041 s', '75.2 s', '2 h 13 min')
@@ -144,7 +144,7 @@ def _row(name: str, of: str, seconds: str, peak: str, projected: str) -> str:
 
 
 def rehearsal_table(r: Rehearsal) -> str:
-    """Write a rehearsal down for people: measured and projected apart, with what they rest on."""
+    """Write a rehearsal as text: what was measured, what is projected, and on what that rests."""
     lines = [
         f"{r.model}, random weights (seed {r.seed}): {r.parameters:,} parameters, "
         f"{_size(r.weight_bytes)} in {r.dtype}",

@@ -2,8 +2,8 @@
 
 Time and memory follow from shapes, so they can be measured before a checkpoint of many gigabytes is
 downloaded. The steps are those of `ccm.experiment.run`, timed one by one. A random model knows no
-object, so its answers are given: it is asked as any model is, and the true objects are taken for what
-it said. To tell what grows with the prompts from what does not, the run is made at two sizes.
+object, so its answers are replaced: it is asked as any model is, and the true objects then stand for
+what it said. The run is made at two sizes, to tell what grows with the prompts from what does not.
 """
 
 import sys
@@ -50,9 +50,7 @@ from ccm.models.random import LETTERS, Architecture, architecture_of, build, n_p
 from ccm.models.specs import CHECKPOINT, MODELS, dimensions
 from ccm.models.tokenizer import read_tokenizer
 
-TOGETHER = (
-    1 + N_COUNTER_OBJECTS
-)  # facts of a relation with distinct objects, which contradict each other
+TOGETHER = 1 + N_COUNTER_OBJECTS  # facts of a relation whose distinct objects contradict each other
 OWN, REST = "effects, entropy sets", "effects, all other sets"  # two parts of one stage of a run
 
 
@@ -64,24 +62,28 @@ class RehearsalConfig:
     prompts: int = 256  # of the larger of the two runs
     tokenizer: Path | None = None  # a folder; None: the stand-in
     hooked: bool = False  # a plain pass through TransformerLens hooks too, for comparison
-    keep: Path | None = None  # folder for what the larger run leaves behind; None: it goes
+    keep: Path | None = None  # folder for the larger run; None: it is removed
 
 
 # --- facts that a model is taken to know ------------------------------------------------------------
 
 
 def rehearsal_facts() -> FactSet:
-    """Return the ParaRel facts where `CCM_DATA_DIR` has them, else the organism's; no download."""
+    """Return the ParaRel facts if `CCM_DATA_DIR` has them, else the organism's; no download."""
     if pararel_folder() is not None:
         return load_pararel()
     return read_fact_folder(CHECKPOINT, "the organism's")
 
 
 def choose_facts(facts: FactSet, n_prompts: int) -> FactSet:
-    """Choose facts that give so many prompts, or a few more, to a model that knows all of them.
+    """Choose facts that give `n_prompts` prompts, or a few more, to a model that knows all of them.
 
     Every fact is contradicted by three others of its relation, so facts are taken four at a time,
-    evenly over the relations; one by one only where every relation has its four.
+    evenly over the relations; one by one only when every relation has its four.
+
+    Args:
+        facts: To choose from.
+        n_prompts: How many probing prompts they should give.
 
     Raises:
         BadInput: fewer than 3 prompts, or more than the facts give.
@@ -113,13 +115,13 @@ def choose_facts(facts: FactSet, n_prompts: int) -> FactSet:
 
 
 def _evenly(things: Sequence[Any], n: int) -> list[Any]:
-    """So many of them, evenly chosen, or all."""
+    """Choose n things evenly, or all if there are fewer."""
     at = np.linspace(0, len(things) - 1, max(0, min(n, len(things)))).round().astype(int)
     return [things[i] for i in at]
 
 
 def knowing_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """As `stage_decoder`, of a model that answers every fact rightly once it was asked."""
+    """Decode as `stage_decoder` does, but answer every question for a fact with its true object."""
     ask = stage_decoder(folder, plan_, stage)
 
     def answer(model: LoadedModel, tokens: Sequence[Tokens], **options: Any) -> Completions:
@@ -152,11 +154,11 @@ def rehearse(
         config: What to rehearse.
         architecture: A smaller model of the family instead of the real one: a rehearsal in seconds,
             whose projection says nothing about the real one.
-        facts: Facts to build prompts of; by default those of `rehearsal_facts`.
-        say: Told what begins.
+        facts: Facts to build prompts from; by default those of `rehearsal_facts`.
+        say: Called with a line of text when a stage begins.
 
     Returns:
-        What was measured and what follows for the published numbers of facts and prompts.
+        What was measured, and the projection to the published numbers of facts and prompts.
 
     Raises:
         BadInput, NotAvailable: before anything is built.
@@ -232,7 +234,7 @@ def rehearse(
 
 
 def _plan(run: RunConfig, hf_config: Any, facts: FactSet, n_prompts: int) -> Plan:
-    """Plan a run of so many prompts on an architecture."""
+    """Plan a run of `n_prompts` prompts on an architecture."""
     sizes = dimensions(hf_config)
     spec = MODELS[run.model]
     # Fewer than published only where the model is smaller than published.
@@ -244,7 +246,7 @@ def _plan(run: RunConfig, hf_config: Any, facts: FactSet, n_prompts: int) -> Pla
 
 
 def _held(plan_: Plan, out: Path) -> AbstractContextManager[RunFolder]:
-    """Hold the folder of a run open whose weights come from no file."""
+    """Lock the folder of a run on random weights."""
     weights = {"weights_sha256": f"random weights, seed {plan_.config.seed}"}
     return hold_folder(plan_, identity(plan_, weights), out)
 
@@ -252,12 +254,12 @@ def _held(plan_: Plan, out: Path) -> AbstractContextManager[RunFolder]:
 def _run(
     folder: RunFolder, plan_: Plan, model: LoadedModel, clock: Profiler
 ) -> tuple[list[Tokens], dict[str, Stage]]:
-    """Run all that comes once the model is there, as `ccm.experiment.run` does.
+    """Run every step after loading, as `ccm.experiment.run` does.
 
     Returns:
-        The prompts, and the stages by name. Effects of the entropy sets are taken at every prompt, of
-        all others at `SAMPLED` at most, in the same pass. So those of the entropy sets are measured
-        once more, alone; the rest is the others'.
+        The prompts' tokens, and the stages by name. A run measures effects in one pass: of the entropy
+        sets at every prompt, of all other sets at `SAMPLED` prompts at most. So effects of the entropy
+        sets are measured once more, alone, and the rest of the time is that of the others.
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": []}
     folder.note(weights=weights, special_tokens=model.special_tokens)
