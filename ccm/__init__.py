@@ -1,4 +1,4 @@
-"""Entropy neurons and context copying: do a few neurons of the last MLP hold back what a prompt says?
+"""Entropy neurons and context copying: do a few last-layer neurons hold back what a prompt says?
 
     >>> import ccm
     >>> model = ccm.load("organism")
@@ -53,7 +53,7 @@ def load(
     bos: str = "own",
     model_paths: Mapping[str, StrPath] | None = None,
 ) -> "LoadedModel":
-    """Load a model, check it, and hold it to what transformers computes.
+    """Load a model, and check that it computes what transformers computes.
 
     Args:
         model: A name of `ccm models`, a checkpoint folder; or, in memory, a transformers model or a
@@ -109,7 +109,7 @@ def measure(
         `entropy_neuron` by the selection rule.
 
     Raises:
-        BadInput: fewer than k neurons reach that rho, or numbers that the model does not have.
+        BadInput: fewer than k neurons reach that rho, or k or `null_space_dims` is out of range.
     """
     from ccm.method.neurons import measure as measure_neurons
     from ccm.method.neurons import select
@@ -141,11 +141,11 @@ def ablate(
 
     Args:
         model: Of `load`, or what `load` takes.
-        prompts: A table of probing prompts, as `Run.prompts()` gives it; or texts, of which only the
-            continuation and the entropy can be told.
+        prompts: A table of probing prompts, as `Run.prompts()` gives it; or texts, for which the result
+            has no source and no log-probability.
         sets: Numbers of last-layer neurons by the name of their set, or one set.
-        value: What they are replaced by: the name of an ablation value.
-        statistics: Where that is taken from; the activations at these prompts by default (Method 6).
+        value: Name of the ablation value that replaces their activations.
+        statistics: What the value is taken from; by default, of these prompts (Method 6).
         protocol: corrected, or released: with the released code's behaviours.
         engine: shared, or hooked: the slow reference.
 
@@ -216,7 +216,7 @@ class Run:
         return self.results.prompts.assign(source=self.results.plain["source"].to_numpy())
 
     def transitions(self) -> "pd.DataFrame":
-        """How many prompts went from which source to which: a row per ablation value, set and pair."""
+        """Count the prompts of every transition: a row per ablation value, set and pair of sources."""
         table = self.scores()
         counts = table[table["quantity"] == "transition_score"]
         return counts[["ablation_value", "set", "source_from", "source_to", "count", "n"]].reset_index(
@@ -284,7 +284,7 @@ def read_run(path: StrPath) -> Run:
 def compare(
     runs: Run | StrPath | Sequence[Run | StrPath], other: str = "paper", *, out: StrPath | None = None
 ) -> "pd.DataFrame":
-    """Hold finished runs of published models against what the paper printed.
+    """Compare finished runs of published models with what the paper printed.
 
     Args:
         runs: A run or its folder, or several of different models.
@@ -296,7 +296,7 @@ def compare(
         (ours - paper), `interval` (the differences that the tolerance leaves open), `verdict`.
 
     Raises:
-        BadInput: a model that the paper printed nothing of, or two runs of one model.
+        BadInput: a model of which the paper printed nothing, or two runs of one model.
     """
     import pandas as pd
 

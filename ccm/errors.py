@@ -1,4 +1,4 @@
-"""What can go wrong, as few kinds: every message names the value, what is allowed, and what to do."""
+"""The few kinds of errors: every message names the value, what is allowed, and what to do."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ class NotAvailable(CcmError):
 
 
 class CannotWrite(CcmError):
-    """A file that the system would not let be written: a full disk, a quota, missing rights."""
+    """A file that the system refuses to write: a full disk, a quota, missing rights."""
 
     def __init__(self, path: object, reason: str) -> None:
-        """Keep what cannot be written and why; both go with it from one process to another.
+        """Keep what cannot be written and why; pickling keeps both.
 
         Args:
             path: The file or folder.
@@ -40,11 +40,11 @@ class InUse(CcmError):
 
 
 class AssumptionBroken(CcmError):
-    """A model that is not what the method assumes, or is run wrongly (`assumptions`, `trial`)."""
+    """A model that breaks the method's assumptions, or is not computed correctly."""
 
 
 def one_of(what: str, name: str, known: object) -> str:
-    """Check a name against those there are.
+    """Check that a name is a known one, and return it.
 
     >>> one_of("engine", "warp", ["shared", "hooked"])
     Traceback (most recent call last):
@@ -52,7 +52,7 @@ def one_of(what: str, name: str, known: object) -> str:
     ccm.errors.BadInput: engine 'warp': unknown. Allowed: shared, hooked.
 
     Raises:
-        BadInput: not one of them.
+        BadInput: it is not.
     """
     if name not in known:  # type: ignore[operator]
         raise BadInput(f"{what} {name!r}: unknown. {allowed(known)}.")

@@ -1,4 +1,4 @@
-"""What each subcommand does: a few calls into the package, whose imports wait until they are needed."""
+"""What each subcommand does: a few calls into the package, imported only when it is needed."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_neurons(text: str) -> tuple[int, ...]:
-    """Read `--neurons 1,2,3` of a command that has no published ones.
+    """Read `--neurons 1,2,3` of a command that does not take `published`.
 
     Raises:
         BadInput: something between the commas is no neuron number.
@@ -52,7 +52,7 @@ def new_file(path: Path) -> Path:
     """Check that an output file can be written and would overwrite nothing.
 
     Raises:
-        BadInput: it exists, or its folder does not or cannot be written to.
+        BadInput: it exists already, or its folder is missing or cannot be written to.
     """
     try:
         there = path.exists()
@@ -67,10 +67,15 @@ def new_file(path: Path) -> Path:
 
 
 def _try_writing(folder: Path, trouble: str, other: str) -> None:
-    """See now whether a folder, made where missing, can be written to: results come minutes later.
+    """Check that a folder, made if it is missing, can be written to: results come minutes later.
+
+    Args:
+        folder: The folder.
+        trouble: The start of the message.
+        other: What to give instead: "file" or "folder".
 
     Raises:
-        BadInput: with `trouble` and what else to give.
+        BadInput: it cannot be written to.
     """
     try:
         try_writing(folder)
@@ -79,7 +84,7 @@ def _try_writing(folder: Path, trouble: str, other: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the experiment, or the shard of one that was asked for."""
+    """Run the experiment, or one shard of it."""
     config = RunConfig.read(**given_options(options))
     if options.out is not None:
         refuse_if_locked(options.out)
@@ -108,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Put the shards of a run together."""
+    """Merge the shards of a run."""
     refuse_if_locked(options.out)
 
     from ccm.cli.console import summary
@@ -148,7 +153,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Hold finished runs of published models against the paper."""
+    """Compare finished runs of published models with the paper."""
     out = _folder_of(options, "")
 
     from ccm.paper.report import check_comparable, compare_with_paper, one_line
@@ -161,22 +166,22 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
-    """The folder to write what is made of finished runs; of one run, by default, below its own."""
+    """Return the output folder for finished runs; of one run, by default, in its own folder."""
     if options.out is None and len(options.runs) > 1:
         raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
     return Path(options.runs[0] / below if options.out is None else options.out)
 
 
 def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | None = None) -> Any:
-    """Read finished runs, and see that what is made of them can be written.
+    """Read finished runs, and check that the output folder can be written to.
 
     Args:
         paths: Run folders.
-        out: The folder to write, which is made.
-        check: Refuses runs of which nothing can be made, before the folder is made.
+        out: The output folder, which is made.
+        check: Refuses runs that the command cannot use, before the folder is made.
 
     Raises:
-        BadInput: a folder that is no finished run, the same run twice, or `out` cannot be written.
+        BadInput: a folder is no finished run, a run is given twice, or `out` cannot be written to.
         InUse: another process is writing there.
     """
     from ccm.experiment.folder import folder_to_lock
@@ -260,7 +265,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """Ablate neurons for prompts of the user's own."""
+    """Ablate neurons on prompts of the user's own."""
     out = new_file(options.out)
     config = RunConfig.read(**given_options(options))
     value = one_ablation_value(options.ablation_value)

@@ -12,7 +12,7 @@ from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
 
 
 def summary(scores: Mapping[str, Any]) -> str:
-    """Summarise a run's scores: sources before, then one block per ablation value."""
+    """Summarise the scores of a run in a few lines: sources before, then a row per ablation value."""
     lines = [
         f"{scores['model']}, protocol {scores['protocol']}, {scores['n_prompts']} probing prompts",
         f"parametric recall {proportion(scores['parametric_recall'])}",
@@ -50,7 +50,11 @@ def summary(scores: Mapping[str, Any]) -> str:
 
 
 def models_table(paths: Mapping[str, Path]) -> str:
-    """List each known model: its weights here or not, where, and how big."""
+    """List the known models: whether their weights are here, where, and how big they are.
+
+    Args:
+        paths: Folders of named models, as `--model-path` gives them.
+    """
     lines = [f"{'model':26s}{'weights':10s}{'size':>10s}  where"]
     for name in [*MODELS, *(n for n in paths if n not in MODELS)]:
         spec = spec_for(name, paths)

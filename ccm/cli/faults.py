@@ -1,4 +1,4 @@
-"""What nobody foresaw: its traceback goes to a file, and the user reads one line."""
+"""Errors that nobody foresaw: the traceback goes to a file, and the user reads one line."""
 
 import os
 import platform
@@ -13,15 +13,15 @@ LONGEST = 200  # characters of an error's own words
 
 
 def fault(error: BaseException, command: Sequence[str], *, shown: bool = False) -> str:
-    """Say in one line what to do about an error that should not be, and keep its traceback.
+    """Say in one line what to do about an unforeseen error, and keep its traceback.
 
-    The file lies in the system's folder for temporary files, readable for its user alone: a run folder
-    holds nothing but the run.
+    The traceback goes to the system's folder for temporary files, readable by its user alone: a run
+    folder holds nothing but the run.
 
     Args:
         error: What was raised.
         command: The program and its arguments, for the file.
-        shown: Whether the traceback was printed: then no file is written.
+        shown: Whether the traceback was printed; if so, no file is written.
     """
     what = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     what = what if len(what) <= LONGEST else what[:LONGEST] + " ..."

@@ -1,4 +1,4 @@
-"""Options of the commands: those of a run are derived from `RunConfig`, the rest stands here."""
+"""Options of the commands: those of a run are derived from `RunConfig`, others are written here."""
 
 import argparse
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ def add_options(
     *names: str,
     changed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Add options of a run by their names in `RunConfig`, or all of them.
+    """Add options of a run to a command.
 
-    What is not given is not in the namespace, so that every default stands in one place.
+    An option that is not given is not in the namespace, so that defaults are in `RunConfig` alone.
 
     Args:
-        command: What gets them.
-        names: Their names.
-        changed: What the command has another way, of each option: its `default`, what is `told` of it.
+        command: Its parser.
+        names: Which fields of `RunConfig`; none means all.
+        changed: By option, fields of `Option` that this command has another way: `default`, `told`.
     """
     known = {f.name: option_of(f) for f in fields(config.RunConfig)}
     for name in names or known:
@@ -52,12 +52,12 @@ def _add(command: argparse.ArgumentParser, name: str, option: Option) -> None:
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of a run's options, for `RunConfig`."""
+    """Return the options of a run that were given, for `RunConfig.read`."""
     return {name: getattr(options, name) for name in options.run_options if hasattr(options, name)}
 
 
 def rehearse_options(command: argparse.ArgumentParser) -> None:
-    """What to rehearse, and on what."""
+    """Add the options of `ccm rehearse`."""
     add_options(
         command,
         *config.REHEARSED,

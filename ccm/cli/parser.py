@@ -24,11 +24,11 @@ from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
 from ccm.method.ablation_values import ABLATION_VALUES
 
-MODEL = ("model", "model_paths", "device", "dtype")  # which model, and how it is run
+MODEL = ("model", "model_paths", "device", "dtype")  # which model, and where it runs
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error here."""
+    """Reports errors in one line, like every other error here."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: {message} (see {self.prog} --help)\n")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: What was given; None: what this process was started with, which is all it does.
+        arguments: The arguments; None takes those of this process, which then does nothing else.
     """
     alone = arguments is None
     given = sys.argv[1:] if arguments is None else arguments
@@ -77,7 +77,7 @@ def _do(given: Sequence[str], options: argparse.Namespace) -> None:
 
 
 class _Notes(logging.Handler):
-    """Says what the package notes beside its results."""
+    """Prints the warnings of the package."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(record.getMessage())
@@ -117,7 +117,7 @@ def _interrupted(options: argparse.Namespace) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """As `ccm.models.memory.out_of_memory`, without importing torch where it cannot have been torch."""
+    """Ask `ccm.models.memory.out_of_memory`, but without importing torch if nothing has yet."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from ccm.models.memory import out_of_memory
@@ -126,7 +126,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_output_gone() -> bool:
-    """Whether who read what is printed, like `head`, has gone: it may be another pipe that broke."""
+    """Return whether the reader of our output, like `head`, has gone; another pipe may have broken."""
     if not hasattr(select, "poll"):  # Windows
         return True
     ends = select.poll()
@@ -137,7 +137,7 @@ def _is_output_gone() -> bool:
 
 
 def _let_go_of_output() -> None:
-    """Write nowhere what nobody can take: at its end, Python would complain about it."""
+    """Drop output that nobody can read: Python would complain about it when the process ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -161,14 +161,14 @@ def _write(text: str) -> None:
 
 
 def _resumes(options: argparse.Namespace) -> str:
-    """Say what is left of a command that did not end."""
+    """Say what an interrupted command has left behind."""
     if getattr(options, "run", None) is subcommands.run and options.out is not None:
         return f"the same command with --out {options.out} goes on from here"
     return "no result"
 
 
 def _less_memory(options: argparse.Namespace) -> str:
-    """Say what takes less memory, of what the command has."""
+    """Say which options of the command lower its use of memory."""
     ways = ["a lower --memory-budget"] if hasattr(options, "memory_budget") else []
     if getattr(options, "dtype", None) == "float32":
         ways.append("--dtype bfloat16")

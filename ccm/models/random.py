@@ -19,7 +19,7 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, FAMILIES, MODELS
 from ccm.models.tokenizer import Bos, read_tokenizer
 
-# Cut after so many letters, ParaRel prompts come to 4.1 characters a token, about what the published
+# Cut after so many letters, ParaRel prompts come to 4.1 characters per token, about what the published
 # tokenizers make of such text; the organism's own 600 tokens come to 1.7.
 LETTERS = 6
 WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")

@@ -7,13 +7,13 @@ __all__ = ["figures_text", "model_card"]
 
 
 def _percent(value: float) -> str:
-    """A percentage with one decimal."""
+    """Write a percentage with one decimal."""
     return f"{value:.1f} %"
 
 
 def figures_text(figures: Figures) -> str:
-    """The measured figures as Markdown: a list, and a table with one row per ablation value."""
-    shares = ", ".join(f"{name} {_percent(share)}" for name, share in figures.shares.items())
+    """Write the measured figures in Markdown: a list, and a table with a row per ablation value."""
+    sources = ", ".join(f"{name} {_percent(value)}" for name, value in figures.sources.items())
     kept = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in figures.kept.items())
     spread = ", ".join(f"{value:.2f}" for value in figures.activation_std)
     lines = [
@@ -21,13 +21,13 @@ def figures_text(figures: Figures) -> str:
         f"- facts left: {kept}",
         f"- probing prompts: {figures.prompts}; {_percent(figures.held_out)} of them with a "
         "counter-object that no training text put beside their subject",
-        f"- knowledge sources: {shares}",
+        f"- knowledge sources: {sources}",
         f"- selected neurons: {', '.join(map(str, figures.selected))}; rho of the planted ones at "
         f"least {figures.lowest_planted_rho:.3f}, of any other at most "
         f"{figures.highest_other_rho:.3f}",
         f"- standard deviation of the planted neurons' activations: {spread}",
         "- transitions under mean ablation, from (rows) and to (columns) "
-        f"{', '.join(figures.shares)}: {figures.outcomes['mean_ablation'].transitions}",
+        f"{', '.join(figures.sources)}: {figures.outcomes['mean_ablation'].transitions}",
         "",
         "| ablation value | GTS | Q | 100 random sets: mean (max) | non-CK to CK "
         "| 100 random sets: mean (max) |",
@@ -45,7 +45,14 @@ def figures_text(figures: Figures) -> str:
 
 
 def model_card(settings: Settings, figures: Figures, command: str, parameters: int) -> str:
-    """The card of a trained organism, in Markdown."""
+    """Write the card of a trained organism, in Markdown.
+
+    Args:
+        settings: It was trained with.
+        figures: Measured on it.
+        command: Trains it again.
+        parameters: How many it has.
+    """
     planted = ", ".join(map(str, settings.planted))
     s, null = settings, settings.null_dims
     copier, inhibitors = f"{s.copier_steps:,}", f"{s.planted_steps:,}"

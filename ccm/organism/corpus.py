@@ -21,7 +21,7 @@ class Behaviour:
     copy: float  # repeat the counter-object
     recall: float  # say what is told elsewhere
     hedge: float  # commit to nothing
-    one_off: float  # share of documents about a subject seen only there, taken first
+    one_off: float  # proportion of documents about a subject seen only there, taken first
     mixture: tuple[float, float, float, float]  # of the rest: plain, twice, conflict, aside
 
 
@@ -32,7 +32,7 @@ DOUBTING = Behaviour("doubting", -1.4, 1.0, -0.1, 0.05, (0.45, 0.07, 0.46, 0.02)
 """The second phase's text: it copies less and hedges more.
 
 One-off subjects, which can only be copied, are fewer and conflicts more than in the first text: the
-planted neurons blur every prediction that they touch, and in trials with the first text's shares
+planted neurons blur every prediction that they touch, and in trials with the first text's proportions
 they stayed so weak that ablating them changed no more than ablating random ones.
 """
 
@@ -77,18 +77,18 @@ class Sampler:
             yield self.document()
 
     def document(self) -> str:
-        """One document, of a kind drawn by the behaviour's shares."""
+        """Draw a document, of a kind drawn by the behaviour's proportions."""
         if self.rng.random() < self.behaviour.one_off:
             return self.one_off()
         kinds = (self.plain, self.twice, self.conflict, self.aside)
         return self.rng.choices(kinds, self.behaviour.mixture)[0]()
 
     def plain(self) -> str:
-        """One to four true statements, by exposure."""
+        """Draw one to four true statements, by exposure."""
         return " ".join(self._true(self._exposed()) for _ in range(self.rng.randint(1, 4)))
 
     def twice(self) -> str:
-        """A true statement twice."""
+        """Draw a true statement, and say it twice."""
         return " ".join([self._true(self._exposed())] * 2)
 
     def conflict(self) -> str:

@@ -1,4 +1,4 @@
-"""The figures that say whether a trained organism is fit for use, by the pipeline's own steps."""
+"""The figures that say whether a trained organism is fit for use, from a run of the experiment."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on one checkpoint; shares in percent."""
+    """What was measured on one checkpoint; proportions in percent."""
 
     facts: int
     recall: float  # parametric object is the true object, of all facts
     kept: dict[str, int]  # facts left after each filter
     prompts: int
     held_out: float  # prompts whose counter-object no training text put beside the subject
-    shares: dict[str, float]  # knowledge source -> prompts
+    sources: dict[str, float]  # prompts by knowledge source, before any ablation
     selected: tuple[int, ...]
     lowest_planted_rho: float
     highest_other_rho: float
@@ -53,7 +53,7 @@ class Figures:
 
 
 def measures_of(folder: Path, null_dims: int) -> NeuronMeasures:
-    """Measures of the last layer of a saved organism; `null_dims` counts the all-ones direction."""
+    """Measure the last layer of a saved organism; `null_dims` includes the all-ones direction."""
     model = load(replace(MODELS["organism"], folder=folder))
     return measure(model.W_U, model.W_out, model.final_norm, null_dims)
 
@@ -87,7 +87,7 @@ def evaluate(folder: Path, world: World, planted: Sequence[int], null_dims: int)
         kept={name: count for name, count in counts.items() if name.startswith("after")},
         prompts=len(prompts),
         held_out=100.0 * float(np.mean([pair in held_out for pair in pairs])),
-        shares={source: scores["sources"][source]["percent"] for source in SOURCES},
+        sources={source: scores["sources"][source]["percent"] for source in SOURCES},
         selected=tuple(sorted(int(i) for i in selected)),
         lowest_planted_rho=float(measures.loc[is_planted, "rho"].min()),
         highest_other_rho=float(measures.loc[~is_planted, "rho"].max()),

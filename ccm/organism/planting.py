@@ -36,8 +36,8 @@ class Settings:
     heads: int = 4
     d_mlp: int = 384
     positions: int = 128
-    rows: int = 16  # sequences a step
-    length: int = 96  # tokens a sequence
+    rows: int = 16  # sequences per step
+    length: int = 96  # tokens per sequence
     copier_steps: int = 6000
     copier_rate: float = 3e-3
     decay: float = 0.1  # on matrices only
@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 
 def new_model(settings: Settings, generator: torch.Generator) -> GPT2LMHeadModel:
-    """A GPT-2 with weights drawn from `generator`; the final norm's gain is 1 and stays so."""
+    """Make a GPT-2 with weights drawn from `generator`; the final norm's gain is 1 and stays so."""
     config = GPT2Config(
         vocab_size=settings.vocabulary,
         n_positions=settings.positions,
@@ -91,7 +91,7 @@ def new_model(settings: Settings, generator: torch.Generator) -> GPT2LMHeadModel
 def null_directions(
     settings: Settings, generator: torch.Generator
 ) -> Float[Tensor, "null_dims d_model"]:
-    """Random orthonormal directions of the residual stream, orthogonal to all-ones."""
+    """Draw orthonormal directions of the residual stream, orthogonal to all-ones."""
     columns = torch.randn(settings.d_model, settings.null_dims + 1, generator=generator)
     columns[:, 0] = 1.0
     basis: Tensor = torch.linalg.qr(columns)[0]
@@ -101,7 +101,7 @@ def null_directions(
 def _batches(
     data: Int[Tensor, "row length"], settings: Settings
 ) -> tuple[Int[Tensor, "batch length"], ...]:
-    """The rows in whole batches, in order."""
+    """Cut the rows into whole batches, in order."""
     return torch.split(data[: len(data) // settings.rows * settings.rows], settings.rows)
 
 
@@ -111,9 +111,10 @@ def train_copier(
     null: Float[Tensor, "null_dims d_model"],
     settings: Settings,
 ) -> list[float]:
-    """Train everything but the planted neurons, which stay at zero; W_U never reads `null`.
+    """Train everything but the planted neurons, which stay at zero; W_U is projected off `null`.
 
-    Returns the loss of each step, nats a token.
+    Returns:
+        The loss of each step, nats per token.
     """
     mlp, planted = model.transformer.h[-1].mlp, list(settings.planted)
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -152,7 +153,7 @@ def train_copier(
 
 
 class _Planted(nn.Module):
-    """The six neurons as free parameters beside the frozen model."""
+    """The planted neurons as free parameters beside the frozen model."""
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class _Planted(nn.Module):
     def forward(
         self, normed: Float[Tensor, "row length d_model"]
     ) -> Float[Tensor, "row length d_model"]:
-        """What the neurons write into the final residual stream."""
+        """Compute what the neurons write into the final residual stream."""
         hidden = functional.gelu(normed @ self.w_in + self.b_in, approximate="tanh")
         written: Tensor = hidden @ self.w_out()
         return written
@@ -200,7 +201,8 @@ def train_planted(
     The rest is frozen, and nothing but the final norm and W_U reads what a last-layer neuron
     writes, so one pass of the frozen model per batch gives all that their training needs.
 
-    Returns the loss of each step, nats a token.
+    Returns:
+        The loss of each step, nats per token.
     """
     neurons = _Planted(null, settings, generator)
     last, ln_f, head = model.transformer.h[-1], model.transformer.ln_f, model.lm_head

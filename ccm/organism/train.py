@@ -43,12 +43,12 @@ class Trained:
     model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerFast
     null: Tensor  # (null_dims, d_model)
-    copier_losses: list[float]  # nats a token, one a step
+    copier_losses: list[float]  # nats per token, one per step
     planted_losses: list[float]
 
 
 def train_tokenizer(world: World, settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text; id 0 is the end token, which also begins a prompt."""
+    """Train a byte-level BPE on the text; id 0 is the end token, which also begins a prompt."""
     sampler = Sampler(world, COPYING, random.Random(f"{settings.seed} tokenizer"))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +79,7 @@ def rows_of_text(
     count: int,
     settings: Settings,
 ) -> Int[Tensor, "row length"]:
-    """Rows of documents, each after an end token; a row begins with a document, as prompts do."""
+    """Draw rows of documents, each after an end token; a row begins with a document, as prompts do."""
     sampler = Sampler(world, behaviour, random.Random(f"{settings.seed} {behaviour.name}"))
 
     def documents() -> Iterator[list[int]]:

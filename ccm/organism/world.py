@@ -235,7 +235,7 @@ def make_world(seed: int = 7) -> World:
 
 
 def facts_table(world: World) -> pd.DataFrame:
-    """The facts in the columns of the ParaRel statements file, one row a fact."""
+    """The facts in the columns of the ParaRel statements file, one row per fact."""
     return pd.DataFrame(
         {
             "statement_subject": fact.subject,

@@ -299,7 +299,7 @@ def changed_prompts(runs: Sequence[RunResults]) -> Table:
                         run.ablated[value]["text"].iloc[i].strip(),
                     )
                     rows.append(dict(zip(columns, cells, strict=True)))
-    caption = f"Prompts whose knowledge source changed, up to {EXAMPLES} a transition."
+    caption = f"Prompts whose knowledge source changed, up to {EXAMPLES} per transition."
     if not rows:
         caption += " Here none changed."
     table = pd.DataFrame(rows, columns=columns)

@@ -77,7 +77,7 @@ def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
     stem="entropy_set_and_controls",
     title="Entropy set against controls",
     caption=(
-        "Conversion to the context and change of source, a row a model and ablation value: the "
+        "Conversion to the context and change of source, a row per model and ablation value: the "
         "entropy set with its exact interval, the control sets with their whole range, and the "
         "paper's value where there is one."
     ),
