@@ -393,3 +393,12 @@ def test_the_summary_says_what_the_scores_say(run: Path) -> None:
     assert f"{matched['gts']['mean']:.2f} % ({matched['gts']['high']:.2f} %)" in below
     assert f"{matched['q_value']:.1f}   {matched['permutation_p']:.4f}" in below
     assert "matched" not in summary(scores)
+
+
+@pytest.mark.parametrize("command", ["run", "prompts", "ablate", "measure"])
+def test_only_commands_that_follow_a_protocol_offer_one(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ("--protocol" in capsys.readouterr().out) == (command != "measure")

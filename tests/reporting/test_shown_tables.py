@@ -301,7 +301,7 @@ def test_the_report_shows_the_same_tables_and_the_key_numbers(
         assert dict(zip(STEMS, found[-len(STEMS) :], strict=True)) == wanted
     captions = dict(zip(STEMS, (table.caption for table in tables[-len(STEMS) :]), strict=True))
     assert [*captions.values()] == [as_text([{"": t.caption}])[0][""] for t in tables_of_(runs)]
-    assert "up to 2 a transition" in captions["changed_prompts"]
+    assert "up to 2 per transition" in captions["changed_prompts"]
 
 
 def tables_of_(runs: list[Counted]) -> list[object]:

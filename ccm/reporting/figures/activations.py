@@ -30,8 +30,8 @@ MOST_ROWS = 30  # neurons of one panel that stay legible
     stem="neuron_activation_distributions",
     title="Activations of the entropy neurons",
     caption=(
-        "A row per neuron: where its activations lie, and the {n_values} constants that an ablation may "
-        "put in their place."
+        "A row per neuron: where its activations lie, and the {n_values} constants that an ablation "
+        "may put in their place."
     ),
     reads=lambda runs: ([(run.display_name, run.statistics, run.entropy_neurons) for run in runs],),
 )
