@@ -110,12 +110,8 @@ def logit_var(
 ) -> Float[Tensor, "d_mlp"]:
     """Compute LogitVar(i), the unbiased variance over tokens t of cos(w_U^t, w_out^i) (Method 5).
 
-    Chan's update adds one chunk of the vocabulary after another in float64, so that no d_mlp x d_vocab
-    matrix is ever held.
-
-    Args:
-        W_U: Processed unembedding.
-        W_out: Processed output weights; a neuron without any has LogitVar 0.
+    Both matrices are processed; a neuron without output weight has LogitVar 0. Chan's update adds one
+    chunk of the vocabulary after another in float64, so no d_mlp x d_vocab matrix is ever held.
     """
     directions = torch.nn.functional.normalize(W_out.double(), dim=1).to(W_out.dtype)
     mean = torch.zeros(len(W_out), dtype=torch.float64, device=W_out.device)
