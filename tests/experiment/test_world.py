@@ -66,9 +66,8 @@ def test_cells_are_clean(name: str) -> None:
 
 
 def test_statements_are_subject_words_object() -> None:
-    for row in table("facts.csv").itertuples():
-        parts = (row.statement_subject, row.statement_relation, row.statement_object)
-        assert row.statement == f"{' '.join(parts)}."
+    for subject, words, object_, statement, _ in table("facts.csv").to_numpy():
+        assert statement == f"{subject} {words} {object_}."
 
 
 def test_one_answer_each() -> None:
