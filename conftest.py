@@ -149,6 +149,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.warn_unused_snapshots = True
 
 
+@pytest.fixture(autouse=True)
+def _threads(pytestconfig: pytest.Config) -> None:
+    """Undo what a command that a test ran in this process set: results hold for a number of threads."""
+    torch.set_num_threads(pytestconfig.stash[OPTIONS].threads)
+
+
 NUMERIC = {"tests.tolerance", "tests.exact"}
 
 

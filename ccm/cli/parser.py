@@ -24,7 +24,7 @@ from ccm.errors import BadInput, CcmError
 from ccm.experiment.stopping import Stopping
 from ccm.method.ablation_values import ABLATION_VALUES
 
-MODEL = ("model", "model_paths", "device", "dtype")  # which model, and where it runs
+MODEL = ("model", "model_paths", "revision", "device", "dtype")  # which model, and where it runs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,6 +229,11 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     add_options(models, "model_paths")
     models.set_defaults(run=subcommands.models)
+
+    fetch = commands.add_parser("fetch", help="bring a model's weights here, before they are needed")
+    fetch.add_argument("model", metavar="MODEL", help="as --model of the other commands")
+    add_options(fetch, "model_paths", "revision")
+    fetch.set_defaults(run=subcommands.fetch)
 
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
     add_options(prompts, *MODEL, "protocol", "bos", "facts", "template", "engine")

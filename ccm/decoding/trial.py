@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ccm.decoding.forward import RowCache, run_body
 from ccm.decoding.prefill import prefill
-from ccm.errors import AssumptionBroken
+from ccm.errors import AssumptionBroken, reason_of
 from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
-from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, reason_of, wrong
+from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, wrong
 
 
 def check_shared(model: LoadedModel) -> None:

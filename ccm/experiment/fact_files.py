@@ -1,7 +1,8 @@
 """Facts and relations: read them, check them, and know where they come from.
 
-A facts table has the columns of the released `pararel_statements.csv` (one row a fact), a relations
-table those of `relation_groups.xlsx` (one row a relation). The organism's own folder holds both as CSV.
+A facts table has the columns of the released `pararel_statements.csv` (one row per fact), a relations
+table those of `relation_groups.xlsx` (one row per relation). The folders of the organism and of the
+facts of the world hold both as CSV.
 """
 
 import os
@@ -20,6 +21,7 @@ RELATION_COLUMNS = ("relation", "relation_group_id", "object_generation_descript
 EXAMPLE_COLUMNS = ("generation_statement_1", "generation_subject_1", "generation_object_1")
 
 DATA_VARIABLE = "CCM_DATA_DIR"
+WORLD = Path(__file__).resolve().parent / "world"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,27 @@ def read_fact_folder(folder: Path, name: str) -> FactSet:
     return fact_set(name, read_facts(folder / "facts.csv"), read_relations(folder / "relations.csv"))
 
 
+def load_world() -> FactSet:
+    """Return the facts of the world that come with ccm: well known, with one answer each."""
+    return read_fact_folder(WORLD, name="world")
+
+
+def pararel_at_hand() -> bool:
+    """Return whether ParaRel can be read without a download: from `CCM_DATA_DIR`, or an earlier one."""
+    return pararel_folder() is not None or all(_in_cache(file) for file in RELEASED)
+
+
+def _cache() -> Path:
+    import pooch
+
+    return Path(pooch.os_cache("ccm"))
+
+
+def _in_cache(file: ReleasedFile) -> bool:
+    path = _cache() / file.name
+    return path.is_file() and _sha256(path) == file.sha256
+
+
 def pararel_folder() -> Path | None:
     """Return the folder that `CCM_DATA_DIR` names, or None without it.
 
@@ -214,14 +237,13 @@ def _download(file: ReleasedFile) -> Path:
     import pooch
 
     url = f"{REPOSITORY}/{COMMIT}/{REPOSITORY_FOLDER}/{file.published_as}"
-    cache = Path(pooch.os_cache("ccm"))
+    cache = _cache()
     by_hand = (
         f"Download {url} by hand and set {DATA_VARIABLE} to its folder (there it may be called "
         f"{file.names}), or give facts of your own with --facts FOLDER."
     )
-    path = cache / file.name
-    if path.is_file() and _sha256(path) == file.sha256:
-        return path
+    if _in_cache(file):
+        return cache / file.name
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=cache).close()

@@ -156,22 +156,22 @@ def neurons_or_published(text: str) -> tuple[int, ...] | str:
     return text if text == PUBLISHED_NEURONS else neuron_numbers(text)
 
 
-def model_folders(entries: str | Iterable[str] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Read `NAME=DIR` entries, or take folders by name.
+def paths_of_models(entries: str | Iterable[str] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Read `NAME=PATH` entries, or take folders and files by name.
 
     Raises:
-        BadInput: an entry without `=`, or a folder that is not there.
+        BadInput: an entry without `=`, or a path where nothing is.
     """
     if isinstance(entries, Mapping):
-        entries = [f"{name}={folder}" for name, folder in entries.items()]
+        entries = [f"{name}={path}" for name, path in entries.items()]
     paths = {}
     for entry in [entries] if isinstance(entries, str) else entries:
-        name, equals, folder = entry.partition("=")
-        if not (name and equals and folder):
-            raise BadInput(f"--model-path {entry!r}: not NAME=DIR. Give gpt2-small=/path/to/folder.")
-        if not Path(folder).is_dir():
-            raise BadInput(f"--model-path {entry!r}: no such folder {folder!r}.")
-        paths[name] = Path(folder)
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise BadInput(f"--model-path {entry!r}: not NAME=PATH. Give gpt2-small=/path/to/folder.")
+        if not Path(path).exists():
+            raise BadInput(f"--model-path {entry!r}: no such folder or file {path!r}.")
+        paths[name] = Path(path)
     return paths
 
 
@@ -189,5 +189,5 @@ KINDS: Mapping[Callable[..., Any], Any] = {
     shard: tuple,
     names: tuple,
     neurons_or_published: (tuple, str),
-    model_folders: Mapping,
+    paths_of_models: Mapping,
 }

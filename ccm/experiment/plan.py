@@ -1,8 +1,9 @@
 """A run's configuration held to its model, before any weights are loaded, and the run's identity."""
 
 import hashlib
+import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from math import comb
@@ -14,7 +15,7 @@ import torch
 from ccm.decoding.engines import ENGINES
 from ccm.errors import BadInput, allowed, one_of
 from ccm.experiment.config import RunConfig
-from ccm.experiment.fact_files import load_pararel, read_fact_folder
+from ccm.experiment.fact_files import load_pararel, load_world, pararel_at_hand, read_fact_folder
 from ccm.experiment.files import to_json
 from ccm.experiment.options import PUBLISHED_NEURONS, option_of
 from ccm.experiment.released_stats import read_released_statistics, released_statistics_hash
@@ -27,6 +28,9 @@ from ccm.models.devices import device_for
 from ccm.models.specs import MODELS, ModelSpec, spec_for
 from ccm.models.tokenizer import Bos, parse_bos
 from ccm.models.weights import check_weights, file_hashes
+
+_log = logging.getLogger(__name__)
+FACTS: Mapping[str, Callable[[], FactSet]] = {"pararel": load_pararel, "world": load_world}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
     protocol = PROTOCOLS[config.protocol]
     values = tuple(ablation_values(config.ablation_values))
     if spec is None:
-        spec = check_weights(spec_for(config.model, model_paths(config)))
+        spec = find_model(config)
     _check_engine(config)
     if config.stats == "released":
         read_released_statistics(spec, finite=protocol.name != "released")
@@ -115,11 +119,12 @@ def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
     return {"k": k, "min_rho": min_rho, "null_space_dims": dims}
 
 
-def model_paths(config: RunConfig) -> Mapping[str, Path]:
-    """Return the folders of named models.
+def find_model(config: RunConfig) -> ModelSpec:
+    """Find the model that a configuration names, and check what is here of its weights.
 
     Raises:
-        BadInput: a folder is named for a model that is not run.
+        BadInput: no such model, unusable weights, or a path for the name of a model that is not run.
+        NotAvailable: a hub that cannot be reached, a model cache that cannot be written to.
     """
     for name in config.model_paths:
         if name not in (*MODELS, config.model):
@@ -127,7 +132,7 @@ def model_paths(config: RunConfig) -> Mapping[str, Path]:
                 f"--model-path {name}=...: no model of that name is run. {allowed(MODELS)}, or the "
                 "name that --model gives."
             )
-    return config.model_paths
+    return check_weights(spec_for(config.model, config.model_paths, config.revision))
 
 
 def _neurons(config: RunConfig, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -171,20 +176,35 @@ def _check_engine(config: RunConfig) -> None:
 
 
 def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
-    """Find the facts: `pararel`, a folder with facts.csv and relations.csv, or the model's own."""
-    if name == "pararel":
-        return load_pararel()
+    """Find the facts that are named, or else the model's own, or else those that are at hand.
+
+    Args:
+        name: `pararel`, `world`, a folder with facts.csv and relations.csv, or None.
+        spec: The model's. The published models were asked about ParaRel, so they are here, too.
+
+    Raises:
+        BadInput: no such folder, or files that hold no facts.
+        NotAvailable: ParaRel has to be downloaded and cannot be.
+    """
+    if name is not None and name in FACTS:
+        return FACTS[name]()
     if name is not None:
         folder = Path(name)
         if not folder.is_dir():
             raise BadInput(
-                f"facts {name!r}: no such folder. Allowed: pararel, or a folder with facts.csv and "
-                "relations.csv."
+                f"facts {name!r}: no such folder. Allowed: {', '.join(FACTS)}, or a folder with "
+                "facts.csv and relations.csv."
             )
         return read_fact_folder(folder, name=folder.resolve().name)
     if spec.folder is not None and (spec.folder / "relations.csv").is_file():
         return read_fact_folder(spec.folder, name=spec.name)
-    return load_pararel()
+    if spec.published_neurons or pararel_at_hand():
+        return load_pararel()
+    _log.warning(
+        f"{spec.name}: asked about the facts of the world that come with ccm (--facts world), because "
+        "ParaRel is not at hand (--facts pararel downloads it)"
+    )
+    return load_world()
 
 
 # Packages that a result depends on: for the model, its tokens, similar names, intervals.

@@ -51,6 +51,7 @@ from ccm.method.statistics import ActivationStatistics
 from ccm.models.device_map import spread_over_devices
 from ccm.models.devices import dtype_for
 from ccm.models.download import download
+from ccm.models.gguf import conversion
 from ccm.models.load import load
 from ccm.models.memory import check_memory, default_budget, needed_bytes
 from ccm.models.model import LoadedModel
@@ -236,6 +237,7 @@ def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
         "source": model.source,
         "revision": revision(plan_.spec),
         "files": [path.name for path in weight_files(plan_.spec)],
+        "converted": conversion(Path(model.source)),
     }
     folder.note(weights=weights, special_tokens=model.special_tokens)
     return model

@@ -90,10 +90,7 @@ def _no_weights(folder: Path) -> str:
             "model, or fetch the index that belongs to its shards."
         )
     if gguf := first("*.gguf"):
-        return (
-            f"no *.safetensors weights, only {gguf}. Load it with from_pretrained(folder, "
-            f"gguf_file={gguf!r}) of transformers and give the folder that save_pretrained writes then."
-        )
+        return f"no *.safetensors weights, only {gguf}. Give the file itself: --model {folder / gguf}."
     if pickled := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
         return (
             f"no *.safetensors weights, only {pickled}. Pickled weights are never loaded; convert them "

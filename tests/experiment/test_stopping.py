@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from ccm.cli import commands as subcommands
 from ccm.cli.parser import main
@@ -62,7 +63,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             subprocess.Popen(
                 [sys.executable, *arguments],
                 # One thread here as there: sums in another order differ in their last bits.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                    "PYTHONPATH": str(ROOT),
+                },
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

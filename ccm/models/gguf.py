@@ -1,0 +1,228 @@
+"""GGUF files: what one holds, and the checkpoint folder that is made of it, once.
+
+transformers reads the file and dequantizes every tensor to float32; what it would leave out in silence
+(tensors without a place, scaled rotary embeddings) is refused. The folder is one like any other, so
+that nothing after it knows of GGUF.
+"""
+
+import json
+import logging
+import re
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ccm.errors import BadInput, a_few, reason_of
+from ccm.models.cache import made_once, models_cache
+from ccm.models.checkpoint_folder import advice, hash_of
+
+CONVERTED = "converted.json"  # in the folder: of what, and how
+MAGIC = b"GGUF"
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+PLAIN_TYPES = ("F32", "F16", "BF16")  # not quantized
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself."""
+
+    architecture: str
+    types: dict[str, str]  # by kind of tensor, `attn_q` say: its quantization type, several with commas
+    n_parameters: int
+    tokenizer: str  # how its tokenizer splits text into words, by llama.cpp's name for it
+
+
+def checkpoint_of(path: Path, *, anew: bool = False) -> Path:
+    """Return the checkpoint folder of a GGUF file, made in the model cache where it is not there.
+
+    Args:
+        path: The file.
+        anew: Make it again, because what is there is damaged.
+
+    Raises:
+        BadInput: no GGUF file, a damaged one, a part of one, or one that cannot be read without loss.
+        NotAvailable: the cache cannot be written to.
+    """
+    _check_start(path)
+    digest = hash_of([path])
+    folder = converted_folder(digest)
+    if folder.is_dir() and not anew:
+        return folder
+    header = read_header(path)
+    types = ", ".join(sorted(set(", ".join(header.types.values()).split(", "))))
+    _log.warning(f"{path.name}: dequantizing {types} to float32, once, into {folder}")
+    return made_once(
+        folder.name,
+        lambda partial: convert(path, header, digest, partial),
+        needed=4 * header.n_parameters + (32 << 20),
+        anew=anew,
+    )
+
+
+def converted_folder(digest: str) -> Path:
+    """Where the checkpoint of a GGUF file is, or would be, by the file's SHA-256."""
+    return models_cache() / f"gguf-{digest[:16]}"
+
+
+def conversion(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint folder was converted from, for manifests; None where it was not."""
+    path = folder / CONVERTED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _check_start(path: Path) -> None:
+    """See that a file is a GGUF file, whole and not one of several parts.
+
+    Raises:
+        BadInput: it is not.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(MAGIC))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}). Give a GGUF file.") from error
+    if start != MAGIC:
+        raise BadInput(
+            f"{path}: no GGUF file (it begins with {start!r}, not {MAGIC!r}). {advice(path)}"
+        )
+    if part := PART.search(path.name):
+        _, parts = part.groups()
+        stem = path.name[: part.start()]
+        names = [f"{stem}-{i:05d}-of-{parts}.gguf" for i in range(1, int(parts) + 1)]
+        missing = [name for name in names if not (path.parent / name).is_file()]
+        lacking = f"; {a_few(missing)} not there" if missing else ""
+        raise BadInput(
+            f"{path}: one of {int(parts)} parts of a split GGUF{lacking}. Join all of them first with "
+            "llama.cpp's `llama-gguf-split --merge` and give the one file that it writes."
+        )
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read what a GGUF file holds, without its numbers.
+
+    Raises:
+        BadInput: cut off, damaged, of an architecture that transformers does not read, with another
+            number of tokens than its tokenizer, or with what would be left out in silence.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except Exception as error:  # whatever the library stumbles over
+        raise BadInput(
+            f"{path}: cut off or damaged ({reason_of(error)}). Download it again."
+        ) from error
+    known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
+    if architecture not in known:
+        raise BadInput(
+            f"{path}: architecture {architecture!r}, which transformers does not read from GGUF. "
+            f"Allowed: {', '.join(known)}; any other as a folder that save_pretrained wrote."
+        )
+    _check_vocabulary(path, reader)
+    _check_rotary(path, reader, architecture)
+    types = defaultdict[str, set[str]](set)
+    for tensor in reader.tensors:
+        kind = re.sub(r"^blk\.\d+\.|\.(weight|bias)$", "", tensor.name)
+        types[kind].add(tensor.tensor_type.name)
+    return GgufHeader(
+        architecture=architecture,
+        types={kind: ", ".join(sorted(names)) for kind, names in types.items()},
+        n_parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        tokenizer=str(_field(reader, "tokenizer.ggml.pre") or _field(reader, "tokenizer.ggml.model")),
+    )
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.fields.get(name)
+    return None if field is None else field.contents()
+
+
+def _check_vocabulary(path: Path, reader: Any) -> None:
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
+    rows = [int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"]
+    if tokens is None or not rows:
+        what = "tokenizer" if tokens is None else "token embedding"
+        raise BadInput(f"{path}: no {what} in it. Give a file of a whole model.")
+    if len(tokens.data) > rows[0]:
+        raise BadInput(
+            f"{path}: its tokenizer has {len(tokens.data)} tokens, but the model {rows[0]}. Give the "
+            "file as it was published."
+        )
+
+
+def _check_rotary(path: Path, reader: Any, architecture: str) -> None:
+    scaling = _field(reader, f"{architecture}.rope.scaling.type")
+    factors = [t.name for t in reader.tensors if t.name.startswith("rope_")]
+    if factors or scaling not in (None, "none"):
+        raise BadInput(
+            f"{path}: scaled rotary embeddings ({factors[0] if factors else scaling}), which "
+            "transformers leaves out when it reads GGUF: all numbers would be others. Give the "
+            "original checkpoint folder."
+        )
+
+
+def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as a checkpoint folder.
+
+    Args:
+        path: The file.
+        header: Of it.
+        digest: SHA-256 of it.
+        folder: An empty folder.
+
+    Raises:
+        BadInput: transformers cannot read it, or not all of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    # By itself in a folder: transformers would read what lies beside it, too.
+    with tempfile.TemporaryDirectory(prefix="ccm-gguf-") as alone:
+        (Path(alone) / "model.gguf").symlink_to(path.resolve())
+        options: dict[str, Any] = {
+            **{"gguf_file": "model.gguf", "local_files_only": True},
+            **{"trust_remote_code": False},
+        }
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(alone, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                alone, dtype=torch.float32, output_loading_info=True, **options
+            )
+        except Exception as error:  # whatever the library stumbles over
+            raise BadInput(
+                f"{path}: transformers cannot read it (architecture {header.architecture!r}; "
+                f"{reason_of(error)})."
+            ) from error
+    read = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    if report["missing_keys"] or read != header.n_parameters:
+        raise BadInput(
+            f"{path}: transformers makes a model of {read:,} numbers of it, but it holds "
+            f"{header.n_parameters:,}, so this would be another model. Give the original "
+            "checkpoint folder."
+        )
+    # A model that says it is quantized is not saved; this one is not any more.
+    config = model.config
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    config._name_or_path = ""  # where it happened to lie
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made = {
+        "from": path.name,
+        "gguf_sha256": digest,
+        **asdict(header),
+        "dtype": "float32",
+        "versions": {name: version(name) for name in ("transformers", "gguf")},
+    }
+    (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
