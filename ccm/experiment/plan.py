@@ -22,7 +22,7 @@ from ccm.experiment.released_stats import read_released_statistics, released_sta
 from ccm.method.ablation import check_neurons
 from ccm.method.ablation_values import AblationValue, ablation_values
 from ccm.method.facts import FactSet
-from ccm.method.prompts import TEMPLATES
+from ccm.method.prompts import TEMPLATE_ALIASES, TEMPLATES
 from ccm.method.protocol import PROTOCOLS, Protocol
 from ccm.models.devices import device_for
 from ccm.models.specs import MODELS, ModelSpec, spec_for
@@ -72,7 +72,8 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
     if config.stats == "released":
         read_released_statistics(spec, finite=protocol.name != "released")
     device = device_for(config.device)
-    template = one_of("template", config.template or spec.template, TEMPLATES)
+    template = config.template or spec.template
+    template = one_of("template", TEMPLATE_ALIASES.get(template, template), TEMPLATES)
     bos = parse_bos(config.bos)
     if isinstance(bos, int) and bos >= spec.d_vocab:
         raise BadInput(

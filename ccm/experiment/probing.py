@@ -21,6 +21,7 @@ from ccm.experiment.folder import PROMPTS, RunFolder
 from ccm.experiment.plan import Plan
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
+    OWN,
     ParametricAnswer,
     ProbingPrompt,
     answer_object,
@@ -68,7 +69,7 @@ def build_prompts(
     Raises:
         BadInput: a prompt does not fit the model's context, or the filters leave no prompt.
     """
-    asked = [parametric_prompt(template, f, facts.relations[f.relation]) for f in facts.facts]
+    asked = parametric_prompts(model, facts, template)
     tokens = [model.encode(text) for text in asked]
     said = decoder("answers")(model, tokens)
     answers = [
@@ -109,6 +110,12 @@ def build_prompts(
             "model does not know these facts, or names them as their subjects."
         )
     return PromptSet(prompts=tuple(prompts), counts=counts)
+
+
+def parametric_prompts(model: LoadedModel, facts: FactSet, template: str) -> list[str]:
+    """Write the parametric prompts of all facts, in the tokenizer's own markup for `own`."""
+    chat = model.chat if template == OWN else None
+    return [parametric_prompt(template, f, facts.relations[f.relation], chat) for f in facts.facts]
 
 
 # Column names of the released probing data, so that tables can be exchanged with it.

@@ -6,7 +6,7 @@ Nothing here runs a model; `ccm.experiment.run` passes the model's answers in.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -83,8 +83,12 @@ def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
 # --- parametric prompts -----------------------------------------------------------------------
 
 
-def _instruction(fact: Fact, relation: Relation) -> str:
-    what = relation.description.replace("the subject", fact.subject)
+Turns = Sequence[Mapping[str, str]]  # `role` and `content` of each message of a conversation
+Chat = Callable[[Turns], str]  # a tokenizer's own markup of them, up to where the next answer begins
+
+
+def _instruction(subject: str, relation: Relation) -> str:
+    what = relation.description.replace("the subject", subject)
     return (
         f"Complete the following statement directly and concisely with {what}. "
         "Give nothing else and end the output with a period."
@@ -96,29 +100,55 @@ def _bare(fact: Fact, relation: Relation) -> str:
 
 
 def _instructed(fact: Fact, relation: Relation) -> str:
-    return f"{_instruction(fact, relation)}\n\n{fact.query}"
+    return f"{_instruction(fact.subject, relation)}\n\n{fact.query}"
 
 
-def _chat(fact: Fact, relation: Relation) -> str:
+def _llama2(fact: Fact, relation: Relation) -> str:
     example = (
         f"{relation.example_query} [/INST]{relation.example_object}.\n"
         if relation.example_query
         else "[/INST]"
     )
-    return f"<s>[INST] <<SYS>>\n{_instruction(fact, relation)}\n<</SYS>>\n\n{example}{fact.query}"
+    instruction = _instruction(fact.subject, relation)
+    return f"<s>[INST] <<SYS>>\n{instruction}\n<</SYS>>\n\n{example}{fact.query}"
 
 
-TEMPLATES = {"bare": _bare, "instruction": _instructed, "chat": _chat}
+def _own(fact: Fact, relation: Relation, chat: Chat) -> str:
+    """Instruction, example and query as turns: the answer begins with the query."""
+    turns = []
+    if relation.example_query:
+        shown = f"{relation.example_query} {relation.example_object}."
+        turns = [
+            {"role": "user", "content": _instruction(relation.example_subject, relation)},
+            {"role": "assistant", "content": shown},
+        ]
+    asked = {"role": "user", "content": _instruction(fact.subject, relation)}
+    return chat([*turns, asked]) + fact.query
 
 
-def parametric_prompt(template: str, fact: Fact, relation: Relation) -> str:
+OWN = "own"
+TEMPLATES: Mapping[str, Callable[..., str]] = {
+    "bare": _bare,
+    "instruction": _instructed,
+    OWN: _own,
+    "llama2": _llama2,
+}
+TEMPLATE_ALIASES = {"chat": "llama2"}  # what it was called before
+
+
+def parametric_prompt(template: str, fact: Fact, relation: Relation, chat: Chat | None = None) -> str:
     """Return the prompt that asks a model for a fact's object (Method 4.1).
 
     Args:
-        template: A key of `TEMPLATES`: `bare` is the query alone, `instruction` is GPT-2's,
-            `chat` that of the other four models.
+        template: A key of `TEMPLATES`: `bare` is the query alone, `instruction` is GPT-2's, `llama2`
+            that of the other four models, `own` the same question in the tokenizer's own markup.
+        fact: The fact.
+        relation: Its relation.
+        chat: The tokenizer's markup; None where it has none, and `own` is `instruction` then.
     """
-    return TEMPLATES[template](fact, relation)
+    if template != OWN:
+        return TEMPLATES[template](fact, relation)
+    return _instructed(fact, relation) if chat is None else _own(fact, relation, chat)
 
 
 @dataclass(frozen=True, slots=True)

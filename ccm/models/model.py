@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ccm.errors import BadInput
+from ccm.errors import BadInput, reason_of
 from ccm.method.neurons import FinalNorm
+from ccm.method.prompts import Chat, Turns
 from ccm.models.specs import MAX_NEW_TOKENS, ModelSpec
 
 
@@ -111,6 +112,40 @@ class LoadedModel:
     @property
     def _head(self) -> Any:
         return self.bridge.unembed.original_component
+
+    @property
+    def chat(self) -> Chat | None:
+        """The tokenizer's own markup of a conversation; None where it has no chat template.
+
+        The template is rendered by transformers, in Jinja's sandbox. A BOS token that it puts in front
+        is taken off: `encode` puts it there.
+
+        Raises:
+            BadInput: a template that writes today's date, so that prompts would change every day.
+        """
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            return None
+        if "strftime_now" in str(template):
+            raise BadInput(
+                f"--template own: the chat template of {self.spec.name} writes today's date, so "
+                "tomorrow's prompts would be others. Use --template instruction."
+            )
+        return self._in_own_markup
+
+    def _in_own_markup(self, turns: Turns) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # the template may refuse what it likes
+            raise BadInput(
+                f"--template own: the chat template of {self.spec.name} cannot be used "
+                f"({reason_of(error)}). Use --template instruction."
+            ) from error
+        if self.bos is not None and self.bos == self.tokenizer.bos_token_id:
+            text = text.removeprefix(self.tokenizer.bos_token)
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Encode a text, with the model's BOS in front if it has one.

@@ -29,7 +29,7 @@ from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_fo
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import stage_decoder
+from ccm.experiment.probing import parametric_prompts, stage_decoder
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
 from ccm.experiment.run import decode_with, finish, hold_folder, plan_sets
@@ -39,7 +39,6 @@ from ccm.method.prompts import (
     ParametricAnswer,
     answer_object,
     filter_answers,
-    parametric_prompt,
     same_name,
 )
 from ccm.models.bridge import Tokens
@@ -200,10 +199,7 @@ def rehearse(
     stages = tuple(
         stage.beside(before[name]) if name in before else stage for name, stage in after.items()
     )
-    asked = [
-        model.encode(parametric_prompt(plan_.template, f, plan_.facts.relations[f.relation]))
-        for f in plan_.facts.facts
-    ]
+    asked = [model.encode(text) for text in parametric_prompts(model, plan_.facts, plan_.template)]
     return Rehearsal(
         model=run.model,
         parameters=parameters,
