@@ -23,9 +23,11 @@ from ccm.decoding.certificate import Screen, read_nodes
 from ccm.decoding.forward import RowCache, Rows, plan_rows, run_body
 from ccm.decoding.next_token import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.decoding.prefill import prefill
-from ccm.decoding.results import Batch, Work
+from ccm.decoding.results import Batch, Decided, Work
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
+
+NODES = 4  # distinct continuations of a prompt that are reckoned with; more, and its batch may be cut
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Engine:
 
     model: LoadedModel
     screen: Screen
-    full: Bool[Tensor, "set"]  # whether a set is decoded to the end, not only to its answer
-    splits: Bool[Tensor, "d_vocab"]  # tokens that end an answer
+    full: Bool[Tensor, "set"]  # whether a set is decoded to the end, not only until it is decided
+    decided: Decided
+    bytes_: Bool[Tensor, "d_vocab"]  # tokens whose text depends on those that follow
     at_once: AtOnce
     max_new_tokens: int
     own_top: bool
@@ -43,9 +46,10 @@ class Engine:
     lists: BoundedLists
     # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
+    budget: int | None = None  # bytes that the nodes of a batch may take
 
     def __post_init__(self) -> None:
-        self.eos = torch.zeros_like(self.splits)
+        self.eos = torch.zeros_like(self.bytes_)
         self.eos[sorted(self.model.eos)] = True
         self.free()
 
@@ -54,17 +58,32 @@ class Engine:
         self.begun, self.cache = (RowCache(self.model.spec.n_layers) for _ in range(2))
         self.seen.clear()
 
-    def prompt_bytes(self, length: int) -> int:
-        """Rough bytes a prompt takes: cache and rows of some nodes, what is observed, and its pairs."""
-        spec, cfg, n_sets = self.model.spec, self.model.bridge.cfg, len(self.full)
-        nodes = min(n_sets, 4)  # distinct continuations of a prompt alive at once
+    def node_bytes(self, length: int) -> int:
+        """Count the bytes of one node: its cache row, and its rows over the vocabulary."""
+        spec, cfg = self.model.spec, self.model.bridge.cfg
         size = torch.empty((), dtype=self.model.dtype).element_size()
         kv_heads: int = cfg.n_key_value_heads or cfg.n_heads
         cache: int = spec.n_layers * 2 * kv_heads * cfg.d_head * (length + self.max_new_tokens) * size
+        return cache + 16 * spec.d_vocab
+
+    def prompt_bytes(self, length: int) -> int:
+        """Estimate the bytes of a prompt: of its nodes, of what is observed, and of its pairs."""
+        spec, n_sets = self.model.spec, len(self.full)
+        nodes = min(n_sets, NODES)
         observed = 4 * (length + self.max_new_tokens) * spec.d_mlp if self.observing else 0
         # Some thirty numbers of 8 bytes in lists that are as long as there are pairs, and their tokens.
         pairs = n_sets * (16 * self.screen.slots.shape[1] + 240 + 8 * self.max_new_tokens)
-        return nodes * (cache + 16 * spec.d_vocab) + observed + pairs
+        return nodes * self.node_bytes(length) + observed + pairs
+
+    def _check_budget(self, prompts: Sequence[Tokens], nodes: int) -> None:
+        """See, before memory is taken for them, that so many nodes are within the budget.
+
+        Raises:
+            MemoryError: they are not, and the batch can be cut.
+        """
+        needed = nodes * self.node_bytes(max(map(len, prompts)))
+        if self.budget is not None and needed > self.budget and len(prompts) > 1:
+            raise MemoryError(f"{nodes} continuations at once take {needed / 2**20:.0f} MiB")
 
     def _forward(
         self, work: Work, tokens: Tensor, cache: Any, positions: Tensor | None
@@ -132,14 +151,18 @@ class Engine:
                         self.screen, nodes, targets, self.at_once, referee, own_top=self.own_top
                     )
                 chosen = choose(self.screen, nodes, tree.node, tree.sets, self.at_once, referee)
-                ended = self.eos[chosen] | (self.splits[chosen] & ~self.full[tree.sets])
+                branches = tree.branch(chosen, self.lists)
+                ended = self.eos[chosen]
                 if step == self.max_new_tokens - 1:
                     ended = torch.ones_like(ended)
-                growth = tree.plan(chosen, ended, self.lists)
+                else:
+                    ended |= self._cut(tree, branches, indices, ended)
+                growth = tree.plan(branches, ended, self.lists)
                 if self.lists.holds():
                     break
             self._count(work, len(x), len(tree.node), step == 0)
             past = end + step  # slots of the cache in use
+            self._check_budget(prompts, self.lists.count("kept"))
             if not tree.grow(growth, self.lists):
                 break
             moved = slice(self.lists.count("moved"))
@@ -161,6 +184,28 @@ class Engine:
             **{name: values.cpu().numpy() for name, values in first.items()},
         )
 
+    def _cut(
+        self,
+        tree: "_Tree",
+        branches: "_Branches",
+        indices: Sequence[int],
+        ended: Bool[Tensor, "pair"],
+    ) -> Bool[Tensor, "pair"]:
+        """Pairs that stop here: of a set that needs no full text, and decided by the text so far."""
+        may_stop = ~self.full[tree.sets] & ~ended
+        # What is beyond a list that was guessed too short is made again.
+        branch = branches.branch.clamp_max(len(branches.grown) - 1)
+        asked = torch.zeros(len(branches.grown), dtype=torch.bool, device=branch.device)
+        asked[branch[may_stop]] = True
+        asked &= ~self.bytes_[branches.grown[:, -1]]
+        places = torch.nonzero(asked)[:, 0]
+        texts = self.model.decode_all(branches.grown[places].tolist())
+        prompts = branches.origin[places].tolist()
+        decided = [self.decided(indices[i], text) for i, text in zip(prompts, texts, strict=True)]
+        over = torch.zeros_like(asked)
+        over[places] = torch.tensor(decided, dtype=torch.bool, device=over.device)
+        return may_stop & over[branch]
+
     def _count(self, work: Work, nodes: int, pairs: int, first: bool) -> None:
         """Add up what a step cost, once its lists are settled."""
         lists = self.lists
@@ -174,13 +219,21 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class _Branches:
+    """The distinct (node, token) of a step; lists of a `BoundedLists`, which may be filled up."""
+
+    branch: Int[Tensor, "pair"]  # each pair's, among all of them
+    parent: Int[Tensor, "branch"]  # node that each grows from
+    grown: Int[Tensor, "branch step"]  # tokens since the prompt
+    origin: Int[Tensor, "branch"]  # prompt
+
+
+@dataclass(frozen=True)
 class _Growth:
     """What a step adds to a tree; lists of a `BoundedLists`, which may be filled up."""
 
+    branches: _Branches
     ended: Bool[Tensor, "pair"]
-    branch: Int[Tensor, "pair"]  # each pair's (node, token), among all distinct ones
-    grown: Int[Tensor, "branch step"]  # tokens since the prompt
-    origin: Int[Tensor, "branch"]
     on: Int[Tensor, "on"]  # pairs that go on
     kept: Int[Tensor, "kept"]  # branches that go on
     node: Int[Tensor, "on"]  # which of these each pair is on
@@ -201,30 +254,37 @@ class _Tree:
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
         self.leaf = torch.full_like(self.pair, -1)  # place among all branches
 
-    def plan(
-        self, chosen: Int[Tensor, "pair"], ended: Bool[Tensor, "pair"], lists: BoundedLists
-    ) -> _Growth:
-        """Add a token to every pair, and find out what goes on.
+    def branch(self, chosen: Int[Tensor, "pair"], lists: BoundedLists) -> _Branches:
+        """Add a token to every pair; the bounded list is "branches".
 
-        Everything that happens next happens once per distinct (node, token). A branch may end for some
-        sets (a splitter) and go on for others. The bounded lists are "branches", "on", "kept", "moved".
+        Everything that happens next happens once per distinct (node, token).
         """
         keys = self.node * self.d_vocab + chosen
         key, branch = lists.distinct("branches", keys, len(self.paths) * self.d_vocab)
         parent = key // self.d_vocab
-        on = lists.places("on", ~ended)
-        # What fills up the list of pairs is on no branch.
-        branches = torch.cat([branch, torch.full_like(branch[:1], len(key))])[on]
-        kept, node = lists.distinct("kept", branches, len(key))
-        return _Growth(
-            ended=ended,
+        return _Branches(
             branch=branch,
+            parent=parent,
             grown=torch.cat([self.paths[parent], (key % self.d_vocab)[:, None]], dim=1),
             origin=self.origin[parent],
+        )
+
+    def plan(self, branches: _Branches, ended: Bool[Tensor, "pair"], lists: BoundedLists) -> _Growth:
+        """Find out what goes on; the bounded lists are "on", "kept" and "moved".
+
+        A branch may end for some sets, which are decided, and go on for others.
+        """
+        on, n = lists.places("on", ~ended), len(branches.parent)
+        # What fills up the list of pairs is on no branch.
+        of_pairs = torch.cat([branches.branch, torch.full_like(branches.branch[:1], n)])[on]
+        kept, node = lists.distinct("kept", of_pairs, n)
+        return _Growth(
+            branches=branches,
+            ended=ended,
             on=on,
             kept=kept,
             node=node,
-            rows=plan_rows(parent[kept], lists, lists.so_far("kept")),
+            rows=plan_rows(branches.parent[kept], lists, lists.so_far("kept")),
         )
 
     def grow(self, growth: _Growth, lists: BoundedLists) -> int:
@@ -234,16 +294,16 @@ class _Tree:
             How many nodes there are now.
         """
         n_on, n = lists.count("on"), lists.count("kept")
-        place = sum(map(len, self.branches)) + growth.branch
+        place = sum(map(len, self.branches)) + growth.branches.branch
         self.leaf[self.pair] = torch.where(growth.ended, place, self.leaf[self.pair])
-        self.branches.append(growth.grown[: lists.count("branches")])
+        self.branches.append(growth.branches.grown[: lists.count("branches")])
         on, held = growth.on[:n_on], growth.rows.branch[:n]
         self.pair, self.sets = self.pair[on], self.sets[on]
         row = torch.empty_like(held)
         row[held] = torch.arange(n, device=held.device)
         self.node = row[growth.node[:n_on]]
         branch = growth.kept[:n][held]
-        self.paths, self.origin = growth.grown[branch], growth.origin[branch]
+        self.paths, self.origin = growth.branches.grown[branch], growth.branches.origin[branch]
         return n
 
     def leaves(

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.decoding import hooked, shared
-from ccm.decoding.results import Batch, Completions, Work
+from ccm.decoding.results import Batch, Completions, Decided, Work
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -38,6 +38,7 @@ class Engine(Protocol):
         targets: Int[Tensor, "prompt target"] | None = None,
         max_new_tokens: int = ...,
         full: Sequence[bool] | None = None,
+        decided: Decided = ...,
         own_top: bool = False,
         memory_budget: int | None = None,
         work: Work | None = None,

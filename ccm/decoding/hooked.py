@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ccm.decoding.results import (
     Batch,
     Completions,
+    Decided,
     FirstToken,
     Observer,
     Work,
@@ -92,6 +93,7 @@ def decode_sets(
     targets: Int[Tensor, "prompt target"] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     full: Sequence[bool] | None = None,
+    decided: Decided | None = None,
     own_top: bool = False,
     memory_budget: int | None = None,
     work: Work | None = None,
@@ -101,7 +103,7 @@ def decode_sets(
     """Decode prompts under the plain run and every ablation, one pass each.
 
     Same signature as `ccm.decoding.shared.decode_sets`, with two liberties: every continuation is
-    decoded to its end, whatever `full` says, and a batch takes the memory that it takes.
+    decoded to its end, whatever `full` and `decided` say, and a batch takes the memory that it takes.
     """
     given = no_targets(len(prompts)) if targets is None else targets
     batches = list(equal_length_batches(prompts, BATCH_SIZE))

@@ -15,6 +15,9 @@ N_TOP = 3  # enough to name the best token that is neither of two others
 # Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
 Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
 
+# Whether a prompt's text so far settles all that is asked of it, whatever follows: of prompt and text.
+Decided = Callable[[int, str], bool]
+
 
 @dataclass(frozen=True)
 class FirstToken:

@@ -31,7 +31,7 @@ from ccm.decoding.certificate import build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
-from ccm.decoding.results import Batch, Completions, Observer, Work, merge, no_targets
+from ccm.decoding.results import Batch, Completions, Decided, Observer, Work, merge, no_targets
 from ccm.decoding.trial import check_shared
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, Ablation
@@ -45,6 +45,14 @@ BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
 MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
+# Multiplications of a plain pass over a batch, some seconds on a CPU: progress is shown, and results
+# are kept, after each.
+MAX_WORK = 5e11
+
+
+def _answered(prompt: int, text: str) -> bool:
+    """Whether an answer has ended, where nothing else is asked of it (Method 8)."""
+    return SPLITTER.search(text) is not None
 
 
 def decode(
@@ -80,6 +88,7 @@ def decode_sets(
     targets: Int[Tensor, "prompt target"] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     full: Sequence[bool] | None = None,
+    decided: Decided = _answered,
     own_top: bool = False,
     memory_budget: int | None = None,
     observe: Observer | None = None,
@@ -95,8 +104,10 @@ def decode_sets(
         ablations: Neuron sets with their replacement values.
         targets: Tokens whose first-step log-probabilities are wanted, per prompt.
         max_new_tokens: At least 1; a continuation ends early at EOS.
-        full: For the plain run and each ablation, whether to decode all tokens. Where False, it
-            ends with the first token that holds a splitter: the source needs no more (Method 8).
+        full: For the plain run and each ablation, whether to decode all tokens. Where False, it ends
+            as soon as its text is decided.
+        decided: Whether the text of a prompt's continuation settles all that is asked of it, whatever
+            follows; by default, whether its answer has ended (Method 8).
         own_top: Also read the most likely first tokens of every set, not only of the plain run.
         memory_budget: Bytes a batch may use; by default a part of what is free. Never changes a
             result.
@@ -121,6 +132,7 @@ def decode_sets(
         model,
         sets,
         full=full,
+        decided=decided,
         max_new_tokens=max_new_tokens,
         own_top=own_top,
         observing=observe is not None,
@@ -191,6 +203,7 @@ def _engine(
     *,
     max_new_tokens: int,
     full: Sequence[bool] | None = None,
+    decided: Decided = _answered,
     own_top: bool = False,
     observing: bool = False,
 ) -> Engine:
@@ -199,7 +212,8 @@ def _engine(
         model=model,
         screen=build_screen(model.last_layer, sets, tolerance(model)),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
-        splits=_splitting_tokens(model),
+        decided=decided,
+        bytes_=_byte_tokens(model),
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
@@ -234,7 +248,9 @@ def _in_batches(
         order += members
         for i in members:
             shared[i] = length
-    batches = list(_batches(order, [len(p) for p in prompts], engine.prompt_bytes, budget))
+    engine.budget = budget
+    lengths = [len(p) for p in prompts]
+    batches = list(_batches(order, lengths, engine.prompt_bytes, budget, _most(engine, lengths)))
     mine = batches[shard[0] - 1 :: shard[1]]
     pending = [[i for i in batch if i not in done] for batch in mine][::-1]
     while pending:
@@ -262,14 +278,18 @@ def _in_batches(
 
 
 def _batches(
-    order: Sequence[int], lengths: Sequence[int], prompt_bytes: Callable[[int], int], budget: int
+    order: Sequence[int],
+    lengths: Sequence[int],
+    prompt_bytes: Callable[[int], int],
+    budget: int,
+    most: int,
 ) -> Iterator[list[int]]:
-    """Cut prompts, in order, into batches that the budget holds, one prompt at least."""
+    """Cut prompts, in order, into batches that the budget holds, of 1 to `most` prompts."""
     batch: list[int] = []
     used = 0
     for i in order:
         size = prompt_bytes(lengths[i])
-        if batch and (used + size > budget or len(batch) == MAX_BATCH):
+        if batch and (used + size > budget or len(batch) == most):
             yield batch
             batch, used = [], 0
         batch.append(i)
@@ -278,29 +298,25 @@ def _batches(
         yield batch
 
 
+def _most(engine: Engine, lengths: Sequence[int]) -> int:
+    """Prompts of a batch, so that it takes some seconds: a GPU is quick enough for any."""
+    if engine.model.device.type == "cuda":
+        return MAX_BATCH
+    tokens = sum(lengths) / len(lengths) + engine.max_new_tokens
+    parameters = sum(p.numel() for p in engine.model.body.parameters())
+    return max(1, min(MAX_BATCH, int(MAX_WORK / (parameters * tokens))))
+
+
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _splitting_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
-    """Mark tokens whose text holds a splitter match wherever they stand: the answer ends there.
-
-    Special tokens have no text, and a byte-fallback token has one only together with its neighbours. A
-    match that forms across tokens (`\\` and `n`) is not seen, which costs steps and changes no result.
-    """
-    if model.splitting_tokens is None:
-        ids = range(model.spec.d_vocab)
-        pieces = model.tokenizer.convert_ids_to_tokens(list(ids))
-        texts = model.tokenizer.batch_decode(
-            [[i] for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        model.splitting_tokens = torch.tensor(
-            [
-                bool(SPLITTER.search(text)) and not BYTE_FALLBACK.fullmatch(piece or "")
-                for piece, text in zip(pieces, texts, strict=True)
-            ],
-            device=model.device,
-        )
-    return model.splitting_tokens
+def _byte_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
+    """Mark byte-fallback tokens: their text depends on the bytes that follow."""
+    if model.byte_tokens is None:
+        pieces = model.tokenizer.convert_ids_to_tokens(list(range(model.spec.d_vocab)))
+        marked = [BYTE_FALLBACK.fullmatch(piece or "") is not None for piece in pieces]
+        model.byte_tokens = torch.tensor(marked, device=model.device)
+    return model.byte_tokens

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
 from ccm.decoding.engines import Engine
-from ccm.decoding.results import Batch, Completions, merge
+from ccm.decoding.results import Batch, Completions, Decided, merge
 from ccm.experiment.batches import BatchStore
 from ccm.experiment.files import write_table
 from ccm.experiment.folder import RunFolder
 from ccm.method.ablation import Ablation
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
-from ccm.method.sources import SOURCES, Source, knowledge_sources
+from ccm.method.sources import SOURCES, Source, is_decided, knowledge_sources
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
@@ -79,6 +79,18 @@ class CellReader:
                 **{f"log_prob_{s.lower()}": log_probs[s] for s in SOURCES},
             }
         )
+
+
+def decided_sources(prompts: Sequence[ProbingPrompt], protocol: Protocol) -> Decided:
+    """Make what tells, of a prompt and its text so far, whether its source is decided."""
+
+    def decided(prompt: int, text: str) -> bool:
+        of = prompts[prompt]
+        return is_decided(
+            text, of.counter_object, of.parametric_object, counter_first=protocol.counter_first
+        )
+
+    return decided
 
 
 def decode_stored(

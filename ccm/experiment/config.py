@@ -130,7 +130,7 @@ class RunConfig:
         choices=("auto",),
     )
     full_texts: bool = option(
-        False, "decode controls to 10 tokens, not only to their answer", switch=True
+        False, "decode controls to 10 tokens, not only until their source is decided", switch=True
     )
     stats: str = option(
         "own",

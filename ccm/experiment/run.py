@@ -22,7 +22,7 @@ from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
 from ccm.experiment.beyond_paper import draw_matched, effects_step, rho_by_layer
-from ccm.experiment.cells import cells_step, decode_stored
+from ccm.experiment.cells import cells_step, decided_sources, decode_stored
 from ccm.experiment.clock import Clock
 from ccm.experiment.config import RunConfig, given
 from ccm.experiment.files import read_json, read_statistics, read_table, write_statistics, write_table
@@ -333,8 +333,9 @@ def ablations_step(
         tokens,
         [a for a, _ in cells[1:]],
         targets=torch.from_numpy(objects),
-        # A control's source needs its answer, not what comes after (Method 8).
+        # Of a control only the source is asked, which is known before its text ends.
         full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
+        decided=decided_sources(prompts, plan_.protocol),
         own_top=plan_.protocol.released_tokens,
         memory_budget=folder.manifest["memory_budget"],
         store=BatchStore(folder.path),

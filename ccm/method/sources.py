@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from ccm.method.prompts import ProbingPrompt, answer_object, same_name
+from ccm.method.prompts import SPLITTER, ProbingPrompt, answer_object, same_name
 
 Source = Literal["CK", "ND", "PK"]
 SOURCES: tuple[Source, ...] = get_args(Source)  # the order of the paper's tables
@@ -45,10 +45,77 @@ def knowledge_source(
         parametric_object: PK.
         counter_first: CK wherever the first words are the counter-object's, as published.
     """
-    answer, counter, parametric = map(_words, (answer_object(text), counter_object, parametric_object))
-    ck, pk = _begins(counter, answer), _begins(parametric, answer)
+    counter, parametric = same_name(counter_object), same_name(parametric_object)
+    answer = _words(answer_object(text))
+    ck, pk = (_begins(_words(name), answer) for name in (counter, parametric))
+    return _source(ck, pk, counter, parametric, counter_first)
+
+
+# When a source is decided before its text ends. Let T be a whole text that begins with the text so
+# far, and A(T) its answer: T up to the first splitter match, stripped, in lower case. An answer
+# begins with an object o, [o] below, when A(T) + " " begins with o + " " (which compares words
+# between single spaces). The source is a function of [counter] and [parametric] alone.
+# 1. A splitter match in the text so far ends the answer: whatever follows it, A(T) is known.
+# 2. Otherwise let u be the text so far, stripped on the left, in lower case. Every A(T) is then u and
+#    something more, cut at a splitter and stripped on the right, provided that (a) no splitter match
+#    begins in the text so far and ends behind it: only `\n` spelled out has two characters, so a text
+#    that ends in a backslash is not decided; (b) the lower case of a beginning begins the lower case
+#    of the whole: in Unicode only the capital sigma looks at what follows it, so a text that holds
+#    one is not decided; (c) the text so far begins the text to come: a character that lacks bytes
+#    reads as U+FFFD until they come, so a text that ends in one is not decided (tokens whose text is
+#    provisional in other ways are the decoder's to leave out). While u is empty, anything may follow.
+# 3. If u begins with o + " ", every A(T) + " " does, too: stripping takes only spaces behind o. [o]
+#    is sure. If o begins with u, or is u but for spaces on its right, [o] holds where T ends in the
+#    right way and perhaps not elsewhere. Else u and o differ at a place that stripping does not
+#    reach, or u goes on behind o with something else than a space: [o] is impossible.
+# 4. If every way to fill in what is only possible gives one source, it is the source of every T.
+_UNFINISHED = ("\\", "\ufffd")  # 2 (a) and (c)
+_LOOKS_AHEAD = "\u03a3"  # 2 (b)
+
+
+@lru_cache(maxsize=1 << 16)
+def is_decided(
+    text: str, counter_object: str, parametric_object: str, *, counter_first: bool = False
+) -> bool:
+    """Return whether every continuation that begins with this text has the same source.
+
+    >>> is_decided(" Rome", "Italy", "France"), is_decided(" Ital", "Italy", "France")
+    (True, False)
+
+    Args:
+        text: A continuation so far, with more tokens to come.
+        counter_object: CK.
+        parametric_object: PK.
+        counter_first: As for `knowledge_source`.
+    """
+    if SPLITTER.search(text):
+        return True
+    if text.endswith(_UNFINISHED) or _LOOKS_AHEAD in text:
+        return False
+    begun = text.lstrip().lower()
+    if not begun:
+        return False
+    counter, parametric = same_name(counter_object), same_name(parametric_object)
+    outcomes = {
+        _source(ck, pk, counter, parametric, counter_first)
+        for ck in _may_begin(begun, counter)
+        for pk in _may_begin(begun, parametric)
+    }
+    return len(outcomes) == 1
+
+
+def _may_begin(begun: str, object_: str) -> tuple[bool, ...]:
+    """Whether answers that begin so begin with an object: all, none, or some (paragraph 3)."""
+    if object_ and begun.startswith(f"{object_} "):
+        return (True,)
+    return (True, False) if object_.startswith(begun) or begun.rstrip() == object_ else (False,)
+
+
+def _source(ck: bool, pk: bool, counter: str, parametric: str, counter_first: bool) -> Source:
+    """Source of an answer that begins with these of the two objects."""
     if ck and pk:
-        return "PK" if len(parametric) > len(counter) and not counter_first else "CK"
+        longer = parametric.count(" ") > counter.count(" ")
+        return "PK" if longer and not counter_first else "CK"
     return "CK" if ck else "PK" if pk else "ND"
 
 

@@ -43,7 +43,7 @@ class LoadedModel:
     bos: int | None  # the one token in front of every prompt, if any
     eos: frozenset[int]  # decoding stops at any of these
     special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where BOS and EOS were found
-    splitting_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
+    byte_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
     noise: float | None = None  # filled by `decoding.batch_noise`
     trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
 
@@ -180,6 +180,14 @@ class LoadedModel:
             self.tokenizer.decode(
                 list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
+        )
+
+    def decode_all(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of several continuations, each as `decode` gives it."""
+        if not tokens:
+            return []  # transformers takes none for one that is empty
+        return self.tokenizer.batch_decode(  # type: ignore[no-any-return]
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def first_token(self, answer: str) -> int:
