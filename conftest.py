@@ -15,7 +15,7 @@ import torch
 from ccm.cli.faults import fault
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.experiment.fact_files import DATA_VARIABLE, pararel_folder
-from ccm.experiment.options import model_folders
+from ccm.experiment.options import paths_of_models
 from ccm.method.ablation_values import ablation_values
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.specs import MODELS, spec_for
@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _options(config: pytest.Config) -> Options:
     """Check the options once, so that a wrong one is a usage error and not a hundred failures."""
     try:
-        paths = model_folders(config.getoption("--model-path"))
+        paths = paths_of_models(config.getoption("--model-path"))
         named = config.getoption("--models")
         models = tuple(MODELS) if named == "all" else tuple(n.strip() for n in named.split(","))
         for name in paths:

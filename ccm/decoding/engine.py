@@ -37,8 +37,9 @@ class Engine:
     model: LoadedModel
     screen: Screen
     full: Bool[Tensor, "set"]  # whether a set is decoded to the end, not only until it is decided
+    cuts: bool  # whether any set is not
     decided: Decided
-    bytes_: Bool[Tensor, "d_vocab"]  # tokens whose text depends on those that follow
+    provisional: Bool[Tensor, "d_vocab"]  # tokens after which a text may still change
     at_once: AtOnce
     max_new_tokens: int
     own_top: bool
@@ -49,7 +50,7 @@ class Engine:
     budget: int | None = None  # bytes that the nodes of a batch may take
 
     def __post_init__(self) -> None:
-        self.eos = torch.zeros_like(self.bytes_)
+        self.eos = torch.zeros_like(self.provisional)
         self.eos[sorted(self.model.eos)] = True
         self.free()
 
@@ -146,16 +147,18 @@ class Engine:
             referee = Referee(self.model, self.screen, prefix, self.lists, work)
             self.lists.start()
             while True:
-                if step == 0 and (not first or self.lists.was_short("first")):
-                    first = read_first_tokens(
+                if step > 0:
+                    chosen = choose(self.screen, nodes, tree.node, tree.sets, self.at_once, referee)
+                elif not first or self.lists.was_short("first"):
+                    first, of_sets = read_first_tokens(
                         self.screen, nodes, targets, self.at_once, referee, own_top=self.own_top
                     )
-                chosen = choose(self.screen, nodes, tree.node, tree.sets, self.at_once, referee)
+                    chosen = of_sets.view(-1)
                 branches = tree.branch(chosen, self.lists)
                 ended = self.eos[chosen]
                 if step == self.max_new_tokens - 1:
                     ended = torch.ones_like(ended)
-                else:
+                elif self.cuts:
                     ended |= self._cut(tree, branches, indices, ended)
                 growth = tree.plan(branches, ended, self.lists)
                 if self.lists.holds():
@@ -195,23 +198,23 @@ class Engine:
         may_stop = ~self.full[tree.sets] & ~ended
         # What is beyond a list that was guessed too short is made again.
         branch = branches.branch.clamp_max(len(branches.grown) - 1)
-        asked = torch.zeros(len(branches.grown), dtype=torch.bool, device=branch.device)
-        asked[branch[may_stop]] = True
-        asked &= ~self.bytes_[branches.grown[:, -1]]
-        places = torch.nonzero(asked)[:, 0]
-        texts = self.model.decode_all(branches.grown[places].tolist())
-        prompts = branches.origin[places].tolist()
-        decided = [self.decided(indices[i], text) for i, text in zip(prompts, texts, strict=True)]
-        over = torch.zeros_like(asked)
-        over[places] = torch.tensor(decided, dtype=torch.bool, device=over.device)
-        return may_stop & over[branch]
+        asked = torch.zeros_like(branches.origin).index_add_(0, branch, may_stop.long()) > 0
+        asked &= ~self.provisional[branches.grown[:, -1]]
+        # Read together: on a GPU this is a wait.
+        read = torch.cat([asked[:, None], branches.origin[:, None], branches.grown], dim=1).tolist()
+        places = [place for place, (is_asked, *_) in enumerate(read) if is_asked]
+        texts = self.model.decode_all([read[place][2:] for place in places])
+        over = torch.zeros(len(read), dtype=torch.bool)
+        for place, text in zip(places, texts, strict=True):
+            over[place] = self.decided(indices[read[place][1]], text)
+        return may_stop & over.to(branch.device)[branch]
 
     def _count(self, work: Work, nodes: int, pairs: int, first: bool) -> None:
         """Add up what a step cost, once its lists are settled."""
         lists = self.lists
         work.nodes += nodes
         work.first_rows += nodes * len(self.full) if first else 0
-        work.certified += pairs - lists.count("unsure")
+        work.certified += 0 if first else pairs - lists.count("unsure")
         work.shortlisted += lists.count("unsure") - lists.count("whole")
         work.low_rank += lists.count("whole")
         work.refereed += lists.total("near")

@@ -1,10 +1,12 @@
 """Ablated rows of logits by their low-rank form (paragraph 1 of `ccm.decoding.certificate`)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.certificate import Group, Nodes, Screen
+
+BLOCK = 128  # entries of a row
 
 
 def dense_changes(
@@ -27,6 +29,46 @@ def dense_changes(
     before = nodes.x.double().pow(2).sum(-1)
     scale = ((before + 2 * linear + square).clamp_min(0) / d + screen.eps).sqrt().float()
     return c, scale
+
+
+def tolerances(
+    screen: Screen,
+    nodes: Nodes,
+    c: Float[Tensor, "part k node"],
+    slots: Int[Tensor, "part k"],
+    scale: Float[Tensor, "part node"],
+) -> Float[Tensor, "part node"]:
+    """tau of some sets at all nodes, as `ccm.decoding.certificate.pair_tolerance` of pairs."""
+    reach = (c.abs() * screen.reach[slots][..., None]).sum(1)
+    lengths: Tensor = nodes.x.norm(dim=1) + reach * nodes.x.shape[1] ** 0.5
+    return lengths * screen.noise / scale + screen.offset_noise
+
+
+def best_and_lead(
+    rows: Float[Tensor, "*row d_vocab"],
+) -> tuple[Int[Tensor, "*row"], Float[Tensor, "*row"]]:
+    """Find each row's largest entry, and by how much it leads.
+
+    Over the blocks' largest first: that is read at the speed of memory, where `max` and `topk` over
+    whole rows take ten times as long on a CPU.
+
+    Returns:
+        Its place, and its lead over the second: 0 for a tie, infinite where there is no second.
+    """
+    d_vocab = rows.shape[-1]
+    whole = d_vocab // BLOCK * BLOCK
+    tops = [rows[..., :whole].view(*rows.shape[:-1], -1, BLOCK).amax(-1)] if whole else []
+    tops += [rows[..., whole:].amax(-1, keepdim=True)] if whole < d_vocab else []
+    blocks = torch.cat(tops, dim=-1)
+    best = blocks.max(-1)
+    others = blocks.scatter(-1, best.indices[..., None], -torch.inf).amax(-1)
+    places = best.indices[..., None] * BLOCK + torch.arange(BLOCK, device=rows.device)
+    inside = rows.gather(-1, places.clamp_max(d_vocab - 1))
+    inside = inside.masked_fill(places >= d_vocab, -torch.inf)
+    first = inside.max(-1)
+    inside = inside.scatter(-1, first.indices[..., None], -torch.inf)
+    second = torch.maximum(others, inside.amax(-1))
+    return best.indices * BLOCK + first.indices, first.values - second
 
 
 def low_rank_rows(

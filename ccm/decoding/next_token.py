@@ -17,13 +17,11 @@ from ccm.decoding.certificate import (
     Nodes,
     Screen,
     certified,
-    changes,
-    pair_tolerance,
     read_pairs,
     shortlisted,
 )
 from ccm.decoding.forward import run_body
-from ccm.decoding.low_rank import dense_changes, low_rank_rows
+from ccm.decoding.low_rank import best_and_lead, dense_changes, low_rank_rows, tolerances
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 
@@ -145,9 +143,9 @@ def choose(
             pairs.scale[:, None],
             screen.P[screen.slots[of[part]]],
         )[:, 0]
-        best = rows.topk(2)
-        chosen[pair[part]] = best.indices[:, 0]
-        close.append(best.values[:, 0] - best.values[:, 1] <= tau[part])
+        best, lead = best_and_lead(rows)
+        chosen[pair[part]] = best
+        close.append(lead <= tau[part])
     if close:
         for i, logits in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
             chosen[pair[i]] = logits.argmax()
@@ -167,11 +165,15 @@ def read_first_tokens(
     referee: Referee,
     *,
     own_top: bool,
-) -> dict[str, Tensor]:
-    """First-token entropies, log-probabilities and top tokens of every set, as in `Batch`.
+) -> tuple[dict[str, Tensor], Int[Tensor, "node set"]]:
+    """Read first-token entropies, log-probabilities and top tokens of every set, and its first token.
 
-    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. The bounded
-    lists have "first" in their names, those of near ties "near".
+    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. Its argmax
+    is the first token, and needs no certificate. The bounded lists have "first" in their names, those
+    of near ties "near".
+
+    Returns:
+        What is read, named as in `Batch`, and the first tokens.
     """
     n, n_sets, device = len(targets), len(screen.slots), targets.device
     everyone = torch.arange(n, device=device)
@@ -185,9 +187,13 @@ def read_first_tokens(
     log_probs = torch.empty((n, n_sets, asked.shape[1]), device=device)
     tops = plain_tops[:, None].repeat(1, n_sets if own_top else 1, 1)
     top_log_probs = torch.empty(tops.shape, device=device)
+    chosen = torch.empty((n, n_sets), dtype=torch.long, device=device)
+    close = torch.empty((n, n_sets), dtype=torch.bool, device=device)
     width = max(1, min(n, sizes.rows(2) // 8))
     for exact_shift in (False, True):
-        for of, at, rows, scale in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
+        for of, at, rows, tau in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
+            best, lead = best_and_lead(rows)
+            chosen[at, of], close[at, of] = best.T, (lead <= tau).T
             if exact_shift:
                 rows -= rows.amax(-1, keepdim=True)
             weights = rows.exp()
@@ -199,13 +205,11 @@ def read_first_tokens(
             if own_top:
                 node = everyone[at].repeat(len(rows))
                 sets = torch.arange(of.start, of.stop, device=device).repeat_interleave(rows.shape[1])
-                c = changes(screen, nodes, node, sets)
-                tau = pair_tolerance(screen, nodes, node, sets, c, scale.reshape(-1))
                 name = f"near, first, {of.start}, {at.start}, {exact_shift}"
-                best = _tops(name, rows.flatten(0, 1), node, sets, tau, referee)
-                best = best.view(*rows.shape[:2], -1)
-                tops[at, of] = best.transpose(0, 1)
-                found = rows.gather(-1, best) - log_z[..., None]
+                top = _tops(name, rows.flatten(0, 1), node, sets, tau.reshape(-1), referee)
+                top = top.view(*rows.shape[:2], -1)
+                tops[at, of] = top.transpose(0, 1)
+                found = rows.gather(-1, top) - log_z[..., None]
                 top_log_probs[at, of] = found.transpose(0, 1)
         if exact_shift or not len(
             referee.lists.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
@@ -213,19 +217,24 @@ def read_first_tokens(
             break
     if not own_top:
         top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
-    return {
+    node, sets = everyone.repeat_interleave(n_sets), torch.arange(n_sets, device=device).repeat(n)
+    settled = chosen.view(-1)
+    for i, logits in referee.rows("near, first, argmax", node, sets, close.view(-1)):
+        settled[i] = logits.argmax()
+    read = {
         "entropy": entropy,
         "asked": asked,
         "log_probs": log_probs,
         "top_tokens": tops,
         "top_log_probs": top_log_probs,
     }
+    return read, chosen
 
 
 def _all_rows(
     screen: Screen, nodes: Nodes, width: int, height: int
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "set node d_vocab"], Float[Tensor, "set node"]]]:
-    """Yield sets, nodes, their logit rows up to a constant each, and s'.
+    """Yield sets, nodes, their logit rows up to a constant each, and tau.
 
     The constant is the logit of the plain argmax: after it, no row's largest exp can vanish, and only
     an ablation that lifts a token by 88 nats overflows.
@@ -235,6 +244,7 @@ def _all_rows(
     for group in screen.groups:
         for of in slices(group.sets.stop, height, group.sets.start):
             c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
+            tau = tolerances(screen, nodes, c, screen.slots[of], scale)
             P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
             lead = sz_top + (c * P[:, :, top]).sum(1) + beta_top * scale
             # Taking a constant off a row is one more rank.
@@ -245,7 +255,7 @@ def _all_rows(
                     of,
                     at,
                     low_rank_rows(screen.beta, nodes.sz[at][None], c[:, at], scale[:, at], P),
-                    scale[:, at],
+                    tau[:, at],
                 )
 
 

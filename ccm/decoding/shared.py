@@ -213,7 +213,8 @@ def _engine(
         screen=build_screen(model.last_layer, sets, tolerance(model)),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
         decided=decided,
-        bytes_=_byte_tokens(model),
+        cuts=full is not None and not all(full),
+        provisional=_provisional_tokens(model),
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
         own_top=own_top,
@@ -313,10 +314,21 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _byte_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
-    """Mark byte-fallback tokens: their text depends on the bytes that follow."""
-    if model.byte_tokens is None:
+def _provisional_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
+    """Mark tokens after which a text may still change: bytes of a fallback, read together with those
+    that follow, and special tokens, behind which, unseen, such a byte may stand.
+    """
+    if model.provisional_tokens is None:
         pieces = model.tokenizer.convert_ids_to_tokens(list(range(model.spec.d_vocab)))
-        marked = [BYTE_FALLBACK.fullmatch(piece or "") is not None for piece in pieces]
-        model.byte_tokens = torch.tensor(marked, device=model.device)
-    return model.byte_tokens
+        added = model.tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special} | {
+            *model.tokenizer.all_special_ids
+        }
+        model.provisional_tokens = torch.tensor(
+            [
+                i in special or BYTE_FALLBACK.fullmatch(piece or "") is not None
+                for i, piece in enumerate(pieces)
+            ],
+            device=model.device,
+        )
+    return model.provisional_tokens

@@ -43,7 +43,7 @@ class LoadedModel:
     bos: int | None  # the one token in front of every prompt, if any
     eos: frozenset[int]  # decoding stops at any of these
     special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where BOS and EOS were found
-    byte_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
+    provisional_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
     noise: float | None = None  # filled by `decoding.batch_noise`
     trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
 

@@ -34,7 +34,7 @@ from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import SPLITTER, answer_object
-from ccm.method.sources import SOURCES, knowledge_source
+from ccm.method.sources import SOURCES, is_decided, knowledge_source
 from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
@@ -478,7 +478,8 @@ def test_without_the_referee_near_ties_would_depend_on_the_batch(
 
 def steps_of(model: LoadedModel, tokens: tuple[int, ...], max_new_tokens: int, full: bool) -> int:
     """How many tokens were chosen for a continuation, the EOS that is not in it included."""
-    if not full and tokens and bool(decoding._splitting_tokens(model)[tokens[-1]]):
+    may_change = bool(tokens) and bool(decoding._provisional_tokens(model)[tokens[-1]])
+    if not full and not may_change and SPLITTER.search(model.decode(tokens)):
         return len(tokens)
     return min(len(tokens) + 1, max_new_tokens)
 
@@ -523,7 +524,8 @@ def check_work(
 ) -> None:
     decisions, nodes, _ = counted(model, prompts, done, max_new_tokens=max_new_tokens, full=full)
     work = done.work
-    assert work.certified + work.shortlisted + work.low_rank == decisions
+    first = len(prompts) * done.n_sets  # these are read off the rows that are there
+    assert work.certified + work.shortlisted + work.low_rank == decisions - first
     wanted = {
         "prompts": len(prompts),
         "nodes": nodes,
@@ -631,6 +633,31 @@ def test_stopping_at_a_splitter_changes_no_source_of_the_organism(organism: Orga
     check_stops(organism.model, organism.prompts, organism.ablations, organism.objects)
 
 
+def test_stopping_at_the_decision_changes_no_source_of_the_organism(organism: Organism) -> None:
+    """And takes fewer nodes than stopping at the end of the answer."""
+    whole = run(organism.model, organism.prompts, organism.ablations)
+    flags = [True, True] + [False] * (len(organism.ablations) - 1)
+    answered = run(organism.model, organism.prompts, organism.ablations, full=flags)
+    for counter_first in (False, True):
+
+        def decided(prompt: int, text: str, first: bool = counter_first) -> bool:
+            return is_decided(text, *organism.objects[prompt], counter_first=first)
+
+        stopped = run(organism.model, organism.prompts, organism.ablations, full=flags, decided=decided)
+        assert stopped.work.nodes < answered.work.nodes
+        for i, full in enumerate(flags):
+            done, wanted = stopped.decoded.completions(i), whole.decoded.completions(i)
+            assert not full or done.tokens == wanted.tokens
+            for mine, its, objects in zip(done.texts, wanted.texts, organism.objects, strict=True):
+                assert its.startswith(mine)
+                mine_is, its_is = (
+                    knowledge_source(text, *objects, counter_first=counter_first)
+                    for text in (mine, its)
+                )
+                assert mine_is == its_is, f"{mine!r} of {its!r}: {objects}"
+        np.testing.assert_array_equal(stopped.decoded.entropy, whole.decoded.entropy)
+
+
 def check_stops(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -653,7 +680,7 @@ def check_stops(
             assert not early, f"{what}: it went on after {early}"
             if len(mine) < len(its):
                 cut += 1
-                assert ends_answer(model, mine[-1]), f"{what}: cut after a token without a splitter"
+                assert SPLITTER.search(done.texts[p]), f"{what}: cut without a splitter"
             assert answer_object(done.texts[p]) == answer_object(wanted.texts[p]), what
             own = answer_object(wanted.texts[p])
             begun = own.rpartition(" ")[0] or own  # an object that begins the one that is named
@@ -677,34 +704,30 @@ def check_stops(
 @each_family
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_marked_token_ends_the_answer_whatever_stands_around_it(
+def test_no_token_that_follows_changes_the_text_of_what_is_decided(
     config: ToyConfig, data: st.DataObject
 ) -> None:
+    """Unless it ends in a byte or in half a character, a text begins that of whatever follows it."""
     model = loaded(config)
-    marked = decoding._splitting_tokens(model).nonzero()[:, 0].tolist()
-    marked = [i for i in marked if i not in model.eos]  # nothing ever stands after an EOS
-    assert marked, "no token ends an answer"
-    token = data.draw(st.sampled_from(marked), label="marked token")
-    special = [model.bos, *model.eos, *marked]
+    often = [*"\\n.", "Ġ", "Ã", "▁", "<0xC3>", "<0x2E>", "a"]
+    vocabulary = tokenizer_of(config)
+    special = [model.bos, *(vocabulary[t] for t in often if t in vocabulary)]
     any_token = st.sampled_from(special) | st.integers(0, config.d_vocab - 1)
-    before = data.draw(st.lists(any_token, max_size=4), label="before")
-    after = data.draw(st.lists(any_token, max_size=4), label="after")
-    cut, whole = model.decode([*before, token]), model.decode([*before, token, *after])
-    assert answer_object(cut) == answer_object(whole), (
-        f"{config.id}: cut after {model.tokenizer.convert_ids_to_tokens(token)!r}, the answer of "
-        f"{whole!r} would be that of {cut!r}"
-    )
+    tokens = st.lists(any_token.filter(lambda i: i not in model.eos), min_size=1, max_size=5)
+    before, after = data.draw(tokens, label="before"), data.draw(tokens, label="after")
+    text = model.decode(before)
+    if not (decoding._provisional_tokens(model)[before[-1]] or text.endswith("\ufffd")):
+        assert model.decode([*before, *after]).startswith(text)
 
 
 @each_family
-def test_ordinary_splitters_are_marked(config: ToyConfig) -> None:
+def test_bytes_and_special_tokens_are_marked(config: ToyConfig) -> None:
     model = loaded(config)
-    marked = decoding._splitting_tokens(model)
-    assert marked.shape == (config.d_vocab,)
-    vocabulary = tokenizer_of(config)
-    ordinary = ["."] if config.family in GROUPED else [*'.,"([]<', "Ċ"]
-    assert all(marked[vocabulary[t]] for t in ordinary)
-    assert not any(marked[vocabulary[t]] for t in ("a", "n"))
+    marked = set(decoding._provisional_tokens(model).nonzero()[:, 0].tolist())
+    bytes_ = {i for t, i in tokenizer_of(config).items() if t.startswith("<0x")}
+    assert bytes_ | {*model.tokenizer.all_special_ids} <= marked
+    # Behind any other token a text stays what it is; `skip_special_tokens` leaves no text of these.
+    assert all(i in bytes_ or not model.decode([i]) for i in marked)
 
 
 # --- memory -----------------------------------------------------------------------------------------

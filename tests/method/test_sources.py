@@ -14,6 +14,7 @@ from ccm.method.sources import (
     RATIOS,
     SOURCES,
     Source,
+    is_decided,
     knowledge_source,
     knowledge_sources,
     log_ratios,
@@ -270,3 +271,73 @@ def test_object_tokens_of_both_protocols(family: str) -> None:
     bare = config.bos_id if family == "llama" else build_tokenizer("gpt2").token_to_id("Ġ")
     np.testing.assert_array_equal(released, np.full((2, 2), bare))
     assert object_tokens(model, []).shape == (0, 2)
+
+
+# --- decided before the text ends ---------------------------------------------------------------------
+
+# Spaces of several kinds, both halves of a splitter, letters whose lower case is longer or looks ahead.
+TRICKY = [*"abAB  \t\n.\\nΣσςİI", "\u00a0", "\u3000", "\ufffd", "東", "京"]
+tricky_texts = st.text(st.sampled_from(TRICKY), max_size=7)
+tricky_objects = st.text(st.sampled_from([*"abAB  ΣσİI東", "\u00a0"]), max_size=4).map(str.strip)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.data())
+def test_what_is_decided_does_not_change_whatever_follows(data: st.DataObject) -> None:
+    counter, parametric = data.draw(tricky_objects), data.draw(tricky_objects)
+    begun = [name[:n] for name in (counter, parametric) for n in range(1, len(name) + 1)]
+    starts = st.sampled_from(["", *begun]).map(lambda start: f" {start}")
+    text = data.draw(starts | tricky_texts) + data.draw(tricky_texts | st.just(""))
+    counter_first = data.draw(st.booleans())
+    if not is_decided(text, counter, parametric, counter_first=counter_first):
+        return
+    source = knowledge_source(text, counter, parametric, counter_first=counter_first)
+    ends = [name[n:] for name in (counter, parametric) for n in range(len(name) + 1)]
+    for more in (*ends, data.draw(tricky_texts), data.draw(tricky_texts)):
+        assert source == knowledge_source(text + more, counter, parametric, counter_first=counter_first)
+
+
+@pytest.mark.parametrize(
+    ("text", "counter", "parametric", "decided"),
+    [
+        ("", "Italy", "France", False),
+        (" ", "Italy", "France", False),
+        (" I", "Italy", "France", False),
+        (" Italy", "Italy", "France", False),  # Italyx would be neither
+        (" Italy ", "Italy", "France", True),
+        (" ITALY and", "Italy", "France", True),
+        (" Italy\t", "Italy", "France", False),  # Italy if it ends here, and ND if not
+        (" Italy\ta", "Italy", "France", True),
+        (" Italy.", "Italy", "France", True),
+        (" Italians", "Italy", "France", True),
+        (" the", "Italy", "France", True),
+        (" the", "the Netherlands", "France", False),
+        (" The Hague", "the Netherlands", "France", True),
+        (" New York ", "New York", "New York City", False),
+        (" New York C", "New York", "New York City", False),
+        (" New York City ", "New York", "New York City", True),
+        (" New York B", "New York", "New York City", True),
+        (" new york ", "New York City", "New York", False),
+        (" Ital\ufffd", "Paris", "France", False),
+        (" \\", "Italy", "France", False),
+        (" ΟΔΟΣ", "Italy", "France", False),
+        (" x", "", "", True),
+    ],
+)
+def test_when_a_source_is_decided(text: str, counter: str, parametric: str, decided: bool) -> None:
+    assert is_decided(text, counter, parametric) is decided
+
+
+def test_the_published_rule_decides_earlier() -> None:
+    """It asks for the counter-object first, and looks no further."""
+    assert is_decided(" New York ", "New York", "New York City", counter_first=True)
+
+
+@some
+@given(object_names(), object_names(), st.text(max_size=12))
+def test_texts_of_any_characters(counter: str, parametric: str, text: str) -> None:
+    for n in range(len(text) + 1):
+        if is_decided(text[:n], counter, parametric):
+            assert knowledge_source(text[:n], counter, parametric) == knowledge_source(
+                text, counter, parametric
+            )
