@@ -93,8 +93,6 @@ def is_decided(
     if text.endswith(_UNFINISHED) or _LOOKS_AHEAD in text:
         return False
     begun = text.lstrip().lower()
-    if not begun:
-        return False
     counter, parametric = same_name(counter_object), same_name(parametric_object)
     outcomes = {
         _source(ck, pk, counter, parametric, counter_first)
