@@ -315,19 +315,18 @@ def _free(device: torch.device) -> None:
 
 
 def _provisional_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
-    """Mark tokens after which a text may still change: bytes of a fallback, read together with those
-    that follow, and special tokens, behind which, unseen, such a byte may stand.
+    """Mark tokens after which a text may still change.
+
+    Bytes of a fallback are read together with those that follow; and before a token without a text (a
+    special one, say) such a byte may stand unseen.
     """
     if model.provisional_tokens is None:
         pieces = model.tokenizer.convert_ids_to_tokens(list(range(model.spec.d_vocab)))
-        added = model.tokenizer.added_tokens_decoder
-        special = {i for i, token in added.items() if token.special} | {
-            *model.tokenizer.all_special_ids
-        }
+        texts = model.decode_all([[i] for i in range(model.spec.d_vocab)])
         model.provisional_tokens = torch.tensor(
             [
-                i in special or BYTE_FALLBACK.fullmatch(piece or "") is not None
-                for i, piece in enumerate(pieces)
+                not text or BYTE_FALLBACK.fullmatch(piece or "") is not None
+                for text, piece in zip(texts, pieces, strict=True)
             ],
             device=model.device,
         )
