@@ -131,7 +131,7 @@ def test_what_is_chosen_is_kept(
         ({"models": "organism,gpt3"}, "model 'gpt3': unknown"),
         ({"ablation_values": "mean"}, "ablation value 'mean': unknown"),
         ({"ablation_values": ""}, "ablation value '': unknown"),
-        ({"model_path": ["gpt2-small"]}, "--model-path 'gpt2-small': not NAME=DIR"),
+        ({"model_path": ["gpt2-small"]}, "--model-path 'gpt2-small': not NAME=PATH"),
         ({"model_path": ["gpt2-small=/nowhere"]}, "no such folder '/nowhere'"),
         ({"model_path": [f"gpt2-small={ROOT}"]}, "not a checkpoint folder"),
         ({"model_path": [f"gpt2-small={CHECKPOINT}"]}, "wrong architecture for gpt2-small"),
