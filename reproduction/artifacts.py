@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import FileSystemLoader
 
 from ccm.experiment.files import read_json
-from ccm.experiment.folder import write_atomically
+from ccm.experiment.writing import write_atomically
 from ccm.experiment.results import RunResults
 from ccm.models.specs import PUBLISHED
 from ccm.paper.report import compare_with_paper

@@ -123,7 +123,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--memory-budget 8GB": ("'8GB'", "500M or 8G"),
     "--model-path organism": ("--model-path 'organism': not NAME=PATH",),
     "--model-path organism=": ("--model-path 'organism=': not NAME=PATH",),
-    "--model-path organism=nowhere": ("no such folder 'nowhere'",),
+    "--model-path organism=nowhere": ("no such folder or file 'nowhere'",),
     "--model-path organism=.": (".: not a checkpoint folder", "config.json"),
     "--model-path gpt2-smal=.": ("gpt2-smal", "gpt2-small"),
     "--facts nowhere": ("facts 'nowhere': no such folder", "pararel, world, or a folder"),
@@ -148,7 +148,7 @@ def test_options_of_a_run(typed: str, refused: Refused) -> None:
         (["run", "--model"], "--model: expected one argument"),
         (
             ["run", "--model", "nope"],
-            f"model 'nope': unknown, and no such folder. Allowed: {MODEL_NAMES}",
+            f"model 'nope': unknown, and no such folder or file. Allowed: {MODEL_NAMES}, the path of",
         ),
         (["run", "--model", "gpt2"], "gpt2-small"),
         (["run", "--model", ""], "--model: empty"),
@@ -162,6 +162,10 @@ def test_options_of_a_run(typed: str, refused: Refused) -> None:
         (["measure", "--model", "organism", "--out", "."], "--out .: exists already"),
         (["prompts", "--model", "organism", "--out", "."], "--out .: exists already"),
         (["prompts", "--model", "organism"], "--out"),
+        (["fetch"], "MODEL"),
+        (["fetch", "nope"], "model 'nope': unknown"),
+        (["fetch", "organism", "--revision", "v2"], "--revision v2: organism is not on the hub"),
+        (["fetch", "gpt2-small", "--model-path", "gpt=."], "no model of that name is run"),
         (["models", "--model-path", "x"], "not NAME=PATH"),
         (["models", "--model-path", "mine=."], "not a checkpoint folder"),
     ],
@@ -549,7 +553,7 @@ OTHER_RUNS = {
     "--null-space-dims 4": "null_space_dims is 5 there, 4 here",
     "--neurons 1,2,3,4,5,6": "neurons is None there, [1, 2, 3, 4, 5, 6] here",
     "--max-prompts 5": "max_prompts is 4 there, 5 here",
-    "--template chat": "template is 'bare' there, 'chat' here",
+    "--template chat": "template is 'bare' there, 'llama2' here",
     "--full-texts": "full_texts is False there, True here",
 }
 
