@@ -29,7 +29,7 @@ from ccm.models.specs import MODELS, spec_for
 from tests.cli.test_bad_input import Refused, contents
 from tests.gguf_files import GPT2_NAMES, GROUPED_NAMES, LLAMA, TOYS, GgufToy, halves, write_gguf
 from tests.made_runs import few_facts
-from tests.toys import TEXT, build_tokenizer, token_prompts, toy_folder, word_prompts
+from tests.toys import TEXT, ToyConfig, build_tokenizer, token_prompts, toy_folder, word_prompts
 
 each_toy = pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.id)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
@@ -390,7 +390,12 @@ LACKING: dict[str, tuple[GgufToy, dict[str, Any], str]] = {
         "but it holds 28,864, so this would be another model. Give the original checkpoint folder.",
     ),
     "a d_mlp that transformers does not read": (
-        GgufToy(type(LLAMA.config)("gpt2", d_mlp=64), "gpt2"),
+        GgufToy(ToyConfig("gpt2", d_mlp=64), "gpt2"),
+        {},
+        "so this would be another model",
+    ),
+    "a context that transformers does not read": (
+        GgufToy(ToyConfig("gpt2", d_mlp=128, n_ctx=512), "gpt2"),
         {},
         "so this would be another model",
     ),
