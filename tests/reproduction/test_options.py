@@ -132,7 +132,7 @@ def test_what_is_chosen_is_kept(
         ({"ablation_values": "mean"}, "ablation value 'mean': unknown"),
         ({"ablation_values": ""}, "ablation value '': unknown"),
         ({"model_path": ["gpt2-small"]}, "--model-path 'gpt2-small': not NAME=PATH"),
-        ({"model_path": ["gpt2-small=/nowhere"]}, "no such folder '/nowhere'"),
+        ({"model_path": ["gpt2-small=/nowhere"]}, "no such folder or file '/nowhere'"),
         ({"model_path": [f"gpt2-small={ROOT}"]}, "not a checkpoint folder"),
         ({"model_path": [f"gpt2-small={CHECKPOINT}"]}, "wrong architecture for gpt2-small"),
         ({"facts": "/nowhere"}, "--facts '/nowhere': no such folder"),

@@ -257,7 +257,7 @@ def _run(
         sets at every prompt, of all other sets at `SAMPLED` prompts at most. So effects of the entropy
         sets are measured once more, alone, and the rest of the time is that of the others.
     """
-    weights: dict[str, Any] = {"source": model.source, "revision": None, "files": []}
+    weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
     folder.note(weights=weights, special_tokens=model.special_tokens)
     prompts = decode_with(folder, plan_, model, knowing_decoder, clock)
     finish(folder, plan_.protocol, clock)
