@@ -16,6 +16,7 @@ from ccm.cli.faults import fault
 from ccm.errors import BadInput, CcmError, allowed
 from ccm.experiment.fact_files import DATA_VARIABLE, pararel_folder
 from ccm.experiment.options import paths_of_models
+from ccm.experiment.plan import FACTS
 from ccm.method.ablation_values import ablation_values
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.specs import MODELS, spec_for
@@ -47,10 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ccm", "what to reproduce")
     group.addoption("--models", default="all", help="models to reproduce: names with commas, or all")
     group.addoption("--ablation-values", default="all", help="names with commas, or all")
-    group.addoption("--model-path", action="append", default=[], metavar="NAME=DIR")
+    group.addoption("--model-path", action="append", default=[], metavar="NAME=PATH")
     group.addoption("--device", default="auto", help="for published models: cuda, cuda:N, auto, cpu")
     group.addoption("--dtype", default="float32", help="float32, bfloat16, float16")
-    group.addoption("--facts", default=None, help="a folder, or pararel; default: each model's own")
+    group.addoption("--facts", default=None, help="world, pararel, or a folder; default: the model's")
     group.addoption("--max-prompts", type=int, default=None, help="probing prompts, for a rehearsal")
     group.addoption(
         "--artifacts",
@@ -83,8 +84,10 @@ def _options(config: pytest.Config) -> Options:
         dtype_for(config.getoption("--dtype"))
         pararel_folder()
         facts, max_prompts = config.getoption("--facts"), config.getoption("--max-prompts")
-        if facts not in (None, "pararel") and not Path(facts).is_dir():
-            raise BadInput(f"--facts {facts!r}: no such folder. Allowed: pararel, or a folder.")
+        if facts not in (None, *FACTS) and not Path(facts).is_dir():
+            raise BadInput(
+                f"--facts {facts!r}: no such folder. Allowed: {', '.join(FACTS)}, or a folder."
+            )
         if max_prompts is not None and max_prompts < 1:
             raise BadInput(f"--max-prompts {max_prompts}: out of range. Allowed: 1 and more.")
         threads = config.getoption("--threads")

@@ -10,8 +10,8 @@ from urllib.parse import quote
 from jinja2 import FileSystemLoader
 
 from ccm.experiment.files import read_json
-from ccm.experiment.folder import write_atomically
 from ccm.experiment.results import RunResults
+from ccm.experiment.writing import write_atomically
 from ccm.models.specs import PUBLISHED
 from ccm.paper.report import compare_with_paper
 from ccm.reporting.figures.gallery import FOLDER, Entry, figures_across, figures_of_run

@@ -10,8 +10,10 @@ import logging
 import re
 import tempfile
 from collections import defaultdict
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,6 @@ def checkpoint_of(path: Path, *, anew: bool = False) -> Path:
     if folder.is_dir() and not anew:
         return folder
     header = read_header(path)
-    types = ", ".join(sorted(set(", ".join(header.types.values()).split(", "))))
-    _log.warning(f"{path.name}: dequantizing {types} to float32, once, into {folder}")
     return made_once(
         folder.name,
         lambda partial: convert(path, header, digest, partial),
@@ -167,6 +167,22 @@ def _check_rotary(path: Path, reader: Any, architecture: str) -> None:
         )
 
 
+def _check_all_have_a_place(path: Path, header: GgufHeader, config: Any) -> None:
+    """See that transformers' model has as many numbers as the file: it would leave the others out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    places = sum(p.numel() for p in built.parameters())  # tied ones are counted once
+    if places != header.n_parameters:
+        raise BadInput(
+            f"{path}: transformers makes a model of {places:,} numbers of it, but it holds "
+            f"{header.n_parameters:,}, so this would be another model. Give the original "
+            "checkpoint folder."
+        )
+
+
 def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as a checkpoint folder.
 
@@ -180,34 +196,39 @@ def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
         BadInput: transformers cannot read it, or not all of it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     # By itself in a folder: transformers would read what lies beside it, too.
     with tempfile.TemporaryDirectory(prefix="ccm-gguf-") as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
-        options: dict[str, Any] = {
-            **{"gguf_file": "model.gguf", "local_files_only": True},
-            **{"trust_remote_code": False},
-        }
+        options: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(alone, **options)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                alone, dtype=torch.float32, output_loading_info=True, **options
+            # First without its numbers, which take long to read.
+            _check_all_have_a_place(
+                path, header, AutoConfig.from_pretrained(alone, trust_remote_code=False, **options)
             )
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **options)
+            types = ", ".join(sorted(set(", ".join(header.types.values()).split(", "))))
+            _log.warning(f"{path.name}: dequantizing {types} to float32, once, into the model cache")
+            with redirect_stderr(StringIO()):  # a progress bar that nothing else switches off
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    **options,
+                )
+            if report["missing_keys"]:
+                raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
+        except BadInput:
+            raise
         except Exception as error:  # whatever the library stumbles over
             raise BadInput(
                 f"{path}: transformers cannot read it (architecture {header.architecture!r}; "
-                f"{reason_of(error)})."
+                f"{reason_of(error)}). Give the original checkpoint folder."
             ) from error
-    read = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    if report["missing_keys"] or read != header.n_parameters:
-        raise BadInput(
-            f"{path}: transformers makes a model of {read:,} numbers of it, but it holds "
-            f"{header.n_parameters:,}, so this would be another model. Give the original "
-            "checkpoint folder."
-        )
     # A model that says it is quantized is not saved; this one is not any more.
     config = model.config
     del config.quantization_config

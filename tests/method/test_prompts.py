@@ -1,6 +1,7 @@
 """Templates, filters and counter-objects against their definitions, on names that collide."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from ccm.method.facts import Fact, Relation
 from ccm.method.prompts import (
     MAX_SIMILARITY,
     N_COUNTER_OBJECTS,
+    TEMPLATE_ALIASES,
     TEMPLATES,
     Candidate,
     ParametricAnswer,
     SplitObjects,
+    Turns,
     answer_object,
     counter_candidates,
     counter_objects,
@@ -87,11 +90,12 @@ ASKED = (
 )
 
 
-def test_templates_are_the_three_of_the_method() -> None:
-    assert set(TEMPLATES) == {"bare", "instruction", "chat"}
+def test_templates_are_the_three_of_the_method_and_the_tokenizers_own() -> None:
+    assert set(TEMPLATES) == {"bare", "instruction", "llama2", "own"}
+    assert TEMPLATE_ALIASES == {"chat": "llama2"}
     assert parametric_prompt("bare", PARIS, CAPITAL) == "Paris is the capital of"
     assert parametric_prompt("instruction", PARIS, CAPITAL) == f"{ASKED}\n\nParis is the capital of"
-    assert parametric_prompt("chat", PARIS, CAPITAL) == (
+    assert parametric_prompt("llama2", PARIS, CAPITAL) == (
         f"<s>[INST] <<SYS>>\n{ASKED}\n<</SYS>>\n\nRome lies in [/INST]Italy.\nParis is the capital of"
     )
 
@@ -110,8 +114,30 @@ def test_every_template_ends_in_the_query_and_names_the_subject(
 
 def test_a_relation_without_an_example_still_closes_the_instruction() -> None:
     bare = Relation("capital_of", "geo", "the country", "", "", "")
-    prompt = parametric_prompt("chat", PARIS, bare)
+    prompt = parametric_prompt("llama2", PARIS, bare)
     assert prompt.endswith("<</SYS>>\n\n[/INST]Paris is the capital of")
+
+
+def written(turns: Turns) -> str:
+    """A markup that shows what it was given."""
+    return "".join(f"({turn['role']}: {turn['content']})" for turn in turns) + "(assistant: "
+
+
+def test_own_asks_in_the_tokenizers_markup_after_an_example_of_an_answer() -> None:
+    example = ASKED.replace("Paris", "Rome")
+    assert parametric_prompt("own", PARIS, CAPITAL, written) == (
+        f"(user: {example})(assistant: Rome lies in Italy.)(user: {ASKED})"
+        "(assistant: Paris is the capital of"
+    )
+    alone = replace(CAPITAL, example_query="", example_subject="", example_object="")
+    assert parametric_prompt("own", PARIS, alone, written) == (
+        f"(user: {ASKED})(assistant: Paris is the capital of"
+    )
+
+
+def test_own_is_the_instruction_where_the_tokenizer_has_no_markup() -> None:
+    plain = parametric_prompt("instruction", PARIS, CAPITAL)
+    assert parametric_prompt("own", PARIS, CAPITAL) == plain
 
 
 @given(query=object_names(), counter=object_names())

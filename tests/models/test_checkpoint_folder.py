@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     ),
     "only gguf": (
         rename(WEIGHTS, "toy.Q4_1.gguf"),
-        r"only toy.Q4_1.gguf. Load it with from_pretrained\(folder, gguf_file='toy.Q4_1.gguf'\)",
+        r"only toy.Q4_1.gguf. Give the file itself: --model \S*/toy/toy.Q4_1.gguf\.",
     ),
     "only pickled": (
         rename(WEIGHTS, "consolidated.00.pth"),
@@ -529,7 +529,7 @@ def snapshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     split(folder)
     shutil.copytree(folder, path)
 
-    def cached(repository: str, name: str) -> str | None:
+    def cached(repository: str, name: str, revision: str | None = None) -> str | None:
         return str(path / name) if (path / name).is_file() else None
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
@@ -545,12 +545,14 @@ class Hub:
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.rest)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", self.one)
 
-    def rest(self, repository: str, allow_patterns: list[str]) -> None:
+    def rest(self, repository: str, revision: str | None, allow_patterns: list[str]) -> None:
         for path in sorted(self.folder.iterdir()):
             if not (self.snapshot / path.name).exists():
-                self.one(repository, path.name)
+                self.one(repository, path.name, revision)
 
-    def one(self, repository: str, name: str, force_download: bool = True) -> None:
+    def one(
+        self, repository: str, name: str, revision: str | None, force_download: bool = True
+    ) -> None:
         assert force_download
         self.fetched.append(name)
         shutil.copy(self.folder / name, self.snapshot / name)

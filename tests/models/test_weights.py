@@ -223,8 +223,8 @@ def test_the_revision_is_read_off_the_hubs_cache(
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
 
-    def cached(repository: str, name: str) -> str | None:
-        assert repository == "openai-community/gpt2"
+    def cached(repository: str, name: str, revision: str | None) -> str | None:
+        assert (repository, revision) == ("openai-community/gpt2", None)
         return str(snapshot / name) if (snapshot / name).is_file() else None
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)

@@ -100,6 +100,15 @@ def test_a_rule_that_finds_no_set_finds_none_of_the_published_neurons(run: Path)
 # --- whether it can be compared -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("template", ["llama2", "chat"])
+def test_a_template_is_the_papers_by_its_old_name_too(
+    template: str, folder: Path, tmp_path: Path
+) -> None:
+    phi = Path(shutil.copytree(folder / "phi", tmp_path / "phi"))
+    note(phi, template=template)
+    assert "template" not in what_ran(phi)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -115,7 +124,7 @@ def test_a_rule_that_finds_no_set_finds_none_of_the_published_neurons(run: Path)
         (
             {"max_prompts": 60, "protocol": "corrected", "template": "chat"},
             ", a rehearsal: --max-prompts 60, unlike the paper's run: corrected protocol and template "
-            "chat",
+            "llama2",
         ),
     ],
 )
