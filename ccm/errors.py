@@ -1,6 +1,10 @@
 """The few kinds of errors: every message names the value, what is allowed, and what to do."""
 
+import os
+import re
 from collections.abc import Sequence
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class CcmError(Exception):
@@ -91,3 +95,17 @@ def reason_of(error: Exception) -> str:
     """Shorten a library's error to its kind and first sentence: some go on to list all there is."""
     words = " ".join(str(error).split()).partition(". ")[0]
     return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Find what the system refused, in an error or its causes; None where it refused nothing.
+
+    Libraries written in Rust name the system's error in the text of one of their own.
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if found := _OS_ERROR.search(str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__
+    return None

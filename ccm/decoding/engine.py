@@ -42,12 +42,12 @@ class Engine:
     provisional: Bool[Tensor, "d_vocab"]  # tokens after which a text may still change
     at_once: AtOnce
     max_new_tokens: int
+    budget: int  # bytes that a batch may take
     own_top: bool
     observing: bool
     lists: BoundedLists
     # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
-    budget: int | None = None  # bytes that the nodes of a batch may take
 
     def __post_init__(self) -> None:
         self.eos = torch.zeros_like(self.provisional)
@@ -83,7 +83,7 @@ class Engine:
             MemoryError: they are not, and the batch can be cut.
         """
         needed = nodes * self.node_bytes(max(map(len, prompts)))
-        if self.budget is not None and needed > self.budget and len(prompts) > 1:
+        if needed > self.budget and len(prompts) > 1:
             raise MemoryError(f"{nodes} continuations at once take {needed / 2**20:.0f} MiB")
 
     def _forward(
@@ -196,11 +196,10 @@ class Engine:
     ) -> Bool[Tensor, "pair"]:
         """Pairs that stop here: of a set that needs no full text, and decided by the text so far."""
         may_stop = ~self.full[tree.sets] & ~ended
-        # What is beyond a list that was guessed too short is made again.
-        branch = branches.branch.clamp_max(len(branches.grown) - 1)
+        branch = branches.branch
         asked = torch.zeros_like(branches.origin).index_add_(0, branch, may_stop.long()) > 0
         asked &= ~self.provisional[branches.grown[:, -1]]
-        # Read together: on a GPU this is a wait.
+        # Read together: on a GPU this is a wait, and so is the way back.
         read = torch.cat([asked[:, None], branches.origin[:, None], branches.grown], dim=1).tolist()
         places = [place for place, (is_asked, *_) in enumerate(read) if is_asked]
         texts = self.model.decode_all([read[place][2:] for place in places])

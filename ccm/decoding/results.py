@@ -107,10 +107,10 @@ class Work:
     prompts: int = 0
     forward_tokens: int = 0  # positions run through the transformer
     nodes: int = 0  # distinct prefixes, prompts included
-    certified: int = 0  # (node, set) pairs whose argmax provably stayed
-    shortlisted: int = 0  # pairs settled among a few likely tokens
-    low_rank: int = 0  # pairs that needed their whole row, by its low-rank form
-    first_rows: int = 0  # rows for first-token entropies and log-probabilities, low-rank too
+    certified: int = 0  # (node, set) pairs after the first token whose argmax provably stayed
+    shortlisted: int = 0  # such pairs settled among a few likely tokens
+    low_rank: int = 0  # such pairs that needed their whole row, by its low-rank form
+    first_rows: int = 0  # rows for first tokens, their entropies and log-probabilities; low-rank, too
     full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
     refereed: int = 0  # near ties settled alone
     halved: int = 0  # batches that ran out of memory

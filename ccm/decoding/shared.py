@@ -131,6 +131,7 @@ def decode_sets(
     engine = _engine(
         model,
         sets,
+        memory_budget,
         full=full,
         decided=decided,
         max_new_tokens=max_new_tokens,
@@ -144,7 +145,7 @@ def decode_sets(
         chosen = [prompts[i] for i in indices]
         return engine.run(chosen, shared, indices, given[indices], counted), counted
 
-    for batch, counted in _in_batches(engine, prompts, run, memory_budget, done, shard, work):
+    for batch, counted in _in_batches(engine, prompts, run, done, shard, work):
         for rows in engine.seen:
             assert observe is not None
             observe(rows)
@@ -189,17 +190,18 @@ def read_last_positions(
     Raises:
         CcmError: a single prompt does not fit the memory there is.
     """
-    engine = _engine(model, [PLAIN], max_new_tokens=1)
+    engine = _engine(model, [PLAIN], memory_budget, max_new_tokens=1)
 
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
 
-    yield from _in_batches(engine, prompts, run, memory_budget, done)
+    yield from _in_batches(engine, prompts, run, done)
 
 
 def _engine(
     model: LoadedModel,
     sets: Sequence[Ablation],
+    memory_budget: int | None,
     *,
     max_new_tokens: int,
     full: Sequence[bool] | None = None,
@@ -217,6 +219,7 @@ def _engine(
         provisional=_provisional_tokens(model),
         at_once=at_once(model),
         max_new_tokens=max_new_tokens,
+        budget=memory_budget or default_budget(model.device),
         own_top=own_top,
         observing=observing,
         lists=BoundedLists(exact=model.device.type != "cuda"),
@@ -227,7 +230,6 @@ def _in_batches(
     engine: Engine,
     prompts: Sequence[Tokens],
     run: Callable[[list[int], list[int]], _Result],
-    memory_budget: int | None,
     done: Collection[int],
     shard: tuple[int, int] = (1, 1),
     work: Work | None = None,
@@ -240,7 +242,6 @@ def _in_batches(
     if not prompts:
         raise ValueError("no prompts to decode")
     device = engine.model.device
-    budget = memory_budget or default_budget(device)
     shared, order = [0] * len(prompts), list[int]()
     # Prompts that share a prefix stay together. An observer sees every prompt whole.
     alone = [([i], 0) for i in range(len(prompts))]
@@ -249,9 +250,8 @@ def _in_batches(
         order += members
         for i in members:
             shared[i] = length
-    engine.budget = budget
     lengths = [len(p) for p in prompts]
-    batches = list(_batches(order, lengths, engine.prompt_bytes, budget, _most(engine, lengths)))
+    batches = list(_batches(order, lengths, engine.prompt_bytes, engine.budget, _most(engine, lengths)))
     mine = batches[shard[0] - 1 :: shard[1]]
     pending = [[i for i in batch if i not in done] for batch in mine][::-1]
     while pending:

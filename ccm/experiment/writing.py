@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,13 +9,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ccm.errors import CannotWrite
+from ccm.errors import CannotWrite, system_error
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 NAME_KEPT = 40  # characters of a file's name in its partial one: the longest name has no room for more
 # What `fsync` says where bytes were lost. Anything else says that the file system knows no `fsync`.
 LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust name the system's error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -71,16 +69,14 @@ def _settle(path: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: BaseException | None, path: Path) -> str | None:
+def _reason(error: BaseException, path: Path) -> str | None:
     """What the system refused, in its words; None where the error is no refusal of the system's."""
-    if error is None:
+    refused = system_error(error)
+    if refused is None:
         return None
-    if isinstance(error, OSError):
-        reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-        other = error.filename is not None and Path(os.fsdecode(error.filename)).parent != path.parent
-        return f"{reason}: {os.fsdecode(error.filename)}" if other else reason
-    found = _OS_ERROR.search(str(error))
-    return os.strerror(int(found[1])) if found else _reason(error.__cause__, path)
+    reason = os.strerror(refused.errno) if refused.errno else str(refused) or type(refused).__name__
+    other = refused.filename is not None and Path(os.fsdecode(refused.filename)).parent != path.parent
+    return f"{reason}: {os.fsdecode(refused.filename)}" if other else reason
 
 
 def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:

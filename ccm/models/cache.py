@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ccm.errors import NotAvailable
+from ccm.errors import CcmError, NotAvailable, system_error
 
 PARTIAL = ".partial"  # ends the name of a folder that is being made
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -47,12 +47,15 @@ def made_once(name: str, make: Callable[[Path], object], *, needed: int, anew: b
         with _alone(cache, name):
             if not target.is_dir() or anew:  # else another process made it while this one waited
                 _make(target, make, needed)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise NotAvailable(
-            f"{cache}: {'is full' if error.errno in FULL else 'cannot be written to'} ({reason}), and "
-            f"{_wants(needed)}"
-        ) from error
+    except CcmError:
+        raise
+    except Exception as error:  # some libraries have errors of their own for what the system refuses
+        refused = system_error(error)
+        if refused is None:
+            raise
+        what = "is full" if refused.errno in FULL else "cannot be written to"
+        reason = refused.strerror or str(refused)
+        raise NotAvailable(f"{cache}: {what} ({reason}), and {_wants(needed)}") from error
     return target
 
 

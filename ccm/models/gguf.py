@@ -19,12 +19,11 @@ from typing import Any
 
 from ccm.errors import BadInput, a_few, reason_of
 from ccm.models.cache import made_once, models_cache
-from ccm.models.checkpoint_folder import advice, hash_of
+from ccm.models.checkpoint_folder import advice, hash_of, read_object
 
 CONVERTED = "converted.json"  # in the folder: of what, and how
 MAGIC = b"GGUF"
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-PLAIN_TYPES = ("F32", "F16", "BF16")  # not quantized
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +70,7 @@ def converted_folder(digest: str) -> Path:
 def conversion(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint folder was converted from, for manifests; None where it was not."""
     path = folder / CONVERTED
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def _check_start(path: Path) -> None:

@@ -48,7 +48,7 @@ def architecture_of(name: str) -> Architecture:
     described = [known for known, spec in MODELS.items() if spec.config]
     if name not in described:
         known = name in MODELS or Path(name).is_dir()
-        what = "has no published architecture, and its weights are here: use `ccm run`"
+        what = "is none of the published models: use `ccm run`"
         raise BadInput(f"model {name!r}: {what if known else 'unknown'}. {allowed(described)}.")
     spec = MODELS[name]
     family = FAMILIES[spec.architecture]

@@ -7,7 +7,6 @@ from typing import Any
 from ccm.errors import BadInput, listed
 from ccm.experiment.results import RunResults
 from ccm.method.neurons import select
-from ccm.method.prompts import TEMPLATE_ALIASES
 from ccm.models.specs import MODELS
 from ccm.paper.agreement import Found, compare
 from ccm.paper.claims import Claim, claims
@@ -104,7 +103,6 @@ def _other_settings(run: RunResults, paper: PrintedModel) -> str | None:
     spec, identity = MODELS[run.model], run.identity
     theirs = sorted(n.neuron for n in paper.neurons)
     dims, template, bos = (identity.get(key) for key in ("null_space_dims", "template", "bos"))
-    template = TEMPLATE_ALIASES.get(str(template), template)  # of runs from before it had its name
     departures = {
         f"{identity.get('protocol')} protocol": identity.get("protocol") != "released",
         f"template {template}": template != spec.template,

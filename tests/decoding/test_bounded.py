@@ -116,10 +116,15 @@ each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config
 
 @each_toy
 @pytest.mark.parametrize("own_top", [False, True])
+@pytest.mark.parametrize("full", [None, [True] + [False] * 6], ids=["full", "cut"])
 def test_guessed_lengths_change_neither_results_nor_counts(
-    config: ToyConfig, own_top: bool, monkeypatch: pytest.MonkeyPatch
+    config: ToyConfig, own_top: bool, full: list[bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact, wanted = decoded(config, (5, 0, 12, 5, 5, 5), own_top=own_top)
+    def early(prompt: int, text: str) -> bool:
+        return (prompt + len(text)) % 3 == 0
+
+    options: dict[str, Any] = {"own_top": own_top, "full": full, "decided": early}
+    exact, wanted = decoded(config, (5, 0, 12, 5, 5, 5), **options)
     waits = []
 
     class Guessing(BoundedLists):
@@ -132,7 +137,7 @@ def test_guessed_lengths_change_neither_results_nor_counts(
         monkeypatch.setattr(choosing, "UNSURE", unsure)
         monkeypatch.setattr(choosing, "WHOLE", whole)
         waits.clear()
-        shards, work = decoded(config, (5, 0, 12, 5, 5, 5), own_top=own_top)
+        shards, work = decoded(config, (5, 0, 12, 5, 5, 5), **options)
         assert work == wanted
         if unsure > 1:
             assert waits.count(False) <= work.refereed, "a step waits once, but for near ties"

@@ -25,7 +25,7 @@ from ccm.decoding.certificate import (
     read_nodes,
     shortlisted,
 )
-from ccm.decoding.low_rank import dense_changes, low_rank_rows
+from ccm.decoding.low_rank import BLOCK, best_and_lead, dense_changes, low_rank_rows, tolerances
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.neurons import FinalNorm
 from ccm.models.model import LoadedModel
@@ -788,3 +788,36 @@ def test_replacement_values_are_what_a_hook_would_write(dtype: torch.dtype) -> N
         assert screen.present[row].tolist() == [float(i < len(written)) for i in range(k)]
     longest = (m.W_U.to(dtype).float() * m.final_norm.gain[:, None]).norm(dim=0).max()
     assert screen.noise == pytest.approx(LEAST[dtype] * float(longest), rel=1e-5)
+
+
+# --- the first token of whole rows -------------------------------------------------------------------
+
+
+@some
+@given(st.data())
+def test_the_best_of_a_row_and_its_lead(data: st.DataObject) -> None:
+    """Against a full sort, at any length, with ties within a block and across blocks."""
+    d_vocab = data.draw(st.sampled_from([1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7]))
+    rows = torch.from_numpy(
+        np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=(2, 3, d_vocab))
+    )
+    rows = (rows * data.draw(st.sampled_from([1.0, 4.0]))).round(decimals=data.draw(st.integers(0, 3)))
+    place, lead = best_and_lead(rows)
+    ordered = rows.sort(-1, descending=True).values
+    assert torch.equal(rows.gather(-1, place[..., None])[..., 0], ordered[..., 0])
+    if d_vocab == 1:
+        assert (lead == torch.inf).all()
+    else:
+        assert torch.equal(lead, ordered[..., 0] - ordered[..., 1])
+
+
+@given(shape=shapes)
+@some
+def test_tolerances_of_all_nodes_are_those_of_pairs(shape: Shape) -> None:
+    layer = make(shape)
+    screen, nodes, node, sets, c, scale = layer.screened()
+    wanted = pair_tolerance(screen, nodes, node, sets, c, scale).view(len(layer.x), -1)
+    for group in screen.groups:
+        dense, of_all = dense_changes(screen, nodes, group, group.sets)
+        found = tolerances(screen, nodes, dense, screen.slots[group.sets], of_all)
+        torch.testing.assert_close(found.T, wanted[:, group.sets], rtol=1e-5, atol=1e-12)

@@ -185,6 +185,18 @@ def test_a_step_of_the_decode_waits_once(config: ToyConfig, monkeypatch: pytest.
     assert list(in_steps) == ["bounded.holds"]
 
 
+@each_toy
+def test_a_step_in_which_sets_may_stop_waits_twice_more(config: ToyConfig) -> None:
+    """To read the new tokens, and to say which of them are the last."""
+    full = [True] + [False] * len(SETS)
+    wanted = decoded(config, "cpu", full=full)
+    with pretended_gpus() as waits:
+        found = decoded(config, "cuda", full=full)
+    assert 0 < waits["engine._cut"] <= 2 * waits["bounded.holds"]
+    for i in range(found.n_sets):
+        assert found.decoded.completions(i).texts == wanted.decoded.completions(i).texts
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
 def test_lower_precision_runs(config: ToyConfig, dtype: str) -> None:

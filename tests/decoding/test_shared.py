@@ -752,6 +752,47 @@ def test_a_budget_cuts_parts_and_one_prompt_always_fits() -> None:
         assert replace(other.work, forward_tokens=0) == replace(whole.work, forward_tokens=0)
 
 
+def test_a_batch_that_would_outgrow_its_budget_is_cut_before_it_takes_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sets that all go their own ways: more continuations than are reckoned with."""
+    model, prompts = loaded(SMALL), token_prompts(12, SMALL, seed=7)
+    ablations = random_sets(SMALL.d_mlp, [20] * 40, 8.0)
+    whole = run(model, prompts, ablations)
+    grown = list[tuple[int, int]]()
+    check = engine.Engine._check_budget
+
+    def told(self: Any, batch: Any, nodes: int) -> None:
+        check(self, batch, nodes)
+        if len(batch) > 1:
+            grown.append((nodes * self.node_bytes(max(map(len, batch))), self.budget))
+
+    monkeypatch.setattr(engine.Engine, "_check_budget", told)
+    lengths = max(map(len, prompts))
+    sizes = decoding._engine(model, [PLAIN, *ablations], None, max_new_tokens=MAX_NEW_TOKENS)
+    budget = len(prompts) * sizes.prompt_bytes(lengths) // 2
+    parts = run(model, prompts, ablations, memory_budget=budget)
+    assert parts.work.halved > 0, "no batch outgrew its budget: nothing was tested"
+    assert grown
+    assert all(needed <= allowed == budget for needed, allowed in grown)
+    for i in range(len(prompts)):
+        assert_same(model, parts.decoded, i, whole.decoded, i, f"{len(parts.shards)} parts")
+
+
+def test_a_batch_takes_some_seconds_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = loaded(SMALL), token_prompts(9, SMALL, seed=7)
+    whole = run(model, prompts)
+    tokens = sum(map(len, prompts)) / len(prompts) + MAX_NEW_TOKENS
+    parameters = sum(p.numel() for p in model.body.parameters())
+    monkeypatch.setattr(decoding, "MAX_WORK", 4.5 * parameters * tokens)
+    parts = run(model, prompts)
+    assert [len(shard.prompts) for shard in parts.shards] == [4, 4, 1]
+    for i in range(len(prompts)):
+        assert_same(model, parts.decoded, i, whole.decoded, i, "parts of four")
+    monkeypatch.setattr(decoding, "MAX_WORK", 1.0)
+    assert len(run(model, prompts).shards) == 9, "one prompt at least"
+
+
 def fails_above(
     monkeypatch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exception]
 ) -> list[int]:

@@ -691,8 +691,14 @@ no_cuda = NO_GPU.mark()
     ("more", "message"),
     [
         (given_as("--model", "gpt3"), "model 'gpt3': unknown. Allowed: gpt2-small, EleutherAI"),
-        (given_as("--model", "organism"), "model 'organism': has no published architecture"),
-        (given_as("--model", str(CHECKPOINT)), f"model '{CHECKPOINT}': has no published architecture"),
+        (
+            given_as("--model", "organism"),
+            "model 'organism': is none of the published models: use `ccm run`",
+        ),
+        (
+            given_as("--model", str(CHECKPOINT)),
+            f"model '{CHECKPOINT}': is none of the published models: use `ccm run`",
+        ),
         (given_as("--prompts", "2"), "--prompts 2: out of range. Allowed: 3 (those of one fact) to"),
         (given_as("--prompts", "100000"), "--prompts 100000: out of range. Allowed: 3"),
         (

@@ -6,8 +6,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,21 +29,11 @@ from ccm.experiment.writing import _settle, remove_partial, try_writing, write_a
 from ccm.reporting.figures.canvas import Drawing, _write_pdf, save
 from ccm.reporting.tables import write_tables
 from tests.made_runs import make_run
+from tests.no_room import no_file_above
 
 resource = pytest.importorskip("resource", reason="no limits on files on this system")
 IDENTITY = {"model": "toy", "ablation_values": []}
 MANY = np.random.default_rng(0).random(50_000)
-
-
-@contextmanager
-def no_file_above(n_bytes: int) -> Iterator[None]:
-    """Have the system itself refuse what goes beyond, as it refuses what no disk has room for."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def curve() -> matplotlib.figure.Figure:

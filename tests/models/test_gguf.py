@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import ccm.models.gguf
 from ccm.cli.parser import main
-from ccm.errors import BadInput
+from ccm.errors import BadInput, NotAvailable
 from ccm.models.cache import made_once, models_cache
 from ccm.models.gguf import checkpoint_of
 from ccm.models.load import load
@@ -29,6 +29,7 @@ from ccm.models.specs import MODELS, spec_for
 from tests.cli.test_bad_input import Refused, contents
 from tests.gguf_files import GPT2_NAMES, GROUPED_NAMES, LLAMA, TOYS, GgufToy, halves, write_gguf
 from tests.made_runs import few_facts
+from tests.no_room import no_file_above
 from tests.toys import TEXT, ToyConfig, build_tokenizer, token_prompts, toy_folder, word_prompts
 
 each_toy = pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.id)
@@ -466,6 +467,15 @@ def test_a_disk_that_fills_up_in_the_middle(
     assert refused(path).startswith(
         f"{cache}: is full (No space left on device), and 0.0 GB are needed"
     )
+
+
+def test_a_disk_that_has_no_room_for_the_weights(cache: Path, tmp_path: Path) -> None:
+    """safetensors has an error of its own for that."""
+    path = write_gguf(LLAMA, tmp_path / "toy.gguf")
+    with no_file_above(20_000), pytest.raises(NotAvailable) as caught:
+        ccm.load(path)
+    assert str(caught.value).startswith(f"{cache}: cannot be written to (File too large), and 0.0 GB")
+    assert [p.name for p in cache.iterdir() if not p.name.endswith(".lock")] == []
 
 
 def test_a_folder_with_a_file_in_it_says_to_give_the_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ccm.method.ablation_values import ABLATION_VALUES
-from ccm.models.specs import CHECKPOINT, MODELS, PUBLISHED
+from ccm.models.specs import CHECKPOINT, PUBLISHED
 from ccm.models.weights import OTHER_DIMENSIONS_VARIABLE
 from conftest import _kept_together, _options
 from reproduction import goldens
@@ -84,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
 
 def test_all_is_the_default(checked: Callable[..., Any]) -> None:
     options = checked()
-    assert options.models == tuple(MODELS)
+    assert options.models == ("organism", *PUBLISHED)
     assert options.ablation_values == tuple(ABLATION_VALUES)
     assert (options.artifacts, options.require_gpu, options.require_weights) == (None, False, False)
     assert (options.facts, options.max_prompts) == (None, None)
