@@ -48,7 +48,7 @@ def at_once(model: LoadedModel) -> AtOnce:
     d_vocab = model.spec.d_vocab
     if model.device.type == "cuda":
         return AtOnce(1 << 12, pairs=1 << 20, row_bytes=1 << 28, d_vocab=d_vocab)
-    return AtOnce(1 << 11, pairs=1 << 13, row_bytes=2 << 20, d_vocab=d_vocab)
+    return AtOnce(1 << 11, pairs=1 << 13, row_bytes=6 << 20, d_vocab=d_vocab)
 
 
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:

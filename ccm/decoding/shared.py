@@ -50,7 +50,7 @@ MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and s
 MAX_WORK = 5e11
 
 
-def _answered(prompt: int, text: str) -> bool:
+def answered(prompt: int, text: str) -> bool:
     """Whether an answer has ended, where nothing else is asked of it (Method 8)."""
     return SPLITTER.search(text) is not None
 
@@ -88,7 +88,7 @@ def decode_sets(
     targets: Int[Tensor, "prompt target"] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     full: Sequence[bool] | None = None,
-    decided: Decided = _answered,
+    decided: Decided = answered,
     own_top: bool = False,
     memory_budget: int | None = None,
     observe: Observer | None = None,
@@ -205,7 +205,7 @@ def _engine(
     *,
     max_new_tokens: int,
     full: Sequence[bool] | None = None,
-    decided: Decided = _answered,
+    decided: Decided = answered,
     own_top: bool = False,
     observing: bool = False,
 ) -> Engine:

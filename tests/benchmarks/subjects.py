@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from ccm.decoding.activations import collect
+from ccm.decoding.results import Decided
+from ccm.decoding.shared import answered
+from ccm.experiment.cells import decided_sources
 from ccm.experiment.fact_files import read_fact_folder
 from ccm.experiment.probing import build_prompts
 from ccm.method.ablation import Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.neurons import controls
+from ccm.method.protocol import PROTOCOLS
 from ccm.method.statistics import ActivationStatistics
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
@@ -31,6 +35,7 @@ class Subject:
     prompts: list[list[int]]
     statistics: ActivationStatistics
     entropy: tuple[int, ...]
+    decided: Decided = answered  # of a prompt with objects: whether its source is known
 
     def ablations(self, n_values: int, n_controls: int) -> list[Ablation]:
         """Entropy set and controls under the first so many ablation values."""
@@ -48,7 +53,8 @@ def organism() -> Subject:
     model = load(MODELS["organism"])
     built = build_prompts(model, read_fact_folder(CHECKPOINT, "organism"), "bare")
     prompts = [model.encode(p.text) for p in built.prompts]
-    return Subject(model, prompts, collect(model, prompts)[0], PLANTED)
+    decided = decided_sources(built.prompts, PROTOCOLS["corrected"])
+    return Subject(model, prompts, collect(model, prompts)[0], PLANTED, decided)
 
 
 @cache

@@ -18,10 +18,10 @@ BATCH_SIZES = (256, 1024)  # the hooked path gets the better one
 
 
 def shared(subject: Subject, ablations: Sequence[Ablation], *, to_the_end: bool = False) -> Work:
-    """Plain run and all sets; every text ends with its answer unless asked for to the end."""
+    """Plain run and all sets; every text ends with its decision unless asked for to the end."""
     work = Work()
-    full = [to_the_end] * (1 + len(ablations))
-    for _ in decode_sets(subject.model, subject.prompts, ablations, full=full, work=work):
+    options: dict[str, Any] = {"full": [to_the_end] * (1 + len(ablations)), "decided": subject.decided}
+    for _ in decode_sets(subject.model, subject.prompts, ablations, work=work, **options):
         pass
     return work
 
