@@ -34,7 +34,7 @@ EPS = torch.finfo(torch.float32).eps
 def plain_transformers(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     """A checkpoint as transformers runs it; read-only.
 
-    In float64 all of it is, the norms too, which transformers computes in float32 otherwise.
+    In float64 all of it is, the norms and angles too, which transformers computes in float32 otherwise.
     """
     from transformers import AutoModelForCausalLM
 
@@ -43,11 +43,19 @@ def plain_transformers(folder: str, dtype: torch.dtype = torch.float32) -> Any:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(_rms_norm, module)
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                module.forward = functools.partial(_rotary, module)
     return model
 
 
 def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def _rotary(module: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    angles = position_ids[..., None].double() * module.inv_freq  # (row, position, half)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
 
 
 def down_projection(model: Any) -> torch.nn.Module:

@@ -125,7 +125,7 @@ def parity(request: pytest.FixtureRequest, data: Released) -> Parity:
     sets = {name: (data.entropy_neurons, value) for name, value in ABLATION_VALUES.items()}
     for i, neurons in enumerate(data.random_sets):
         sets[f"random_{i}"] = (neurons, ABLATION_VALUES["mean_ablation"])
-    ablations = [plan(name, *how, data.statistics) for name, how in sets.items()]
+    ablations = [plan(name, *how, data.statistics, rounded=False) for name, how in sets.items()]
     objects = object_tokens(data.model, data.prompts, released=True)
     done = ENGINES[request.param](
         data.model, data.tokens, [PLAIN, *ablations], torch.from_numpy(objects)

@@ -46,10 +46,11 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 
    If the best of the m exceeds that bound by more than tau, it is the argmax; that settles flips too.
    Only what is left needs a row over the whole vocabulary.
-6. u is three times what other batches are seen to do to x on the device at hand, and at least 4e-6 in
-   float32 (`ccm.decoding.batch_noise`). Whatever leads by less than tau is called a near tie, is never
-   certified nor taken from a shortlist, and is settled by a referee that does not depend on the batch
-   (see `ccm.decoding.shared`). Exact ties therefore go to the lowest token id, as argmax does.
+6. u is ten times the largest error of a logit difference that float32 was seen to make on prompts of
+   the run, on the device at hand, as a part of M |x^| / s + B, and at least 2^-23
+   (`ccm.decoding.tolerance`). Whatever leads by less than tau is called a near tie, is never certified
+   nor taken from a shortlist, and is settled in float64 (`ccm.decoding.exact`). What is equal even
+   there goes to the lowest token id, as argmax does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,7 @@ def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Sc
     Args:
         last: What stands between the last MLP's activations and the logits.
         ablations: Neuron sets with their values.
-        u: Of paragraph 6, as `ccm.decoding.batch_noise.tolerance` measures it; 0 for whoever chooses no
+        u: Of paragraph 6, as `ccm.decoding.tolerance.tolerance` measures it; 0 for whoever chooses no
             token.
     """
     device = last.W_out.device

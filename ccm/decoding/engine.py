@@ -144,7 +144,7 @@ class Engine:
             def prefix(i: int) -> list[int]:
                 return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
 
-            referee = Referee(self.model, self.screen, prefix, self.lists, work)
+            referee = Referee(self.model, self.screen, prefix, self.lists, work, self.at_once)
             self.lists.start()
             while True:
                 if step > 0:

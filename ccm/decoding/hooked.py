@@ -1,19 +1,24 @@
 """The reference path: TransformerLens hooks, one neuron set at a time. Slow, and plainly right.
 
 Every other way to decode is held to this one in the tests and measured against it in the benchmarks.
+In float32, what nearly ties is run again in float64, as the definition of a choice wants it
+(`ccm.decoding.exact`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ccm.decoding.exact import float64
 from ccm.decoding.results import (
+    N_TOP,
     Batch,
     Completions,
     Decided,
@@ -22,7 +27,7 @@ from ccm.decoding.results import (
     Work,
     batch_of,
     completions,
-    greedy,
+    most_likely,
     no_targets,
     read_first_token,
 )
@@ -32,6 +37,8 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
+# A lead that float32 may have made, as a part of the largest logit: hundreds of roundings.
+NEAR = 1e-4
 TAKES = ("shard",)
 _Result = TypeVar("_Result")
 
@@ -183,26 +190,72 @@ def _decode_batch(
     cache = new_cache(model)
     live = torch.ones(len(indices), dtype=torch.bool, device=model.device)
     first: FirstToken | None = None
+    new = tokens
+    for step in range(max_new_tokens):
+        logits = _forward(model, new, cache, ablation, observe, live)
+        # The list of likely first tokens is a choice, too.
+        n = 1 if step else min(N_TOP + 1, logits.shape[1] - 1)
+        logits = _settled(model, logits, n, tokens, ablation)
+        if step == 0:
+            first = read_first_token(logits, targets.to(model.device))
+        next_tokens = most_likely(logits)[:, 0]
+        for row, token in enumerate(next_tokens.tolist()):
+            if live[row]:
+                if token in model.eos:
+                    live[row] = False
+                else:
+                    generated[indices[row]].append(token)
+        if not live.any():
+            break
+        new = next_tokens[:, None]
+        tokens = torch.cat([tokens, new], dim=1)
+    assert first is not None
+    return first
+
+
+def _forward(
+    model: LoadedModel,
+    tokens: Int[Tensor, "prompt position"],
+    cache: Any,
+    ablation: Ablation,
+    observe: Observer | None,
+    live: Bool[Tensor, "prompt"],
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Run new tokens with the hook in place; logits after the last one."""
     hook = _hook(model, ablation, observe, live)
     with ExitStack() as hooks:
         if hook is not None:
             hooks.enter_context(model.bridge.hooks(fwd_hooks=[(model.hook_post, hook)]))
-        for step in range(max_new_tokens):
-            logits = next_logits(model, tokens, cache)
-            if step == 0:
-                first = read_first_token(logits, targets.to(model.device))
-            next_tokens = greedy(logits)
-            for row, token in enumerate(next_tokens.tolist()):
-                if live[row]:
-                    if token in model.eos:
-                        live[row] = False
-                    else:
-                        generated[indices[row]].append(token)
-            if not live.any():
-                break
-            tokens = next_tokens[:, None]
-    assert first is not None
-    return first
+        return next_logits(model, tokens, cache)
+
+
+def _settled(
+    model: LoadedModel,
+    logits: Float[Tensor, "prompt d_vocab"],
+    n: int,
+    tokens: Int[Tensor, "prompt position"],
+    ablation: Ablation,
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits in float64; where two of the n + 1 most likely tokens nearly tie, computed so as well.
+
+    Args:
+        model: The model.
+        logits: As float32 gave them.
+        n: How many most likely tokens are asked for.
+        tokens: Every prompt with what followed it so far.
+        ablation: The neuron set.
+    """
+    if model.dtype != torch.float32:
+        return logits.double()
+    best = logits.topk(min(n + 1, logits.shape[1])).values
+    near = (best[:, :-1] - best[:, 1:] <= NEAR * logits.abs().amax(1, keepdim=True)).any(1)
+    rows = torch.nonzero(near)[:, 0]
+    settled = logits.double()
+    if len(rows):
+        with float64():
+            run = partial(_forward, model, tokens[rows], new_cache(model), ablation)
+            settled[rows] = run(None, torch.ones_like(rows, dtype=torch.bool))
+    return settled
 
 
 def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor) -> Any:

@@ -1,11 +1,11 @@
 """What every neuron set makes of a node: its next token, and its first-token readings.
 
 Choices whose lead is below the tolerance of `ccm.decoding.certificate` are left to a referee, which
-runs the prefix alone: so no choice depends on what else is in the batch. (float32; in lower precision
+computes them in float64: so none depends on batch, kernel or device. (float32; in lower precision
 rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from ccm.decoding.certificate import (
     read_pairs,
     shortlisted,
 )
-from ccm.decoding.forward import run_body
+from ccm.decoding.exact import exact_last_positions, exact_logits
 from ccm.decoding.low_rank import best_and_lead, dense_changes, low_rank_rows, tolerances
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
@@ -58,14 +58,15 @@ def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Referee:
-    """Settles near ties of one step: runs a prefix by itself, once, without cache or batch mates."""
+    """Settles near ties of one step, in float64 (`ccm.decoding.exact`)."""
 
     model: LoadedModel
     screen: Screen
     prefix: Callable[[int], list[int]]  # a node's tokens
     lists: BoundedLists
     work: Work
-    alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sizes: AtOnce
+    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a, of a node
 
     def rows(
         self,
@@ -73,8 +74,8 @@ class Referee:
         node: Int[Tensor, "pair"],
         sets: Int[Tensor, "pair"],
         doubtful: Bool[Tensor, "pair"],
-    ) -> Iterator[tuple[int, Float[Tensor, "d_vocab"]]]:
-        """Yield the place of each doubtful pair, and its ablated logits.
+    ) -> Iterator[tuple[Int[Tensor, "near"], Float[Tensor, "near d_vocab"]]]:
+        """Yield the places of some doubtful pairs each, and their ablated logits.
 
         Args:
             name: What `lists` calls the list of them.
@@ -89,18 +90,24 @@ class Referee:
             return
         model, screen = self.model, self.screen
         near = near[near < len(node)]
-        at, of = node[near], sets[near]
-        for i in sorted(set(at.tolist())):
-            if i not in self.alone:
-                tokens = torch.tensor([self.prefix(i)], device=model.device)
-                self.alone[i] = run_body(model, tokens, last_only=True)
-                self.work.forward_tokens += tokens.numel()
-            x, a = self.alone[i]
-            for p in torch.nonzero(at == i)[:, 0].tolist():
-                neurons = screen.selected[screen.slots[of[p]]]  # (k,)
-                c = (screen.values[of[p]] - a[0, -1][neurons]) * screen.present[of[p]]
-                moved = x[0, -1] + c @ model.W_out[neurons]
-                yield int(near[p]), (model.final_norm(moved[None]) @ model.W_U + model.b_U)[0]
+        self._run(sorted(set(node[near].tolist())))
+        for part in slices(len(near), self.sizes.rows(4)):
+            place = near[part]
+            of = sets[place]
+            read = [self.exact[i] for i in node[place].tolist()]
+            x, a = (torch.stack(values) for values in zip(*read, strict=True))
+            neurons = screen.selected[screen.slots[of]]  # (near, k)
+            c = (screen.values[of].double() - a.gather(1, neurons)) * screen.present[of]
+            moved = torch.bmm(c[:, None], model.W_out[neurons].double())[:, 0]
+            yield place, exact_logits(model, x + moved)
+
+    def _run(self, nodes: Sequence[int]) -> None:
+        """Run the prefixes of nodes that were not asked for before."""
+        new = [i for i in nodes if i not in self.exact]
+        prefixes = [self.prefix(i) for i in new]
+        x, a = exact_last_positions(self.model, prefixes, self.sizes.tokens)
+        self.exact.update((i, (x[row], a[row])) for row, i in enumerate(new))
+        self.work.forward_tokens += sum(map(len, prefixes))
 
 
 def choose(
@@ -147,8 +154,8 @@ def choose(
         chosen[pair[part]] = best
         close.append(lead <= tau[part])
     if close:
-        for i, logits in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
-            chosen[pair[i]] = logits.argmax()
+        for near, rows in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
+            chosen[pair[near]] = most_likely(rows)[:, 0]
     return chosen[:-1]
 
 
@@ -219,8 +226,8 @@ def read_first_tokens(
         top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
     node, sets = everyone.repeat_interleave(n_sets), torch.arange(n_sets, device=device).repeat(n)
     settled = chosen.view(-1)
-    for i, logits in referee.rows("near, first, argmax", node, sets, close.view(-1)):
-        settled[i] = logits.argmax()
+    for near, exact in referee.rows("near, first, argmax", node, sets, close.view(-1)):
+        settled[near] = most_likely(exact)[:, 0]
     read = {
         "entropy": entropy,
         "asked": asked,
@@ -272,6 +279,6 @@ def _tops(
     tops = most_likely(rows, n)
     values = rows.gather(1, tops)
     close = (values[:, :-1] - values[:, 1:] <= tau[:, None]).any(1)
-    for i, logits in referee.rows(name, node, sets, close):
-        tops[i] = most_likely(logits[None], n)[0]
+    for near, exact in referee.rows(name, node, sets, close):
+        tops[near] = most_likely(exact, n)
     return tops[:, :N_TOP]

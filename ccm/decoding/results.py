@@ -11,6 +11,7 @@ from torch import Tensor
 from ccm.models.model import LoadedModel
 
 N_TOP = 3  # enough to name the best token that is neither of two others
+TIE = 1e-9  # of logits: float64 errs by less
 
 # Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
 Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
@@ -56,19 +57,15 @@ def read_first_token(
     )
 
 
-def most_likely(logits: Float[Tensor, "row d_vocab"], n: int) -> Int[Tensor, "row n"]:
-    """The n most likely tokens of each row, ties to the lowest id."""
-    # argmax again and again, because topk does not say which of two equal logits comes first.
-    rest, found = logits.clone(), []
+def most_likely(logits: Float[Tensor, "row d_vocab"], n: int = 1) -> Int[Tensor, "row n"]:
+    """The n most likely tokens of each row; what is no further apart than `TIE` by lowest id."""
+    # Again and again, because topk does not say which of two equal logits comes first.
+    rest, found = logits.clone(), list[Tensor]()
     for _ in range(n):
-        found.append(rest.argmax(-1, keepdim=True))
+        tied = rest >= rest.amax(-1, keepdim=True) - TIE
+        found.append(tied.int().argmax(-1, keepdim=True))  # the first of them
         rest.scatter_(-1, found[-1], -torch.inf)
     return torch.cat(found, dim=-1)
-
-
-def greedy(logits: Float[Tensor, "prompt d_vocab"]) -> Int[Tensor, "prompt"]:
-    """Most likely token of each row, ties to the lowest id, as argmax gives it."""
-    return logits.argmax(-1)
 
 
 def completions(

@@ -8,12 +8,11 @@ transformer runs once per distinct node, on cache rows that stay where they are 
 parent's (`engine`, `forward`). This module cuts the prompts into batches that fit the
 memory.
 
-Results do not depend on batches. Rounding differs between batch shapes and could settle a near tie
-either way; so every choice whose lead is below the tolerance of `certificate` is made again by a
-referee, which runs that one prefix alone. A choice above the tolerance is the same under any rounding,
-so tokens are the same alone, in any batch, in any order and at any memory budget. (float32; in lower
-precision rounding moves x itself by more than a referee could repair, and near ties stand as they
-fall.)
+Results do not depend on batches, kernels or devices. Rounding does, and could settle a near tie either
+way; so every choice whose lead is below the tolerance of `certificate` is made again in float64
+(`exact`). A choice above the tolerance is the same under any rounding, so tokens are the same alone, in
+any batch, in any order, at any memory budget and on any machine. (float32; in lower precision rounding
+moves x itself by more than could be repaired, and near ties stand as they fall.)
 """
 
 import gc
@@ -25,13 +24,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ccm.decoding.batch_noise import tolerance
 from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.certificate import build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
 from ccm.decoding.results import Batch, Completions, Decided, Observer, Work, merge, no_targets
+from ccm.decoding.tolerance import tolerance
 from ccm.decoding.trial import check_shared
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, Ablation
@@ -130,6 +129,7 @@ def decode_sets(
     sets = [PLAIN, *ablations]
     engine = _engine(
         model,
+        prompts,
         sets,
         memory_budget,
         full=full,
@@ -190,7 +190,7 @@ def read_last_positions(
     Raises:
         CcmError: a single prompt does not fit the memory there is.
     """
-    engine = _engine(model, [PLAIN], memory_budget, max_new_tokens=1)
+    engine = _engine(model, prompts, [PLAIN], memory_budget, max_new_tokens=1)
 
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
@@ -200,6 +200,7 @@ def read_last_positions(
 
 def _engine(
     model: LoadedModel,
+    prompts: Sequence[Tokens],
     sets: Sequence[Ablation],
     memory_budget: int | None,
     *,
@@ -209,10 +210,12 @@ def _engine(
     own_top: bool = False,
     observing: bool = False,
 ) -> Engine:
+    if not prompts:
+        raise ValueError("no prompts to decode")
     check_shared(model)
     return Engine(
         model=model,
-        screen=build_screen(model.last_layer, sets, tolerance(model)),
+        screen=build_screen(model.last_layer, sets, tolerance(model, prompts)),
         full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
         decided=decided,
         cuts=full is not None and not all(full),
@@ -239,8 +242,6 @@ def _in_batches(
     `run` takes prompts, sorted by how many tokens come after the prefix they share, and that prefix's
     lengths.
     """
-    if not prompts:
-        raise ValueError("no prompts to decode")
     device = engine.model.device
     shared, order = [0] * len(prompts), list[int]()
     # Prompts that share a prefix stay together. An observer sees every prompt whole.

@@ -81,7 +81,10 @@ def ablate(
     if statistics is None:
         statistics, _ = collect(model, tokens, chosen_engine.decode)
     check_statistics(statistics, d_mlp)
-    ablations = [plan(name, neurons, value, statistics) for name, neurons in chosen.items()]
+    rounded = not protocol.unrounded_values
+    ablations = [
+        plan(name, neurons, value, statistics, rounded=rounded) for name, neurons in chosen.items()
+    ]
     objects = np.zeros((len(texts), 0), dtype=np.int64)
     if known:
         objects = object_tokens(model, known, released=protocol.released_tokens)

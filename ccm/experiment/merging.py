@@ -90,9 +90,9 @@ def _join(
         done=list(timings),
         shards=len(folders),
     )
-    noise = [manifest["batch_noise"] for manifest in manifests if "batch_noise" in manifest]
-    if noise:  # lower precisions measure none
-        merged.note(batch_noise=max(noise))
+    errors = [manifest["float32_error"] for manifest in manifests if "float32_error" in manifest]
+    if errors:  # lower precisions measure none
+        merged.note(float32_error=max(errors))
     store = BatchStore(merged.path)
     store.clear()  # of an earlier start, or of a run in one piece that was not finished
     for source in stores:

@@ -196,12 +196,13 @@ def decode_with(
     with clock("ablations", "prompt", len(prompts)):
         sets = sets_step(folder, plan_, entropy_neurons)
         # All are planned first: a value that is not finite is found before any ablation is decoded.
-        planned = plan_sets(plan_.values, sets, statistics)
+        planned = plan_sets(plan_.values, sets, statistics, plan_.protocol)
         ablations_step(folder, plan_, model, prompts, tokens, planned)
     with clock("effects", "prompt", len(prompts)):
         effects_step(folder, model, tokens, planned, ENGINES[plan_.config.engine])
-        if model.noise is not None:  # lower precisions measure none, nor does reading what is there
-            folder.note(batch_noise=model.noise)
+        error = model.float32_error
+        if error is not None:  # lower precisions measure none, nor does reading what is there
+            folder.note(float32_error=error.largest)
     return prompts
 
 
@@ -303,11 +304,17 @@ def sets_step(
 
 
 def plan_sets(
-    values: Sequence[AblationValue], sets: Mapping[str, Sequence[int]], statistics: ActivationStatistics
+    values: Sequence[AblationValue],
+    sets: Mapping[str, Sequence[int]],
+    statistics: ActivationStatistics,
+    protocol: Protocol,
 ) -> dict[str, list[Ablation]]:
     """Plan every set under every ablation value."""
+    rounded = not protocol.unrounded_values
     return {
-        value.name: [plan(name, neurons, value, statistics) for name, neurons in sets.items()]
+        value.name: [
+            plan(name, neurons, value, statistics, rounded=rounded) for name, neurons in sets.items()
+        ]
         for value in values
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from ccm.errors import BadInput
 from ccm.method.ablation_values import AblationValue
@@ -21,6 +22,7 @@ class Ablation:
 
 
 PLAIN = Ablation(name="plain", neurons=(), values=())
+BITS = 11  # of replacement values: what float16 holds, as the released statistics do
 CONTROL, MATCHED = "control", "matched"  # kinds of sets that the entropy set is compared with
 _NUMBERED = re.compile(rf"({CONTROL}|{MATCHED})_\d{{3,}}")
 
@@ -52,7 +54,12 @@ def kind_of(name: str) -> str | None:
 
 
 def plan(
-    name: str, neurons: Sequence[int], value: AblationValue, statistics: ActivationStatistics
+    name: str,
+    neurons: Sequence[int],
+    value: AblationValue,
+    statistics: ActivationStatistics,
+    *,
+    rounded: bool = True,
 ) -> Ablation:
     """Look up the replacement value of each neuron of a set (Method 7).
 
@@ -61,6 +68,8 @@ def plan(
         neurons: Last-layer neurons; their order and duplicates do not matter.
         value: Which constant replaces their activations.
         statistics: Of the activations, from which the constant is taken.
+        rounded: Round values to `BITS` significant bits. Machines sum statistics in other orders; what
+            is left of them then is the same number, but for one in some ten thousand.
 
     Returns:
         The set with its distinct neurons in ascending order.
@@ -78,7 +87,19 @@ def plan(
                 f"neuron {i}: its {value.name} value is {values[i]}, not finite. "
                 "Recompute the activation statistics."
             )
-    return Ablation(name=name, neurons=chosen, values=tuple(float(values[i]) for i in chosen))
+    held = np.asarray([values[i] for i in chosen], dtype=np.float64)
+    held = round_to_bits(held) if rounded else held
+    return Ablation(name=name, neurons=chosen, values=tuple(held.tolist()))
+
+
+def round_to_bits(values: Float[np.ndarray, "value"], bits: int = BITS) -> Float[np.ndarray, "value"]:
+    """Round numbers to so many significant bits, halves to even.
+
+    >>> round_to_bits(np.array([1 / 3, -2049.0, 0.0])).tolist()
+    [0.333251953125, -2048.0, 0.0]
+    """
+    fraction, exponent = np.frexp(values)  # 0.5 <= |fraction| < 1
+    return np.asarray(np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits))
 
 
 def check_neurons(neurons: Sequence[int], d_mlp: int, what: str = "neurons") -> tuple[int, ...]:

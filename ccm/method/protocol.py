@@ -14,6 +14,7 @@ class Protocol:
     float16_sigma: bool = False  # defect 3
     released_tokens: bool = False  # defect 7
     nd_ratio_of_pk: bool = False  # defect 1
+    unrounded_values: bool = False  # replacement values with more bits than machines agree on
     counter_first: bool = False  # CK where an answer names both objects, even if PK is the longer
 
 
@@ -28,6 +29,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             float16_sigma=True,
             released_tokens=True,
             nd_ratio_of_pk=True,
+            unrounded_values=True,
             counter_first=True,
         ),
     )

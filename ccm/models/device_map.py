@@ -51,7 +51,7 @@ def spread_over_devices(
     model.device = torch.device("cpu" if last == "disk" else last)
     for name in ("final_norm", "W_U", "b_U", "W_out"):
         model.__dict__.pop(name, None)  # cached where they were
-    model.noise = None
+    model.float32_error = None
     if model.trial is not None:
         model.trial.shared_holds = False
     return model

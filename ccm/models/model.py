@@ -44,7 +44,7 @@ class LoadedModel:
     eos: frozenset[int]  # decoding stops at any of these
     special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where BOS and EOS were found
     provisional_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
-    noise: float | None = None  # filled by `decoding.batch_noise`
+    float32_error: Any = None  # filled by `decoding.tolerance`
     trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
 
     @property

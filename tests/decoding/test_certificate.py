@@ -10,8 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ccm.decoding.batch_noise import LEAST
-from ccm.decoding.batch_noise import tolerance as tolerance_of
 from ccm.decoding.certificate import (
     SHORTLIST,
     Nodes,
@@ -26,12 +24,14 @@ from ccm.decoding.certificate import (
     shortlisted,
 )
 from ccm.decoding.low_rank import BLOCK, best_and_lead, dense_changes, low_rank_rows, tolerances
+from ccm.decoding.tolerance import LEAST
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.neurons import FinalNorm
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MODELS
 from tests.tolerance import LOG_PROBABILITY, Tolerance
 
+U = 4e-6  # of paragraph 6
 many = settings(max_examples=150, deadline=None)
 some = settings(max_examples=50, deadline=None)
 SCALE = Tolerance(
@@ -84,12 +84,12 @@ class Layer:
 
     def certified(self) -> Tensor:
         """Whether each pair is certified."""
-        screen = build_screen(self.model.last_layer, self.sets, tolerance_of(self.model))
+        screen = build_screen(self.model.last_layer, self.sets, U)
         return certified(screen, read_nodes(screen, self.x, self.a)).reshape(-1)
 
     def screened(self) -> tuple[Screen, Nodes, Tensor, Tensor, Tensor, Tensor]:
         """Screen, nodes, then node, set, change and scale of every pair."""
-        screen = build_screen(self.model.last_layer, self.sets, tolerance_of(self.model))
+        screen = build_screen(self.model.last_layer, self.sets, U)
         nodes = read_nodes(screen, self.x, self.a)
         node, sets = self.pairs
         c = changes(screen, nodes, node, sets)
@@ -111,7 +111,7 @@ def a_model(
     spec = replace(MODELS["organism"], d_model=len(W_U), d_mlp=len(W_out), d_vocab=W_U.shape[1])
     cpu = torch.device("cpu")
     given = {"spec": spec, "device": cpu, "dtype": dtype, "source": "", "n_ctx": 1, "bos": 0}
-    given |= {"eos": frozenset(), "noise": 0.0}
+    given |= {"eos": frozenset()}
     lacking = [f for f in fields(LoadedModel) if f.default is f.default_factory is MISSING]
     modules = [f.name for f in lacking if f.name not in given]
     model = LoadedModel(**given, **dict.fromkeys(modules))
@@ -253,7 +253,7 @@ def flip_and_limit(layer: Layer, direction: Tensor) -> tuple[float, float] | Non
 
     Both by bisection in float32 steps; the certificate's region is one interval from 0.
     """
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     nodes = read_nodes(screen, layer.x, layer.a)
     token = nodes.likely[:, 0]
     W = layer.model.W_out[list(layer.sets[0].neurons)].double()
@@ -310,7 +310,7 @@ def test_what_lifts_the_winner_alone_is_certified_at_any_size(centred: bool, sig
         if flip_and_limit(layer, direction) is not None:
             continue
         lifted += 1
-        screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+        screen = build_screen(layer.model.last_layer, layer.sets, U)
         nodes = read_nodes(screen, layer.x, layer.a)
         for size in (1.0, 10.0, 100.0):
             assert certified(screen, replace(nodes, a=-size * direction)).all(), (seed, size)
@@ -357,7 +357,7 @@ def with_rival(layer: Layer, by: float) -> Layer:
 
     Its unembedding is another one: it differs by as much as any two do, off the residual.
     """
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     nodes = read_nodes(screen, layer.x, layer.a)
     best, s = int(nodes.likely[0, 0]), float(nodes.scale[0])
     norm, W_U = layer.model.final_norm, layer.model.W_U.clone()
@@ -400,8 +400,6 @@ def test_rounding_that_a_cancelled_residual_magnifies_proves_nothing(
 
 # --- the tolerance, on both sides of it ---------------------------------------------------------------
 
-U = 4e-6  # of paragraph 6, where no batch moves anything
-
 
 def lengths_multiplied(layer: Layer) -> tuple[float, float]:
     """M and B of paragraph 4, from the weights."""
@@ -428,7 +426,7 @@ def changing_nothing(layer: Layer) -> Layer:
 @some
 def test_a_gap_is_certified_above_the_tolerance_and_not_below(shape: Shape) -> None:
     layer = changing_nothing(make(replace(shape, n_nodes=1)))
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     nodes = read_nodes(screen, layer.x, layer.a)
     edge = tau_0(layer)
     for times, sure in ((0.99, False), (1.01, True)):
@@ -482,21 +480,18 @@ def test_a_neuron_that_moves_all_tokens_alike_is_reckoned_with_its_rounding(offs
     layer = make(Shape(d_vocab=12, centred=False))
     W_U, m = layer.model.W_U[:, :1].repeat(1, 12), layer.model
     layer = replace(layer, model=a_model(W_U, m.W_out, m.final_norm, torch.full((12,), offset)))
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     (M, B), size = lengths_multiplied(layer), layer.model.W_out[screen.selected].double().norm(dim=-1)
     wanted = U * B * size / 16**0.5 + U * M * size
     torch.testing.assert_close((screen.q - screen.half).double(), wanted, rtol=1e-2, atol=0.0)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 2e-6, 3e-5])
-def test_the_tolerance_is_three_times_what_batches_do_and_at_least_four_millionths(
-    noise: float,
-) -> None:
+@pytest.mark.parametrize("u", [2.0**-23, 4e-6, 1e-4])
+def test_a_lead_below_the_tolerance_is_not_certified(u: float) -> None:
     layer = changing_nothing(make(Shape(n_nodes=1)))
-    layer.model.noise = noise
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, u)
     nodes = read_nodes(screen, layer.x, layer.a)
-    edge = tau_0(layer, u=max(4e-6, 3 * noise))
+    edge = tau_0(layer, u=u)
     torch.testing.assert_close(nodes.tolerance.double(), edge, rtol=1e-4, atol=0.0)
     for times, sure in ((0.99, False), (1.01, True)):
         assert (certified(screen, replace(nodes, gap=(times * edge).float())) == sure).all()
@@ -657,7 +652,7 @@ def test_the_scale_moves_by_no_more_than_the_neurons_reach(shape: Shape) -> None
 @many
 def test_plain_readings_are_what_they_are_called(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     nodes = read_nodes(screen, layer.x, layer.a)
     logits = exact_logits(layer.model, layer.x.double())
     ranked = logits.sort(-1, descending=True).values
@@ -695,7 +690,7 @@ def test_the_tolerance_covers_the_rounding_of_both_sides_and_no_more_than_it_mus
 @many
 def test_the_plan_knows_each_neurons_range_over_the_vocabulary(shape: Shape) -> None:
     layer = make(shape)
-    screen = build_screen(layer.model.last_layer, layer.sets, tolerance_of(layer.model))
+    screen = build_screen(layer.model.last_layer, layer.sets, U)
     norm, neurons = layer.model.final_norm, screen.selected.tolist()
     assert neurons == sorted({i for ablation in layer.sets for i in ablation.neurons})
     W = layer.model.W_out[neurons].double()
@@ -764,8 +759,8 @@ def test_a_constant_on_all_logits_loosens_and_tightens_nothing() -> None:
     model = layer.model
     lifted = replace(layer, model=a_model(model.W_U, model.W_out, model.final_norm, model.b_U + 64.0))
     a, b = (
-        build_screen(model.last_layer, layer.sets, tolerance_of(model)),
-        build_screen(lifted.model.last_layer, layer.sets, tolerance_of(lifted.model)),
+        build_screen(model.last_layer, layer.sets, U),
+        build_screen(lifted.model.last_layer, layer.sets, U),
     )
     rounding = (b.offset_noise - a.offset_noise) * a.reach  # of larger numbers
     LOGIT.assert_close(b.q, (a.q + rounding).double(), scale=a.q + 1, what="q")
@@ -779,7 +774,7 @@ def test_replacement_values_are_what_a_hook_would_write(dtype: torch.dtype) -> N
     screen = build_screen(
         a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype).last_layer,
         layer.sets,
-        tolerance_of(a_model(m.W_U, m.W_out, m.final_norm, m.b_U, dtype)),
+        LEAST[dtype],
     )
     for row, ablation in enumerate(layer.sets):
         written = torch.tensor(ablation.values, dtype=dtype).float()

@@ -100,19 +100,19 @@ def test_shards_merge_to_the_run_in_one_piece(whole: Path, shards: list[Path], t
 
 
 @pytest.mark.parametrize(("met", "kept"), [((1e-6, 3e-6, 2e-6), 3e-6), ((None, None, None), None)])
-def test_the_largest_noise_of_all_shards_is_kept(
+def test_the_largest_error_of_all_shards_is_kept(
     met: tuple[float | None, ...], kept: float | None, shards: list[Path], tmp_path: Path
 ) -> None:
-    def change(held: dict[str, Any], noise: float | None) -> None:
-        del held["batch_noise"]
-        held |= {} if noise is None else {"batch_noise": noise}
+    def change(held: dict[str, Any], error: float | None) -> None:
+        del held["float32_error"]
+        held |= {} if error is None else {"float32_error": error}
 
     folders = [
-        edited(folder, tmp_path / f"shard_{i}", lambda held, noise=noise: change(held, noise))
-        for i, (folder, noise) in enumerate(zip(shards, met, strict=True))
+        edited(folder, tmp_path / f"shard_{i}", lambda held, error=error: change(held, error))
+        for i, (folder, error) in enumerate(zip(shards, met, strict=True))
     ]
     merge_shards(folders, tmp_path / "run")
-    assert manifest(tmp_path / "run").get("batch_noise") == kept
+    assert manifest(tmp_path / "run").get("float32_error") == kept
 
 
 def test_merge_on_the_command_line(

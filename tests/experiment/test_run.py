@@ -494,7 +494,7 @@ def test_a_run_that_lost_its_scores_knows_what_it_met(tmp_path: Path) -> None:
     before = manifest(out)
     (out / SCORES).unlink()
     assert main(command(out)) == 0
-    assert manifest(out)["batch_noise"] == before["batch_noise"] > 0
+    assert manifest(out)["float32_error"] == before["float32_error"] > 0
 
 
 KILLER = """

@@ -142,7 +142,7 @@ def check_same(folder: Path, whole: Path) -> None:
     assert not (folder / BATCHES).exists()
     held, expected = manifest(folder), manifest(whole)
     assert held["complete"] is True
-    for key in ("identity", "sets", "prompts_sha256", "effects", "done", "batch_noise"):
+    for key in ("identity", "sets", "prompts_sha256", "effects", "done", "float32_error"):
         assert held.get(key) == expected.get(key), key
 
 

@@ -1,5 +1,6 @@
 """The five values against their formulas, and every list or table that is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ccm.errors import BadInput
-from ccm.method.ablation import CONTROL, MATCHED, PLAIN, check_neurons, kind_of, numbered, plan
+from ccm.method.ablation import (
+    BITS,
+    CONTROL,
+    MATCHED,
+    PLAIN,
+    check_neurons,
+    kind_of,
+    numbered,
+    plan,
+    round_to_bits,
+)
 from ccm.method.ablation_values import ABLATION_VALUES, ablation_values
 from ccm.method.statistics import STATISTICS, ActivationStatistics, check_statistics
 
@@ -164,3 +175,28 @@ def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> No
     message = rf"^activation statistics: {name} of neuron 1 is {bad}, not finite \(2 in all\)"
     with pytest.raises(BadInput, match=message):
         check_statistics(statistics(**{name: values}), 4)
+
+
+@given(
+    st.floats(-1e30, 1e30, allow_subnormal=False).filter(lambda v: v == 0 or abs(v) > 1e-30),
+    st.floats(-1e-9, 1e-9),
+)
+def test_values_are_rounded_as_float16_rounds(value: float, off: float) -> None:
+    found = float(round_to_bits(np.array([value]))[0])
+    if 2**-14 <= abs(value) < 65504:  # float16's normal numbers
+        assert found == float(np.float16(value))
+    assert abs(found - value) <= 2.0**-BITS * abs(value)
+    assert float(round_to_bits(np.array([found]))[0]) == found
+    from_edge = abs(np.ldexp(np.frexp(value)[0], BITS)) % 1 - 0.5  # where rounding turns
+    if abs(from_edge) > 2**BITS * abs(off):
+        assert float(round_to_bits(np.array([value * (1 + off)]))[0]) == found
+
+
+def test_a_set_holds_rounded_values_unless_told_otherwise() -> None:
+    held = statistics()
+    third = replace(held, mean=held.mean + 1 / 3)
+    mean = ABLATION_VALUES["mean_ablation"]
+    exact = plan("some", [0, 1], mean, third, rounded=False).values
+    assert exact == tuple(third.mean[:2])
+    assert plan("some", [0, 1], mean, third).values == tuple(round_to_bits(third.mean[:2]))
+    assert plan("some", [0, 1], mean, third).values != exact

@@ -10,6 +10,7 @@ import torch
 from ccm.decoding import engine
 from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
+from ccm.decoding.tolerance import POSITIONS, Float32Error
 from ccm.experiment import effects
 from ccm.method import neurons
 from ccm.method.ablation import Ablation
@@ -85,7 +86,7 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
 
     monkeypatch.setattr(decoding.Engine, "run", a_part)
     monkeypatch.setattr(decoding, "MAX_WORK", 1e30)  # of a CPU, which this pretends not to be
-    model.noise = 0.0
+    model.float32_error = Float32Error(0.0, POSITIONS)
     model.provisional_tokens = torch.zeros(model.spec.d_vocab, dtype=torch.bool)
     k = model.spec.n_entropy_neurons
     # For each ablation value the entropy set, and a hundred controls of either kind.

@@ -263,7 +263,9 @@ def _run(
     finish(folder, plan_.protocol, clock)
     tokens: list[Tokens] = [model.encode(prompt.text) for prompt in prompts]
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
-    planned = plan_sets(plan_.values, {"entropy": folder.manifest["entropy_neurons"]}, statistics)
+    planned = plan_sets(
+        plan_.values, {"entropy": folder.manifest["entropy_neurons"]}, statistics, plan_.protocol
+    )
     own = [ablation for sets in planned.values() for ablation in sets]
     alone = Profiler(plan_.device, say=clock.say)
     with alone(OWN, "prompt", len(tokens)):

@@ -1,0 +1,107 @@
+"""What exact arithmetic on the stored weights would choose: in float64, whatever a model's code says.
+
+Float32 is summed otherwise by every kernel, thread count and device, and a near tie may fall either
+way. So a choice is *defined* as that of exact arithmetic on the float32 weights and replacement values.
+Near ties are computed again in float64, whose rounding is nine orders smaller; what even that does not
+tell apart is a tie, which goes to the lowest token id (`ccm.decoding.results.most_likely`).
+
+No second copy of the model is made: `float64` casts every weight when an operation reads it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ccm.decoding.forward import run_body
+from ccm.method.neurons import VOCAB_COLUMNS
+from ccm.models.bridge import Tokens, equal_length_batches
+from ccm.models.model import LoadedModel
+
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.clone)
+
+
+class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Turns every float32 number that an operation reads, or is asked to make, into float64.
+
+    Models hold float32 islands (norms, rotary angles, softmax) and casts back; all of them are
+    operations with a float32 argument, so none needs to be known by name.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.embedding.default:  # a table is looked up as it is
+            return func(*args, **kwargs).double()
+        if func.overloadpacket in _COPIES and args[0].dtype is torch.float32:
+            return func(*args, **kwargs)  # weights on their way: widened when they are read
+        schema = func._schema
+        # A view is taken of what is there, and widened when it is read.
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+        def widen(argument: Any, value: Any) -> Any:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            return value if written else tree_map(_double_dtype if views else _double, value)
+
+        args = tuple(widen(a, value) for a, value in zip(schema.arguments, args, strict=False))
+        by_name = {argument.name: argument for argument in schema.arguments}
+        kwargs = {name: widen(by_name[name], value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _double_dtype(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.float32:
+        return value.double()
+    return _double_dtype(value)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Compute in float64 what is written for float32."""
+    with _Float64():  # type: ignore[no-untyped-call]
+        yield
+
+
+def exact_last_positions(
+    model: LoadedModel, prefixes: Sequence[Tokens], tokens_at_once: int
+) -> tuple[Float[Tensor, "prefix d_model"], Float[Tensor, "prefix d_mlp"]]:
+    """Final residual and last-layer activations at the last position of each prefix, float64.
+
+    Args:
+        model: The model, in float32.
+        prefixes: Token ids; those of one length run together.
+        tokens_at_once: Most tokens of one forward.
+    """
+    spec, device = model.spec, model.device
+    x = torch.empty((len(prefixes), spec.d_model), dtype=torch.float64, device=device)
+    a = torch.empty((len(prefixes), spec.d_mlp), dtype=torch.float64, device=device)
+    longest = max(map(len, prefixes), default=1)
+    for indices in equal_length_batches(prefixes, max(1, tokens_at_once // longest)):
+        tokens = torch.tensor([list(prefixes[i]) for i in indices], device=device)
+        with float64():
+            found = run_body(model, tokens, last_only=True)
+        x[indices], a[indices] = (values[:, -1] for values in found)
+    return x, a
+
+
+def exact_logits(model: LoadedModel, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """Logits of final residuals, float64; the unembedding is cast up a part at a time."""
+    with float64():
+        normed = model.final_norm(x)
+        parts = [normed @ part for part in torch.split(model.W_U, VOCAB_COLUMNS, dim=1)]
+        logits: Tensor = torch.cat(parts, dim=1) + model.b_U
+    return logits
