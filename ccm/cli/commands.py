@@ -246,7 +246,7 @@ def prompts(options: argparse.Namespace) -> None:
         plan.facts,
         plan.template,
         lower_case=plan.protocol.lower_case_objects,
-        decoder=lambda stage: engine.decode,
+        engine=engine,
     )
     write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
     for name, count in built.counts.items():

@@ -1,8 +1,9 @@
 """Streamed per-neuron statistics of the last layer's activations (Method 6).
 
 Two passes over the same data: the first finds range and moments, the second fills a histogram between
-each neuron's own minimum and maximum. Memory is `d_mlp` x `MEDIAN_BINS` counts, whatever the number
-of prompts, and no pad is ever counted because batches hold none.
+each neuron's own minimum and maximum. What the first saw is kept if it is little, and otherwise seen
+again. Memory is that, and `d_mlp` x `MEDIAN_BINS` counts, whatever the number of prompts, and no pad is
+ever counted because batches hold none.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy
+KEEP = 1 << 30  # bytes of activations
 MODE_BINS = 256  # the mode is the centre of the fullest of these
 FINE = 16  # fine bins per mode bin, for the median
 MEDIAN_BINS = MODE_BINS * FINE  # the median is exact to 1/4096 of the neuron's range
@@ -117,22 +119,40 @@ def collect(
     model: LoadedModel,
     prompts: Sequence[Tokens],
     decode: Callable[..., Completions] = hooked.decode,
+    keep: int = KEEP,
 ) -> tuple[ActivationStatistics, int]:
-    """Run the plain model twice over the prompts and their continuations.
+    """Run the plain model over the prompts and their continuations, once or twice.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included.
         decode: How to decode with an observer.
+        keep: Bytes of activations to keep at most; if there are more, the model is run again.
 
     Returns:
         The statistics and the number of positions they cover: every prompt position and every token
         that was fed back (the last generated one never is).
     """
     moments = Moments(model.spec.d_mlp, model.device)
-    decode(model, prompts, observe=_in_chunks(moments.update))
+    kept, room = list[Float[Tensor, "rows d_mlp"]](), keep
+
+    def first(rows: Float[Tensor, "rows d_mlp"]) -> None:
+        nonlocal room
+        _in_chunks(moments.update)(rows)
+        room -= rows.numel() * rows.element_size()
+        if room >= 0:
+            kept.append(rows)
+        else:
+            kept.clear()
+
+    decode(model, prompts, observe=first)
     histograms = Histograms(moments)
-    decode(model, prompts, observe=_in_chunks(histograms.update))
+    second = _in_chunks(histograms.update)
+    if room >= 0:
+        for rows in kept:
+            second(rows)
+    else:
+        decode(model, prompts, observe=second)
     return finish(moments, histograms), moments.count
 
 

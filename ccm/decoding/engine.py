@@ -44,6 +44,7 @@ class Engine:
     max_new_tokens: int
     budget: int  # bytes that a batch may take
     own_top: bool
+    keep_residual: bool
     observing: bool
     lists: BoundedLists
     # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
@@ -87,12 +88,18 @@ class Engine:
             raise MemoryError(f"{nodes} continuations at once take {needed / 2**20:.0f} MiB")
 
     def _forward(
-        self, work: Work, tokens: Tensor, cache: Any, positions: Tensor | None
+        self,
+        work: Work,
+        tokens: Tensor,
+        cache: Any,
+        positions: Tensor | None,
+        times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         work.forward_tokens += tokens.numel()
         x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
         if self.observing:
-            self.seen.append(a.reshape(-1, a.shape[-1]).float())
+            rows = a if times is None else a.repeat_interleave(times, dim=0)
+            self.seen.append(rows.reshape(-1, a.shape[-1]).float())
         return x, a
 
     @torch.inference_mode()
@@ -136,6 +143,7 @@ class Engine:
         # Most prompts keep one continuation under all sets.
         cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
         x, a = self.read_last(prompts, shared, work)
+        residual = x.float() if self.keep_residual else x[:, :0].float()
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, Tensor] = {}
         for step in range(self.max_new_tokens):
@@ -184,6 +192,7 @@ class Engine:
             leaves=leaves,
             texts=tuple(self.model.decode(tokens) for tokens in leaves),
             leaf=leaf,
+            residual=residual.cpu().numpy(),
             **{name: values.cpu().numpy() for name, values in first.items()},
         )
 

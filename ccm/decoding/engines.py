@@ -40,6 +40,7 @@ class Engine(Protocol):
         full: Sequence[bool] | None = None,
         decided: Decided = ...,
         own_top: bool = False,
+        keep_residual: bool = False,
         memory_budget: int | None = None,
         work: Work | None = None,
         done: Collection[int] = (),

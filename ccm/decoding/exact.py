@@ -56,7 +56,9 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args = tuple(widen(a, value) for a, value in zip(schema.arguments, args, strict=False))
         by_name = {argument.name: argument for argument in schema.arguments}
         kwargs = {name: widen(by_name[name], value) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        # Float32 is also what a new tensor is that asks for nothing.
+        return made if views or schema.is_mutable else tree_map(_double, made)
 
 
 def _double_dtype(value: Any) -> Any:

@@ -50,6 +50,7 @@ def decode(
     *,
     targets: Int[Tensor, "prompt target"] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    keep_residual: bool = False,
     memory_budget: int | None = None,
     batch_size: int = BATCH_SIZE,
     observe: Observer | None = None,
@@ -62,6 +63,7 @@ def decode(
         ablation: The neuron set; the empty one is the plain run.
         targets: Tokens whose first-step log-probabilities are wanted, per prompt.
         max_new_tokens: At least 1; a prompt stops early at EOS (Method 7).
+        keep_residual: Also give back final residuals at last prompt positions.
         memory_budget: Not heeded: a batch takes the memory that it takes.
         batch_size: Prompts of equal length that run together; never changes a result.
         observe: Sees `hook_post` of the last layer, before ablation, at every prompt position and
@@ -87,6 +89,7 @@ def decode(
                 max_new_tokens,
                 observe,
                 generated,
+                keep_residual=keep_residual,
             )
             parts.append((indices, first))
     return completions(model, generated, parts)
@@ -102,6 +105,7 @@ def decode_sets(
     full: Sequence[bool] | None = None,
     decided: Decided | None = None,
     own_top: bool = False,
+    keep_residual: bool = False,
     memory_budget: int | None = None,
     work: Work | None = None,
     done: Collection[int] = (),
@@ -118,7 +122,13 @@ def decode_sets(
         if set(indices) <= set(done):
             continue
         chosen = [prompts[i] for i in indices]
-        plain = decode(model, chosen, targets=given[indices], max_new_tokens=max_new_tokens)
+        plain = decode(
+            model,
+            chosen,
+            targets=given[indices],
+            max_new_tokens=max_new_tokens,
+            keep_residual=keep_residual,
+        )
         # Any answer token of the plain run is one that was asked for, or one of its top tokens.
         asked = torch.from_numpy(np.concatenate([plain.first.asked, plain.first.top_tokens], axis=1))
         sets = tqdm(ablations, desc="sets", unit="set", leave=False, disable=not ablations)
@@ -185,19 +195,28 @@ def _decode_batch(
     max_new_tokens: int,
     observe: Observer | None,
     generated: list[list[int]],
+    *,
+    keep_residual: bool = False,
 ) -> FirstToken:
     """Decode prompts of one length; append to `generated`, return the first-token readings."""
     cache = new_cache(model)
     live = torch.ones(len(indices), dtype=torch.bool, device=model.device)
     first: FirstToken | None = None
-    new = tokens
+    residuals, new = list[Tensor](), tokens
+
+    def keep(x: Tensor, hook: Any) -> None:
+        residuals.append(x[:, -1].clone())
+
     for step in range(max_new_tokens):
-        logits = _forward(model, new, cache, ablation, observe, live)
+        with ExitStack() as hooks:
+            if keep_residual and step == 0:
+                hooks.enter_context(model.bridge.hooks(fwd_hooks=[(FINAL_RESIDUAL, keep)]))
+            logits = _forward(model, new, cache, ablation, observe, live)
         # The list of likely first tokens is a choice, too.
         n = 1 if step else min(N_TOP + 1, logits.shape[1] - 1)
         logits = _settled(model, logits, n, tokens, ablation)
         if step == 0:
-            first = read_first_token(logits, targets.to(model.device))
+            first = read_first_token(logits, targets.to(model.device), *residuals)
         next_tokens = most_likely(logits)[:, 0]
         for row, token in enumerate(next_tokens.tolist()):
             if live[row]:

@@ -4,6 +4,7 @@ The prompts of one fact begin with the same words. Those run once, and every pro
 keys and values.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -16,9 +17,10 @@ from ccm.decoding.forward import RowCache
 from ccm.models.bridge import Tokens
 
 # Runs new tokens (row, position) against a cache, from given positions on or, if that is None, as many
-# as it holds; returns final residual and activations there.
+# as it holds; returns final residual and activations there. Last comes how many prompts each row stands
+# for, or None for one.
 Forward = Callable[
-    [Int[Tensor, "row position"], Any, Int[Tensor, "row"] | None],
+    [Int[Tensor, "row position"], Any, Int[Tensor, "row"] | None, Int[Tensor, "row"] | None],
     tuple[Float[Tensor, "row read d_model"], Float[Tensor, "row read d_mlp"]],
 ]
 
@@ -86,16 +88,16 @@ def prefill(
     Returns:
         Final residual and last-layer activations at every prompt's last position.
     """
-    prefixes = sorted(
-        {tuple(p[:n]) for p, n in zip(prompts, shared, strict=True) if n}, key=lambda p: (len(p), p)
-    )
+    sharers = Counter(tuple(p[:n]) for p, n in zip(prompts, shared, strict=True) if n)
+    prefixes = sorted(sharers, key=lambda p: (len(p), p))
     row = {prefix: i for i, prefix in enumerate(prefixes)}
     longest = max(map(len, prefixes), default=0)
     begun.reserve(len(prefixes), longest)
     for rows in _batches(list(map(len, prefixes)), at_once):
         tokens = torch.tensor(prefixes[rows], device=device)
         first = longest - tokens.shape[1]
-        forward(tokens, begun.window(rows, first, first), None)
+        times = torch.tensor([sharers[prefix] for prefix in prefixes[rows]], device=device)
+        forward(tokens, begun.window(rows, first, first), None, times)
         begun.blank(rows, first)
     end = max(map(len, prompts))
     xs, activations = list[Tensor](), list[Tensor]()
@@ -110,7 +112,7 @@ def prefill(
             cache.copy(begun, torch.tensor(of, device=device), slots, rows, past)
         positions = None if min(before) == most else torch.tensor(before, device=device)
         tokens = torch.tensor([list(p[n:]) for p, n in zip(batch, before, strict=True)], device=device)
-        x, a = forward(tokens, cache.window(rows, past - most, past), positions)
+        x, a = forward(tokens, cache.window(rows, past - most, past), positions, None)
         xs.append(x[:, -1])
         activations.append(a[:, -1])
         cache.blank(rows, past - most)

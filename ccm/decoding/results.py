@@ -29,6 +29,7 @@ class FirstToken:
     log_probs: Float[np.ndarray, "prompt target"]  # of those
     top_tokens: Int[np.ndarray, "prompt top"]  # most likely first, ties to the lowest id
     top_log_probs: Float[np.ndarray, "prompt top"]
+    residual: Float[np.ndarray, "prompt kept"]  # final residual, float32; no column unless asked for
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Completions:
 
 
 def read_first_token(
-    logits: Float[Tensor, "prompt d_vocab"], targets: Int[Tensor, "prompt target"]
+    logits: Float[Tensor, "prompt d_vocab"],
+    targets: Int[Tensor, "prompt target"],
+    residual: Float[Tensor, "prompt d_model"] | None = None,
 ) -> FirstToken:
     """Reduce first-position logits to entropy, asked-for log-probabilities and the top tokens."""
     # float64: the sum over 128k tokens keeps 1e-4 nats however it is ordered.
@@ -54,6 +57,7 @@ def read_first_token(
         log_probs=log_probs.gather(1, targets).cpu().numpy(),
         top_tokens=top.cpu().numpy(),
         top_log_probs=log_probs.gather(1, top).cpu().numpy(),
+        residual=(no_residuals(len(logits)) if residual is None else residual.float().cpu().numpy()),
     )
 
 
@@ -88,8 +92,14 @@ def completions(
             log_probs=joined("log_probs"),
             top_tokens=joined("top_tokens"),
             top_log_probs=joined("top_log_probs"),
+            residual=joined("residual"),
         ),
     )
+
+
+def no_residuals(n: int) -> Float[np.ndarray, "prompt kept"]:
+    """Residuals for a caller who keeps none."""
+    return np.zeros((n, 0), dtype=np.float32)
 
 
 def no_targets(n: int) -> Int[Tensor, "prompt target"]:
@@ -137,6 +147,7 @@ class Batch:
     log_probs: Float[np.ndarray, "prompt set target"]
     top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
     top_log_probs: Float[np.ndarray, "prompt topped top"]
+    residual: Float[np.ndarray, "prompt kept"]  # of the plain run, as `FirstToken` has it
 
 
 def batch_of(
@@ -175,6 +186,7 @@ def batch_of(
         ),
         top_tokens=np.stack([run.first.top_tokens for run in topped], axis=1),
         top_log_probs=np.stack([run.first.top_log_probs for run in topped], axis=1),
+        residual=plain.first.residual,
     )
 
 
@@ -190,9 +202,10 @@ class Decoded:
     log_probs: Float[np.ndarray, "prompt set target"]
     top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
     top_log_probs: Float[np.ndarray, "prompt topped top"]
+    residual: Float[np.ndarray, "prompt kept"]  # of the plain run
 
     def completions(self, index: int) -> Completions:
-        """One set's continuations; without top tokens where they were not read."""
+        """One set's continuations; without top tokens and residuals where they were not read."""
         leaves = self.leaf[:, index]
         topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
         return Completions(
@@ -204,6 +217,7 @@ class Decoded:
                 log_probs=self.log_probs[:, index].astype(np.float64),
                 top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
                 top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
+                residual=no_residuals(len(leaves)) if index else self.residual,
             ),
         )
 
@@ -224,6 +238,6 @@ def merge(batches: Sequence[Batch]) -> Decoded:
         leaf=np.concatenate(numbers)[order],
         **{
             name: joined(name)
-            for name in ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs")
+            for name in ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs", "residual")
         },
     )

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ccm.decoding.bounded import BoundedLists
-from ccm.decoding.certificate import build_screen
+from ccm.decoding.certificate import Screen, build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
@@ -89,6 +89,7 @@ def decode_sets(
     full: Sequence[bool] | None = None,
     decided: Decided = answered,
     own_top: bool = False,
+    keep_residual: bool = False,
     memory_budget: int | None = None,
     observe: Observer | None = None,
     work: Work | None = None,
@@ -108,6 +109,7 @@ def decode_sets(
         decided: Whether the text of a prompt's continuation settles all that is asked of it, whatever
             follows; by default, whether its answer has ended (Method 8).
         own_top: Also read the most likely first tokens of every set, not only of the plain run.
+        keep_residual: Also give back the plain run's final residuals at last prompt positions.
         memory_budget: Bytes a batch may use; by default a part of what is free. Never changes a
             result.
         observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
@@ -127,15 +129,18 @@ def decode_sets(
     if observe is not None and ablations:
         raise ValueError("activations are observed in the plain run only")
     sets = [PLAIN, *ablations]
+    if not prompts:
+        raise ValueError("no prompts to decode")
+    check_shared(model)
     engine = _engine(
         model,
-        prompts,
-        sets,
+        build_screen(model.last_layer, sets, tolerance(model, prompts)),
         memory_budget,
         full=full,
         decided=decided,
         max_new_tokens=max_new_tokens,
         own_top=own_top,
+        keep_residual=keep_residual,
         observing=observe is not None,
     )
     given = no_targets(len(prompts)) if targets is None else targets
@@ -190,7 +195,10 @@ def read_last_positions(
     Raises:
         CcmError: a single prompt does not fit the memory there is.
     """
-    engine = _engine(model, prompts, [PLAIN], memory_budget, max_new_tokens=1)
+    check_shared(model)
+    # Nothing is chosen, so no rounding is reckoned with.
+    screen = build_screen(model.last_layer, [PLAIN], u=0.0)
+    engine = _engine(model, screen, memory_budget, max_new_tokens=1)
 
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
@@ -200,23 +208,21 @@ def read_last_positions(
 
 def _engine(
     model: LoadedModel,
-    prompts: Sequence[Tokens],
-    sets: Sequence[Ablation],
+    screen: Screen,
     memory_budget: int | None,
     *,
     max_new_tokens: int,
     full: Sequence[bool] | None = None,
     decided: Decided = answered,
     own_top: bool = False,
+    keep_residual: bool = False,
     observing: bool = False,
 ) -> Engine:
-    if not prompts:
-        raise ValueError("no prompts to decode")
-    check_shared(model)
+    n_sets = len(screen.slots)
     return Engine(
         model=model,
-        screen=build_screen(model.last_layer, sets, tolerance(model, prompts)),
-        full=torch.tensor([True] * len(sets) if full is None else list(full), device=model.device),
+        screen=screen,
+        full=torch.tensor([True] * n_sets if full is None else list(full), device=model.device),
         decided=decided,
         cuts=full is not None and not all(full),
         provisional=_provisional_tokens(model),
@@ -224,6 +230,7 @@ def _engine(
         max_new_tokens=max_new_tokens,
         budget=memory_budget or default_budget(model.device),
         own_top=own_top,
+        keep_residual=keep_residual,
         observing=observing,
         lists=BoundedLists(exact=model.device.type != "cuda"),
     )
@@ -244,9 +251,8 @@ def _in_batches(
     """
     device = engine.model.device
     shared, order = [0] * len(prompts), list[int]()
-    # Prompts that share a prefix stay together. An observer sees every prompt whole.
-    alone = [([i], 0) for i in range(len(prompts))]
-    groups = alone if engine.observing else shared_prefixes(prompts)
+    # Prompts that share a prefix stay together.
+    groups = shared_prefixes(prompts)
     for members, length in sorted(groups, key=lambda g: (max(len(prompts[i]) for i in g[0]), g[0])):
         order += members
         for i in members:

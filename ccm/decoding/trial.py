@@ -4,7 +4,7 @@ Held to the same truth, by the same tolerances, as the hooks (`ccm.models.trial`
 """
 
 from collections.abc import Iterator
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,12 @@ def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
         order = sorted(range(n), key=lambda i: lengths[i] - shared[i])
         begun, cache = (RowCache(model.spec.n_layers) for _ in range(2))
         cache.reserve(n, max(lengths) + 1)
-        forward = partial(run_body, model, last_only=last_only)
+
+        def forward(
+            tokens: Tensor, cache: Any, positions: Tensor | None, times: Any, last: bool = last_only
+        ) -> tuple[Tensor, Tensor]:
+            return run_body(model, tokens, cache, positions, last_only=last)
+
         begins = [trial.prompts[i][:-1] for i in order]
         prefixes = [shared[i] for i in order]
         x, a = prefill(begins, prefixes, begun, cache, forward, device, n * max(lengths))
@@ -60,7 +65,7 @@ def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
         yield _read(model, rows, x, a)
         tokens = torch.tensor([trial.prompts[i][-1:] for i in order], device=device)
         positions = torch.tensor([lengths[i] for i in order], device=device)
-        x, a = forward(tokens, cache.window(slice(0, n), 0, max(lengths)), positions)
+        x, a = forward(tokens, cache.window(slice(0, n), 0, max(lengths)), positions, None)
         yield _read(model, rows + 1, x[:, -1], a[:, -1])
     x, a = run_body(model, torch.tensor([trial.prompts[0]], device=device))
     yield _read(model, torch.arange(len(trial.prompts[0]), device=device), x[0], a[0])

@@ -5,12 +5,15 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import ENGINES, Engine
+from ccm.decoding.exact import exact_logits, float64
 from ccm.decoding.results import Completions, merge
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
@@ -21,6 +24,7 @@ from ccm.experiment.folder import PROMPTS, RunFolder
 from ccm.experiment.plan import Plan
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
+    N_COUNTER_OBJECTS,
     OWN,
     ParametricAnswer,
     ProbingPrompt,
@@ -36,9 +40,16 @@ from ccm.method.prompts import (
     split_objects,
 )
 from ccm.method.sources import nested_objects
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 _log = logging.getLogger(__name__)
+
+ANSWERS = "answers"  # the stage
+ROWS = 64  # of logits at once
+NEAR = 2e-3  # nats: some thirty times what float32 was seen to move two log-probabilities apart
+# Gives a model's answers to parametric prompts, with its final residuals.
+Ask = Callable[[LoadedModel, Sequence[Tokens]], Completions]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ def build_prompts(
     template: str,
     *,
     lower_case: bool = False,
-    decoder: Callable[[str], Callable[..., Completions]] = lambda stage: ENGINES["shared"].decode,
+    engine: Engine = ENGINES["shared"],
+    ask: Ask | None = None,
 ) -> PromptSet:
     """Ask for every parametric object, filter, and contradict what is left (Method 4).
 
@@ -64,14 +76,15 @@ def build_prompts(
         facts: Facts and relations.
         template: A key of `ccm.method.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
-        decoder: Takes the name of a stage, `answers` or `first_tokens`, and returns what decodes it.
+        engine: What runs the model.
+        ask: Lets the model answer; by default `answers_of`.
 
     Raises:
         BadInput: a prompt does not fit the model's context, or the filters leave no prompt.
     """
     asked = parametric_prompts(model, facts, template)
     tokens = [model.encode(text) for text in asked]
-    said = decoder("answers")(model, tokens)
+    said = answers_of(engine, model, tokens) if ask is None else ask(model, tokens)
     answers = [
         ParametricAnswer(row, fact, prompt, text, answer_object(text), int(first))
         for row, (fact, prompt, text, first) in enumerate(
@@ -80,22 +93,20 @@ def build_prompts(
     ]
     kept = filter_answers(answers, facts.relations)
     candidates = counter_candidates(kept)
-    width = 1 + max((len(c) for c in candidates.values()), default=0)
-    # Column 0 is the fact's own first token, then its relation's candidates, then filling.
-    targets = torch.zeros((len(kept), width), dtype=torch.long)
-    for i, answer in enumerate(kept):
-        ids = [answer.first_token, *(c.first_token for c in candidates[answer.fact.relation])]
-        targets[i, : len(ids)] = torch.tensor(ids)
+    # Of each fact, its own first token and those of its relation's candidates.
+    asked_for = [
+        [answer.first_token, *(c.first_token for c in candidates[answer.fact.relation])]
+        for answer in kept
+    ]
+    rows = [answer.row for answer in kept]
+    log_probs = first_log_probs(
+        engine, model, [tokens[row] for row in rows], said.first.residual[rows], asked_for
+    )
     prompts: list[ProbingPrompt] = []
-    if kept:
-        rows = [tokens[a.row] for a in kept]
-        decode = decoder("first_tokens")
-        log_probs = decode(model, rows, targets=targets, max_new_tokens=1).first.log_probs
-        for answer, own in zip(kept, log_probs, strict=True):
-            of_relation = candidates[answer.fact.relation]
-            chosen = counter_objects(answer, of_relation, own[1 : 1 + len(of_relation)].tolist())
-            relation = facts.relations[answer.fact.relation]
-            prompts += probing_prompts(answer, relation, chosen, float(own[0]), lower_case=lower_case)
+    for answer, (own, *of_candidates) in zip(kept, log_probs, strict=True):
+        chosen = counter_objects(answer, candidates[answer.fact.relation], of_candidates)
+        relation = facts.relations[answer.fact.relation]
+        prompts += probing_prompts(answer, relation, chosen, own, lower_case=lower_case)
     counts = {
         "facts": len(answers),
         "recalled": sum(a.recalled for a in answers),
@@ -116,6 +127,95 @@ def parametric_prompts(model: LoadedModel, facts: FactSet, template: str) -> lis
     """Write the parametric prompts of all facts, in the tokenizer's own markup for `own`."""
     chat = model.chat if template == OWN else None
     return [parametric_prompt(template, f, facts.relations[f.relation], chat) for f in facts.facts]
+
+
+# --- what the model says -----------------------------------------------------------------------------
+
+
+def answers_of(
+    engine: Engine,
+    model: LoadedModel,
+    tokens: Sequence[Tokens],
+    *,
+    store: BatchStore | None = None,
+    memory_budget: int | None = None,
+) -> Completions:
+    """Let the model answer, as far as its answers go, and keep its final residuals.
+
+    Args:
+        engine: What decodes.
+        model: The model.
+        tokens: Parametric prompts.
+        store: Where finished batches are kept; None keeps none.
+        memory_budget: Bytes that a batch may use.
+    """
+    batches = decode_stored(
+        engine,
+        model,
+        tokens,
+        store=store,
+        label="answers",
+        full=[False],
+        keep_residual=True,
+        memory_budget=memory_budget,
+    )
+    return merge(batches).completions(0)
+
+
+@torch.inference_mode()
+def first_log_probs(
+    engine: Engine,
+    model: LoadedModel,
+    tokens: Sequence[Tokens],
+    residuals: Float[np.ndarray, "prompt d_model"],
+    asked_for: Sequence[Sequence[int]],
+) -> list[list[float]]:
+    """Read log-probabilities of first tokens off final residuals, nats.
+
+    The least likely are told apart as exact arithmetic tells them, because their order chooses the
+    counter-objects: where they nearly tie, the prompt is run again in float64 (`ccm.decoding.exact`).
+
+    Args:
+        engine: What runs the model.
+        model: The model.
+        tokens: Prompts.
+        residuals: Their final residuals, float32.
+        asked_for: The tokens of each prompt.
+    """
+    found = list[list[float]]()
+    for start in range(0, len(tokens), ROWS):
+        x = torch.from_numpy(residuals[start : start + ROWS]).to(model.device)
+        logits = model.final_norm(x) @ model.W_U.float() + model.b_U
+        found += _gather(logits, asked_for[start : start + ROWS])
+    if model.dtype == torch.float32:
+        near = [i for i, (ids, row) in enumerate(zip(asked_for, found, strict=True)) if _near(ids, row)]
+
+        def read(indices: list[int], x: Tensor, a: Tensor) -> None:
+            exact = _gather(exact_logits(model, x), [asked_for[near[i]] for i in indices])
+            for i, row in zip(indices, exact, strict=True):
+                found[near[i]] = row
+
+        if near:
+            with float64():
+                for _ in engine.read_last_positions(model, [tokens[i] for i in near], read):
+                    pass
+    return found
+
+
+def _gather(logits: Tensor, asked_for: Sequence[Sequence[int]]) -> list[list[float]]:
+    rows = logits.double().log_softmax(-1)
+    # What is no further apart than that is a tie.
+    return [
+        row[list(ids)].cpu().numpy().round(9).tolist() for row, ids in zip(rows, asked_for, strict=True)
+    ]
+
+
+def _near(ids: Sequence[int], log_probs: Sequence[float]) -> bool:
+    """Whether float32 may have got the order of the least likely candidates wrong."""
+    of_token = dict(zip(ids[1:], log_probs[1:], strict=True))
+    # The fact's own object may be among them, and is no candidate.
+    lowest = np.sort([*of_token.values()])[: N_COUNTER_OBJECTS + 2]
+    return bool((np.diff(lowest) <= NEAR).any())
 
 
 # Column names of the released probing data, so that tables can be exchanged with it.
@@ -146,15 +246,15 @@ def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
     return [ProbingPrompt(**f) for f in fields]
 
 
-# Takes a run's folder, its plan and the name of a stage, and returns what decodes the stage.
-StageDecoder = Callable[[RunFolder, Plan, str], Callable[..., Completions]]
+# Takes a run's folder and its plan, and returns what lets the model answer.
+AskOf = Callable[[RunFolder, Plan], Ask]
 
 
 def prompts_step(
     folder: RunFolder,
     plan_: Plan,
     model: LoadedModel,
-    decoder: StageDecoder,
+    ask_of: AskOf,
 ) -> list[ProbingPrompt]:
     """Build the probing prompts, or read them back if they are there.
 
@@ -162,7 +262,7 @@ def prompts_step(
         folder: The run.
         plan_: What is run.
         model: The model.
-        decoder: Returns what decodes each stage.
+        ask_of: Returns what lets the model answer.
     """
     if not folder.has(PROMPTS):
         split = split_objects([fact.object for fact in plan_.facts.facts])
@@ -173,7 +273,8 @@ def prompts_step(
             plan_.facts,
             plan_.template,
             lower_case=plan_.protocol.lower_case_objects,
-            decoder=partial(decoder, folder, plan_),
+            engine=ENGINES[plan_.config.engine],
+            ask=ask_of(folder, plan_),
         )
         prompts = list(built.prompts)
         if plan_.config.max_prompts is not None and plan_.config.max_prompts < len(prompts):
@@ -189,21 +290,15 @@ def prompts_step(
             prompts_sha256=hashlib.sha256("\n".join(p.text for p in prompts).encode()).hexdigest(),
         )
         write_table(folder.path / PROMPTS, table)
-    for stage in ("answers", "first_tokens"):
-        BatchStore(folder.path, stage).clear()
+    BatchStore(folder.path, ANSWERS).clear()
     return table_prompts(read_table(folder.path / PROMPTS))
 
 
-def stage_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """Return what decodes a stage and goes on where an earlier start of it stopped."""
-
-    def decode(model: LoadedModel, tokens: Sequence[Sequence[int]], **options: Any) -> Completions:
-        budget = folder.manifest["memory_budget"]
-        store = BatchStore(folder.path, stage)
-        engine = ENGINES[plan_.config.engine]
-        batches = decode_stored(
-            engine, model, tokens, store=store, label=stage, memory_budget=budget, **options
-        )
-        return merge(batches).completions(0)
-
-    return decode
+def ask_and_store(folder: RunFolder, plan_: Plan) -> Ask:
+    """Return what lets the model answer, and goes on where an earlier start of it stopped."""
+    return partial(
+        answers_of,
+        ENGINES[plan_.config.engine],
+        store=BatchStore(folder.path, ANSWERS),
+        memory_budget=folder.manifest["memory_budget"],
+    )

@@ -39,7 +39,7 @@ from ccm.experiment.folder import (
 )
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import StageDecoder, prompts_step, stage_decoder, table_prompts
+from ccm.experiment.probing import AskOf, ask_and_store, prompts_step, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
 from ccm.method.ablation import CONTROL, PLAIN, Ablation, kind_of, numbered, plan
@@ -167,11 +167,11 @@ def decode_everything(folder: RunFolder, plan_: Plan, clock: Clock) -> None:
     """Do every step that needs the model, in order."""
     with clock("load"):
         model = load_step(folder, plan_)
-    decode_with(folder, plan_, model, stage_decoder, clock)
+    decode_with(folder, plan_, model, ask_and_store, clock)
 
 
 def decode_with(
-    folder: RunFolder, plan_: Plan, model: LoadedModel, decoder: StageDecoder, clock: Clock
+    folder: RunFolder, plan_: Plan, model: LoadedModel, ask_of: AskOf, clock: Clock
 ) -> list[ProbingPrompt]:
     """Do every step that needs the loaded model, in order.
 
@@ -179,7 +179,7 @@ def decode_with(
         folder: The run.
         plan_: What is run.
         model: The model.
-        decoder: Returns what decodes each stage of the prompts; a rehearsal has one of its own.
+        ask_of: Returns what lets the model answer; a rehearsal has one of its own.
         clock: Times every stage.
 
     Returns:
@@ -188,7 +188,7 @@ def decode_with(
     with clock("measures"):  # first, because too high a --min-rho is found here
         entropy_neurons = neurons_step(folder, plan_, model)
     with clock("prompts", "fact", len(plan_.facts.facts)):
-        prompts = prompts_step(folder, plan_, model, decoder)
+        prompts = prompts_step(folder, plan_, model, ask_of)
     with clock("activation_stats", "prompt", len(prompts)):
         tokens = [model.encode(prompt.text) for prompt in prompts]
         folder.note(first_prompt_tokens=tokens[0])
@@ -276,7 +276,10 @@ def statistics_step(
     if not folder.has(ACTIVATION_STATS):
         decode = ENGINES[plan_.config.engine].decode
         budget = folder.manifest["memory_budget"]
-        statistics, positions = collect(model, tokens, partial(decode, memory_budget=budget))
+        # Beside what a batch takes.
+        keep = budget // 4
+        decode_ = partial(decode, memory_budget=budget - keep)
+        statistics, positions = collect(model, tokens, decode_, keep)
         write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
     statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics

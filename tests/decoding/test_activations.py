@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from ccm.decoding.activations import (
 from ccm.decoding.results import Completions
 from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN
-from ccm.method.statistics import ActivationStatistics
+from ccm.method.statistics import STATISTICS, ActivationStatistics
 from ccm.models.load import load
 from ccm.models.specs import spec_for
 from tests.decoding.test_hooked import fed_back, naive
@@ -190,6 +191,26 @@ def test_collect_covers_what_decoding_reads(config: ToyConfig) -> None:
         within.of(name).assert_close(getattr(found, name), wanted, what=config.id)
     off = np.abs(found.median - np.median(every, axis=0))
     assert (off <= 2 * span / MEDIAN_BINS + within.atol).all(), off / span
+
+
+def test_what_fits_is_kept_and_the_rest_seen_again() -> None:
+    config = FAMILIES[0]
+    model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, max_len=7)
+    passes = list[int]()
+
+    def decode(*given: Any, **options: Any) -> Completions:
+        passes.append(1)
+        return decoding.decode(*given, **options)
+
+    (kept, n), once = collect(model, prompts, decode), len(passes)
+    bytes_seen = 4 * config.d_mlp * n
+    for keep, more in ((bytes_seen, 1), (bytes_seen - 1, 2), (0, 2)):
+        passes.clear()
+        again, m = collect(model, prompts, decode, keep)
+        assert (len(passes), m) == (more, n)
+        for name in STATISTICS:
+            np.testing.assert_array_equal(getattr(again, name), getattr(kept, name), err_msg=name)
+    assert once == 1
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)

@@ -61,6 +61,7 @@ def test_what_code_asks_for_in_float32_is_float64() -> None:
             "cast": x.half().to(torch.float32),
             "method": x.half().float(),
             "factory": torch.ones(2, dtype=torch.float32),
+            "default": torch.zeros(2),
             "softmax": x.softmax(-1, dtype=torch.float32),
             "list": torch.cat([x, x.double()]),
             "view": x.T @ x,
@@ -68,6 +69,7 @@ def test_what_code_asks_for_in_float32_is_float64() -> None:
         written = torch.zeros(3, 4, dtype=torch.float64)
         written[:] = x
         written[0] += x[1]
+        found["default"][[0, 1]] = x[0, :2]
         x.add_(0)
     assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(found, torch.float64)
     assert torch.equal(written[0], x[0].double() + x[1].double())

@@ -22,6 +22,8 @@ from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
 from ccm.decoding.activations import collect
 from ccm.decoding.bounded import BoundedLists
+from ccm.decoding.certificate import build_screen
+from ccm.decoding.engines import ENGINES
 from ccm.decoding.forward import RowCache, plan_rows, run_body
 from ccm.decoding.prefill import MAX_SHARERS, prefill, shared_prefixes
 from ccm.decoding.results import Batch, Completions, Decoded, Work, merge
@@ -249,9 +251,7 @@ class Organism:
 def organism() -> Organism:
     """Read-only."""
     model = load(MODELS["organism"])
-    built = build_prompts(
-        model, find_facts(None, MODELS["organism"]), "bare", decoder=lambda stage: hooked.decode
-    )
+    built = build_prompts(model, find_facts(None, MODELS["organism"]), "bare", engine=ENGINES["hooked"])
     encoded = [(model.encode(p.text), p) for p in built.prompts]
     chosen = [(tokens, p) for tokens, p in encoded if len(tokens) in (20, 24, 29, 35)][:150]
     prompts = [tokens for tokens, _ in chosen]
@@ -746,7 +746,8 @@ def test_a_batch_that_would_outgrow_its_budget_is_cut_before_it_takes_the_memory
 
     monkeypatch.setattr(engine.Engine, "_check_budget", told)
     lengths = max(map(len, prompts))
-    sizes = decoding._engine(model, prompts, [PLAIN, *ablations], None, max_new_tokens=MAX_NEW_TOKENS)
+    screen = build_screen(model.last_layer, [PLAIN, *ablations], u=0.0)
+    sizes = decoding._engine(model, screen, None, max_new_tokens=MAX_NEW_TOKENS)
     budget = len(prompts) * sizes.prompt_bytes(lengths) // 2
     parts = run(model, prompts, ablations, memory_budget=budget)
     assert parts.work.halved > 0, "no batch outgrew its budget: nothing was tested"
@@ -1117,11 +1118,20 @@ def test_rows_of_one_cache_go_on_as_each_prefix_would_alone(config: ToyConfig) -
     begun, cache = (RowCache(config.n_layers) for _ in range(2))
     cache.reserve(len(prompts), 80 + 3)
 
-    def forward(tokens: torch.Tensor, window: Any, positions: torch.Tensor | None) -> Any:
+    times = list[int]()
+
+    def forward(
+        tokens: torch.Tensor,
+        window: Any,
+        positions: torch.Tensor | None,
+        of_each: torch.Tensor | None = None,
+    ) -> Any:
+        times.extend([] if of_each is None else of_each.tolist())
         return run_body(model, tokens, window, positions, last_only=True)
 
     with torch.inference_mode():
         x, a = prefill(prompts, shared, begun, cache, forward, model.device, at_once=12)
+        assert times == [2, 2], "how many prompts begin with each prefix"
         check_alone(model, prompts, x, a)
         for step, parents in enumerate(([0, 0, 0, 1, 3, 3, 4, 5, 5], [1, 4, 4, 8], [0, 1, 2, 3, 3, 3])):
             held = branch(cache, torch.tensor(parents), 80 + step)

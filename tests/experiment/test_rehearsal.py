@@ -39,7 +39,7 @@ from ccm.experiment.rehearsal.projection import (
     project,
     rehearsal_table,
 )
-from ccm.experiment.rehearsal.rehearse import RehearsalConfig, choose_facts, knowing_decoder, rehearse
+from ccm.experiment.rehearsal.rehearse import RehearsalConfig, ask_one_who_knows, choose_facts, rehearse
 from ccm.experiment.results import read_results
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.facts import FactSet
@@ -403,26 +403,23 @@ def test_every_fact_is_asked_and_its_answer_given(
     facts: FactSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = choose_facts(facts, 12)
-    asked: list[tuple[str, int, dict[str, Any]]] = []
+    asked = list[int]()
     nonsense, none = np.full((4, 1), -1.0), np.full((4, 2), 0)
-    first = FirstToken(nonsense[:, 0], none[:, :1], nonsense, none, np.tile(nonsense, 2))
-    said = Completions(((1,),) * 4, ("?",) * 4, first)
+    tops, residual = np.tile(nonsense, 2), np.tile(nonsense, 7)
+    first = FirstToken(nonsense[:, 0], none[:, :1], nonsense, none, tops, residual)
 
-    def ask(folder: Any, plan_: Any, stage: str) -> Callable[..., Completions]:
-        def decode(model: Any, tokens: Sequence[Any], **options: Any) -> Completions:
-            asked.append((stage, len(tokens), options))
-            return said
+    def ask(model: Any, tokens: Sequence[Any]) -> Completions:
+        asked.append(len(tokens))
+        return Completions(((1,),) * 4, ("?",) * 4, first)
 
-        return decode
-
-    monkeypatch.setattr(rehearsal, "stage_decoder", ask)
+    monkeypatch.setattr(rehearsal, "ask_and_store", lambda folder, plan_: ask)
     folder, plan_, model = (Mock(spec=kind) for kind in (RunFolder, Plan, LoadedModel))
     plan_.facts, model.first_token = chosen, len
-    answers = knowing_decoder(folder, plan_, "answers")(model, [[1]] * 4, a=1)
+    answers = ask_one_who_knows(folder, plan_)(model, [[1]] * 4)
     assert [text.strip(" .") for text in answers.texts] == [f.object for f in chosen.facts]
     assert answers.first.top_tokens[:, 0].tolist() == [len(f.object) for f in chosen.facts]
-    assert knowing_decoder(folder, plan_, "first_tokens")(model, [[1]] * 4, b=2) is said
-    assert asked == [("answers", 4, {"a": 1}), ("first_tokens", 4, {"b": 2})]
+    assert answers.first.residual is residual
+    assert asked == [4]
 
 
 def texts_of(facts: FactSet, n: int) -> list[tuple[str, str]]:

@@ -180,7 +180,7 @@ def test_a_run_stopped_at_any_file_operation_goes_on_to_the_same_bytes(
     operations = stop_everywhere(lambda out: run(config, out), whole, tmp_path, check_same)
     seen = {event for event, _ in operations}
     assert {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"} <= seen
-    for stage in ("answers", "first_tokens", "ablations", "effects"):
+    for stage in ("answers", "ablations", "effects"):
         begin = f"{BATCHES}/{stage}/batch"
         removed = [n for event, n in operations if event == "os.remove" and n.startswith(begin)]
         assert len(removed) >= 3, f"too few shards of {stage} for a stop between them"

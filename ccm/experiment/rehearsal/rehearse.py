@@ -8,7 +8,7 @@ what it said. The run is made at two sizes, to tell what grows with the prompts 
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import ceil
@@ -29,7 +29,7 @@ from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_fo
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
 from ccm.experiment.plan import Plan, identity, make_plan
-from ccm.experiment.probing import parametric_prompts, stage_decoder
+from ccm.experiment.probing import Ask, ask_and_store, parametric_prompts
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
 from ccm.experiment.run import decode_with, finish, hold_folder, plan_sets
@@ -119,18 +119,18 @@ def _evenly(things: Sequence[Any], n: int) -> list[Any]:
     return [things[i] for i in at]
 
 
-def knowing_decoder(folder: RunFolder, plan_: Plan, stage: str) -> Callable[..., Completions]:
-    """Decode as `stage_decoder` does, but answer every question for a fact with its true object."""
-    ask = stage_decoder(folder, plan_, stage)
+def ask_one_who_knows(folder: RunFolder, plan_: Plan) -> Ask:
+    """Ask as `ask_and_store` does, but answer every question for a fact with its true object."""
+    ask = ask_and_store(folder, plan_)
 
-    def answer(model: LoadedModel, tokens: Sequence[Tokens], **options: Any) -> Completions:
-        said, objects = ask(model, tokens, **options), [fact.object for fact in plan_.facts.facts]
+    def answer(model: LoadedModel, tokens: Sequence[Tokens]) -> Completions:
+        said, objects = ask(model, tokens), [fact.object for fact in plan_.facts.facts]
         top = said.first.top_tokens.copy()
         top[:, 0] = [model.first_token(name) for name in objects]
         texts = tuple(f" {name}." for name in objects)
         return replace(said, texts=texts, first=replace(said.first, top_tokens=top))
 
-    return answer if stage == "answers" else ask
+    return answer
 
 
 # --- the rehearsal ------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _run(
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
     folder.note(weights=weights, special_tokens=model.special_tokens)
-    prompts = decode_with(folder, plan_, model, knowing_decoder, clock)
+    prompts = decode_with(folder, plan_, model, ask_one_who_knows, clock)
     finish(folder, plan_.protocol, clock)
     tokens: list[Tokens] = [model.encode(prompt.text) for prompt in prompts]
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
