@@ -156,10 +156,12 @@ def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFo
     check_folder(out)
     with locked(out):
         folder = RunFolder(out, known)
+        budget = plan_.config.memory_budget
         if "memory_budget" not in folder.manifest:
-            # Kept, because a resumed run must cut the same batches: others would round differently.
-            budget = plan_.config.memory_budget or default_budget(plan_.device)
+            budget = budget or default_budget(plan_.device)
             folder.note(memory_budget=budget, work=Work(), asked=given(plan_.config))
+        elif budget is not None:  # one that was too large for the machine must not stay
+            folder.note(memory_budget=budget)
         yield folder
 
 
