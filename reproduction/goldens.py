@@ -1,8 +1,8 @@
 """Goldens: JSON by syrupy, numbers with the tolerance they were stored with.
 
 A number that may differ between machines is stored as `{"value": ..., "tolerance": ...}`; everything
-else (names, neuron numbers, totals) must be equal. Inside its tolerance a golden is left as it is,
-also by `--snapshot-update`.
+else (names, neuron numbers, counts of a float32 run) must be equal. Inside its tolerance a golden is
+left as it is, also by `--snapshot-update`.
 """
 
 import json
@@ -20,6 +20,11 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 def measured(value: float | None, tolerance: float) -> dict[str, float] | None:
     """A number with its two-sided tolerance, in the number's own unit; None stays None."""
     return None if value is None else {"value": float(value), "tolerance": tolerance}
+
+
+def counted(n: int, *, exact: bool) -> Any:
+    """A count of prompts; where it is not exact (below float32), good to two near ties."""
+    return n if exact else measured(n, 2)
 
 
 def _is_measured(value: Any) -> bool:

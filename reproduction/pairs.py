@@ -10,7 +10,7 @@ from ccm.models.specs import MODELS, PUBLISHED, ModelSpec, spec_for
 from ccm.models.weights import check_weights, weight_files
 from ccm.paper.comparison import FACTS
 from ccm.paper.comparison import rehearsal as why_rehearsal
-from conftest import Options
+from conftest import REAL, REPRODUCED, Options
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def pairs(
         The pairs; if there are none, one parameter that skips with the reason.
     """
     models = [m for m in options.models if (m in PUBLISHED or not published) and model in (None, m)]
-    values = [v for v in options.ablation_values if ablation_value in (None, v)]
-    found = [Pair(m, v).param() for m in models for v in values]
+    found = [
+        Pair(m, v).param() for m in models for v in values_of(m, options) if ablation_value in (None, v)
+    ]
     if found:
         return found
     kind = model or ("a published model" if published else "a model")
@@ -60,6 +61,12 @@ def pairs(
         "selected: see --models and --ablation-values"
     )
     return [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
+
+
+def values_of(model: str, options: Options) -> tuple[str, ...]:
+    """The ablation values of a model: of the real one the first, unless it is asked for by name."""
+    every = options.ablation_values
+    return every[:1] if model == REAL and options.models == REPRODUCED else every
 
 
 def missing(model: str, options: Options) -> tuple[str, bool] | None:
@@ -78,7 +85,7 @@ def missing(model: str, options: Options) -> tuple[str, bool] | None:
         gated = " (gated: ask for access on its page, and set HF_TOKEN)" if spec.gated else ""
         return (
             f"needs weights of {model}: not in the cache. Download them with "
-            f"ccm measure --model {model}{gated}, or give --model-path {model}=DIR",
+            f"ccm fetch {model}{gated}, or give --model-path {model}=DIR",
             options.require_weights,
         )
     return None

@@ -16,10 +16,16 @@ from ccm.experiment.results import RunResults, read_results
 from ccm.experiment.run import run
 from ccm.method.neurons import select
 from ccm.models.specs import PUBLISHED, ModelSpec
-from conftest import SEED, Options
-from reproduction.pairs import Pair, device_of, is_stand_in, missing, spec_of
+from conftest import REAL, SEED, Options
+from reproduction.pairs import Pair, device_of, is_stand_in, missing, spec_of, values_of
 
-N_CONTROLS = 100
+# Fewer of the real model, whose whole experiment is `tox -e real`.
+N_CONTROLS, N_REAL_CONTROLS = 100, 20
+
+
+def n_controls(model: str) -> int:
+    """Controls of each kind that a model is run with."""
+    return N_REAL_CONTROLS if model == REAL else N_CONTROLS
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """What was run, on what, with what."""
         return dict(read_json(self.folder / MANIFEST))
+
+    @property
+    def exact(self) -> bool:
+        """Whether its counts are the same on every machine."""
+        return bool(self.manifest["identity"]["dtype"] == "float32")
 
     @cached_property
     def results(self) -> RunResults:
@@ -55,15 +66,15 @@ def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
     published = pair.model in PUBLISHED
     return RunConfig(
         model=pair.model,
-        ablation_values=options.ablation_values,
-        controls=N_CONTROLS,
+        ablation_values=values_of(pair.model, options),
+        controls=n_controls(pair.model),
         # The print knows plain controls only.
-        matched_controls=0 if published else N_CONTROLS,
+        matched_controls=0 if published else n_controls(pair.model),
         device=device_of(pair, options),
         dtype=options.dtype,
         seed=SEED,
         protocol="released" if published else "corrected",
-        facts=options.facts,
+        facts=options.facts or ("world" if pair.model == REAL else None),
         neurons=spec.published_neurons or None,
         # The threshold belongs to the published weights.
         min_rho=0.0 if is_stand_in(spec) else None,

@@ -5,14 +5,14 @@ from typing import Any
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.method.sources import SOURCES
-from reproduction.goldens import measured
+from reproduction.goldens import counted
 from reproduction.pairs import Pair
-
-# Two prompts: another CPU's matrix product may settle a near tie the other way.
-PROMPTS = 2
+from reproduction.runs import Run
 
 
-def test_sources_before_ablation(pair: Pair, scores: dict[str, Any], golden: SnapshotAssertion) -> None:
+def test_sources_before_ablation(
+    pair: Pair, run: Run, scores: dict[str, Any], golden: SnapshotAssertion
+) -> None:
     # 1: it runs
     sources = scores["sources"]
     # 2: shapes and types
@@ -26,6 +26,6 @@ def test_sources_before_ablation(pair: Pair, scores: dict[str, Any], golden: Sna
     # 4: values
     assert {
         "prompts": scores["n_prompts"],
-        "sources": {s: measured(counts[s], PROMPTS) for s in SOURCES},
-        "recalled": measured(scores["parametric_recall"]["count"], PROMPTS),
+        "sources": {s: counted(counts[s], exact=run.exact) for s in SOURCES},
+        "recalled": counted(scores["parametric_recall"]["count"], exact=run.exact),
     } == golden

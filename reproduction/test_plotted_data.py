@@ -11,13 +11,12 @@ from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import RATIOS, SOURCES
 from ccm.reporting.report import HTML
 from reproduction.artifacts import Left
-from reproduction.goldens import measured
+from reproduction.goldens import counted, measured
 from reproduction.pairs import Pair
+from reproduction.runs import Run
 
-POINTS = 0.3  # percentage points: a few near ties of some 1,300 prompts
-CLASS_POINTS = 0.5  # the same of the 440 of a class
-PROMPTS = 2  # near ties that another CPU may settle the other way
-NATS = 0.05  # of a class's mean: two of some 400 prompts that change class, 10 nats off
+POINTS = 0.16  # of controls, percentage points: two prompts of some 1,300
+NATS = 1e-3  # of a class's mean
 SHARE = 1e-3  # of a measure: sums of float32 products in another order
 HTML_LIMIT = 10_000_000  # bytes
 
@@ -27,29 +26,32 @@ def near(value: float, scale: float | None = None) -> dict[str, float] | None:
     return measured(value, SHARE * abs(value if scale is None else scale))
 
 
-def bars_of(data: Mapping[str, Any], points: float) -> dict[str, Any]:
+def bars_of(data: Mapping[str, Any], exact: bool) -> dict[str, Any]:
     return {
         bar["label"]: {
-            "entropy_set": measured(bar["own"]["percent"], points),
+            "entropy_set": counted(bar["own"]["count"], exact=exact),
             "controls_mean": measured(bar["summary"]["mean"], POINTS),
         }
         for bar in data["bars"]
     }
 
 
-def classes_of(data: Mapping[str, Any]) -> dict[str, Any]:
+def classes_of(data: Mapping[str, Any], exact: bool) -> dict[str, Any]:
+    # Two of some 400 prompts that change class, 10 nats off.
+    nats = NATS if exact else 0.05
     return {
         source: {
-            "n": measured(data[source]["n"], PROMPTS),
-            "mean": measured(data[source]["mean"], NATS),
+            "n": counted(data[source]["n"], exact=exact),
+            "mean": measured(data[source]["mean"], nats),
         }
         for source in SOURCES
     }
 
 
 def test_figures_of_the_ablation_value(
-    pair: Pair, scores: dict[str, Any], left: Left, golden: SnapshotAssertion
+    pair: Pair, run: Run, scores: dict[str, Any], left: Left, golden: SnapshotAssertion
 ) -> None:
+    exact = run.exact
     stem = f"{pair.model}_{pair.ablation_value}"
     # 1: it runs
     result = scores["ablations"][pair.ablation_value]
@@ -82,23 +84,23 @@ def test_figures_of_the_ablation_value(
             assert mean is None if scored is None else mean == pytest.approx(scored, rel=1e-9)
     # 4: values
     assert {
-        "conversion_ratios": bars_of(ratios, POINTS),
-        "to_context": bars_of(to_context, CLASS_POINTS),
-        "gts": measured(gts["entropy"]["percent"], POINTS),
+        "conversion_ratios": bars_of(ratios, exact),
+        "to_context": bars_of(to_context, exact),
+        "gts": counted(gts["entropy"]["count"], exact=exact),
         "gts_of_controls": {
             f"{q} %": measured(float(np.percentile(gts["controls"], q)), POINTS)
             for q in (0, 25, 50, 75, 100)
         },
         "log_ratios": {
-            name: {when: classes_of(data[when]) for when in ("before", "after")}
+            name: {when: classes_of(data[when], exact) for when in ("before", "after")}
             for name, data in log_ratios.items()
         },
-        "changes_of_log_ratios": {name: classes_of(data) for name, data in changes.items()},
+        "changes_of_log_ratios": {name: classes_of(data, exact) for name, data in changes.items()},
     } == golden
 
 
 def test_figures_of_the_model(
-    pair: Pair, scores: dict[str, Any], left: Left, golden: SnapshotAssertion
+    pair: Pair, run: Run, scores: dict[str, Any], left: Left, golden: SnapshotAssertion
 ) -> None:
     # 1: it runs
     chosen = left.results.entropy_neurons
@@ -127,6 +129,6 @@ def test_figures_of_the_model(
         "median_norms": {name: near(group["box"]["med"]) for name, group in norms.items()},
         "null_space": [near(float(v), float(values[0]) / 100) for v in values[-dims:]],
         "largest_singular_value": near(float(values[0])),
-        "sources": {source: measured(sizes[source]["count"], PROMPTS) for source in SOURCES},
+        "sources": {source: counted(sizes[source]["count"], exact=run.exact) for source in SOURCES},
         "constants": {str(row["neuron"]): near(row[pair.ablation_value], row["max"]) for row in rows},
     } == golden

@@ -6,14 +6,18 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.method.sources import SOURCES
-from reproduction.goldens import measured
+from reproduction.goldens import counted, measured
 from reproduction.pairs import Pair
+from reproduction.runs import Run
 
-PROMPTS = 2  # near ties that another CPU may settle the other way
-POINTS = 0.1  # of the controls' mean, percentage points: 100 sets share their near ties
+# Of the controls' mean, percentage points: of their thousands of replacement values, a machine may
+# round one otherwise.
+POINTS = 0.1
 
 
-def test_transition_scores(pair: Pair, scores: dict[str, Any], golden: SnapshotAssertion) -> None:
+def test_transition_scores(
+    pair: Pair, run: Run, scores: dict[str, Any], golden: SnapshotAssertion
+) -> None:
     # 1: it runs
     result = scores["ablations"][pair.ablation_value]
     own, controls = result["entropy"], result["controls"]
@@ -34,7 +38,8 @@ def test_transition_scores(pair: Pair, scores: dict[str, Any], golden: SnapshotA
     # 4: values
     assert {
         "entropy_set": {
-            k: {j: measured(own["transition_counts"][k][j], PROMPTS) for j in SOURCES} for k in SOURCES
+            k: {j: counted(own["transition_counts"][k][j], exact=run.exact) for j in SOURCES}
+            for k in SOURCES
         },
         "controls_mean_percent": {
             k: {j: measured(controls["transition_scores"][k][j]["mean"], POINTS) for j in SOURCES}

@@ -6,12 +6,14 @@ again. Memory is that, and `d_mlp` x `MEDIAN_BINS` counts, whatever the number o
 ever counted because batches hold none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from ccm.decoding import hooked
 from ccm.decoding.results import Completions, Observer
@@ -19,6 +21,7 @@ from ccm.errors import CcmError
 from ccm.method.statistics import ActivationStatistics
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
+from ccm.models.specs import MAX_NEW_TOKENS
 
 AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy
 KEEP = 1 << 30  # bytes of activations
@@ -145,15 +148,32 @@ def collect(
         else:
             kept.clear()
 
-    decode(model, prompts, observe=first)
+    # At most: a prompt that ends early feeds fewer tokens back.
+    positions = sum(map(len, prompts)) + len(prompts) * (MAX_NEW_TOKENS - 1)
+    with _counted(first, positions) as observe:
+        decode(model, prompts, observe=observe)
     histograms = Histograms(moments)
     second = _in_chunks(histograms.update)
     if room >= 0:
         for rows in kept:
             second(rows)
     else:
-        decode(model, prompts, observe=second)
+        with _counted(second, moments.count) as observe:
+            decode(model, prompts, observe=observe)
     return finish(moments, histograms), moments.count
+
+
+@contextmanager
+def _counted(update: Observer, positions: int) -> Iterator[Observer]:
+    """Show how many positions an observer has seen."""
+    with tqdm(total=positions, desc="activation_stats", unit="position") as bar:
+
+        def observe(rows: Float[Tensor, "rows d_mlp"]) -> None:
+            update(rows)
+            bar.update(len(rows))
+
+        yield observe
+        bar.total = bar.n
 
 
 def _in_chunks(update: Observer) -> Observer:

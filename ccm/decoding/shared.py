@@ -44,9 +44,9 @@ BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
 MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
-# Multiplications of a plain pass over a batch, some seconds on a CPU: progress is shown, and results
-# are kept, after each.
-MAX_WORK = 5e11
+# Multiplications of a batch, some ten seconds on a CPU: progress is shown, and results are kept, after
+# each. An entry of a set's row counts as so many: of its neurons, its exponential and its comparisons.
+MAX_WORK, PER_ENTRY = 5e11, 100
 
 
 def answered(prompt: int, text: str) -> bool:
@@ -312,7 +312,9 @@ def _most(engine: Engine, lengths: Sequence[int]) -> int:
         return MAX_BATCH
     tokens = sum(lengths) / len(lengths) + engine.max_new_tokens
     parameters = sum(p.numel() for p in engine.model.body.parameters())
-    return max(1, min(MAX_BATCH, int(MAX_WORK / (parameters * tokens))))
+    entries = len(engine.full) * engine.model.spec.d_vocab
+    work = parameters * tokens + PER_ENTRY * entries
+    return max(1, min(MAX_BATCH, int(MAX_WORK / work)))
 
 
 def _free(device: torch.device) -> None:

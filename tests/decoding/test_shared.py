@@ -762,11 +762,16 @@ def test_a_batch_takes_some_seconds_on_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
     whole = run(model, prompts)
     tokens = sum(map(len, prompts)) / len(prompts) + MAX_NEW_TOKENS
     parameters = sum(p.numel() for p in model.body.parameters())
-    monkeypatch.setattr(decoding, "MAX_WORK", 4.5 * parameters * tokens)
+    work = parameters * tokens + decoding.PER_ENTRY * SMALL.d_vocab
+    monkeypatch.setattr(decoding, "MAX_WORK", 4.5 * work)
     parts = run(model, prompts)
     assert [len(shard.prompts) for shard in parts.shards] == [4, 4, 1]
     for i in range(len(prompts)):
         assert_same(model, parts.decoded, i, whole.decoded, i, "parts of four")
+    sets = random_sets(SMALL.d_mlp, [6] * 40, 1.0)
+    more = run(model, prompts, sets)
+    least = 4.5 * work / (work + 40 * decoding.PER_ENTRY * SMALL.d_vocab)
+    assert len(more.shards[0].prompts) == max(1, int(least)) < 4, "sets are work, too"
     monkeypatch.setattr(decoding, "MAX_WORK", 1.0)
     assert len(run(model, prompts).shards) == 9, "one prompt at least"
 

@@ -586,7 +586,7 @@ def test_a_resumed_run_may_take_another_memory_budget(
     expected = whole("--engine", "shared")
     assert names(out) == names(expected)
     cells = [path for path in out.rglob("*.parquet") if "source" in pd.read_parquet(path)]
-    assert len(cells) == 1 + len(VALUES) * (1 + 2 * N_CONTROLS)
+    assert len(cells) == 1 + len(VALUES) * (1 + N_CONTROLS + N_MATCHED)
     for path in cells:
         mine, its = (pd.read_parquet(root / path.relative_to(out)) for root in (out, expected))
         for column in ("text", "source", "tokens"):

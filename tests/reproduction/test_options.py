@@ -84,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
 
 def test_all_is_the_default(checked: Callable[..., Any]) -> None:
     options = checked()
-    assert options.models == ("organism", *PUBLISHED)
+    assert options.models == ("organism", "smollm2-135m", *PUBLISHED)
     assert options.ablation_values == tuple(ABLATION_VALUES)
     assert (options.artifacts, options.require_gpu, options.require_weights) == (None, False, False)
     assert (options.facts, options.max_prompts) == (None, None)

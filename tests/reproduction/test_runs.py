@@ -112,7 +112,7 @@ def test_missing_weights_say_what_fetches_them(model: str, monkeypatch: pytest.M
         reason, fail = missing(model, options(require_weights=required)) or ("", None)
         assert reason.startswith(f"needs weights of {model}: not in the cache. Download them with ccm ")
         assert reason.endswith(f", or give --model-path {model}=DIR")
-        assert f"ccm measure --model {model}" in reason
+        assert f"ccm fetch {model}" in reason
         assert ("HF_TOKEN" in reason) == MODELS[model].gated
         assert fail is required
 
