@@ -253,13 +253,13 @@ def organism() -> Organism:
     model = load(MODELS["organism"])
     built = build_prompts(model, find_facts(None, MODELS["organism"]), "bare", engine=ENGINES["hooked"])
     encoded = [(model.encode(p.text), p) for p in built.prompts]
-    chosen = [(tokens, p) for tokens, p in encoded if len(tokens) in (20, 24, 29, 35)][:150]
+    chosen = [(tokens, p) for tokens, p in encoded if len(tokens) in (20, 24, 29, 35)][:80]
     prompts = [tokens for tokens, _ in chosen]
     measures = measure(model.W_U, model.W_out, model.final_norm, model.spec.null_space_dims)
     planted = select(measures, model.spec.n_entropy_neurons, model.spec.min_rho)
     ablations = paper_sets(model, collect(model, prompts)[0], n_controls=10, entropy=planted)
     objects = [(p.counter_object, p.parametric_object) for _, p in chosen]
-    assert len(prompts) == 150
+    assert len(prompts) == 80
     return Organism(model, prompts, objects, ablations)
 
 
