@@ -123,6 +123,8 @@ def collect(
     prompts: Sequence[Tokens],
     decode: Callable[..., Completions] = hooked.decode,
     keep: int = KEEP,
+    *,
+    text_only: bool = False,
 ) -> tuple[ActivationStatistics, int]:
     """Run the plain model over the prompts and their continuations, once or twice.
 
@@ -131,10 +133,12 @@ def collect(
         prompts: Token ids, BOS included.
         decode: How to decode with an observer.
         keep: Bytes of activations to keep at most; if there are more, the model is run again.
+        text_only: Leave out BOS. It is the same token in every prompt, and hence one activation of each
+            neuron, as often as there are prompts, and often an extreme one.
 
     Returns:
-        The statistics and the number of positions they cover: every prompt position and every token
-        that was fed back (the last generated one never is).
+        The statistics and the number of positions they cover: every prompt position (but BOS, if
+        `text_only`) and every token that was fed back (the last generated one never is).
     """
     moments = Moments(model.spec.d_mlp, model.device)
     kept, room = list[Float[Tensor, "rows d_mlp"]](), keep
@@ -151,7 +155,7 @@ def collect(
     # At most: a prompt that ends early feeds fewer tokens back.
     positions = sum(map(len, prompts)) + len(prompts) * (MAX_NEW_TOKENS - 1)
     with _counted(first, positions) as observe:
-        decode(model, prompts, observe=observe)
+        decode(model, prompts, observe=observe, text_only=text_only)
     histograms = Histograms(moments)
     second = _in_chunks(histograms.update)
     if room >= 0:
@@ -159,7 +163,7 @@ def collect(
             second(rows)
     else:
         with _counted(second, moments.count) as observe:
-            decode(model, prompts, observe=observe)
+            decode(model, prompts, observe=observe, text_only=text_only)
     return finish(moments, histograms), moments.count
 
 

@@ -46,6 +46,7 @@ class Engine:
     own_top: bool
     keep_residual: bool
     observing: bool
+    skipped: int  # first positions of a prompt that are not observed
     lists: BoundedLists
     # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
@@ -99,6 +100,11 @@ class Engine:
         x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
         if self.observing:
             rows = a if times is None else a.repeat_interleave(times, dim=0)
+            if self.skipped and cache.get_seq_length() == tokens.shape[1]:  # all begin here
+                rows = rows[:, self.skipped :]
+            elif self.skipped and positions is not None:  # some may
+                at = positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+                rows = rows[at >= self.skipped]
             self.seen.append(rows.reshape(-1, a.shape[-1]).float())
         return x, a
 

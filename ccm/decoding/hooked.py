@@ -54,6 +54,7 @@ def decode(
     memory_budget: int | None = None,
     batch_size: int = BATCH_SIZE,
     observe: Observer | None = None,
+    text_only: bool = False,
 ) -> Completions:
     """Decode greedily with a neuron set held at its replacement values at every position and step.
 
@@ -68,6 +69,7 @@ def decode(
         batch_size: Prompts of equal length that run together; never changes a result.
         observe: Sees `hook_post` of the last layer, before ablation, at every prompt position and
             every fed-back token of prompts that have not ended.
+        text_only: Show it no BOS.
 
     Returns:
         Tokens, texts and first-token readings in prompt order.
@@ -89,6 +91,7 @@ def decode(
                 max_new_tokens,
                 observe,
                 generated,
+                text_only=text_only and model.bos is not None,
                 keep_residual=keep_residual,
             )
             parts.append((indices, first))
@@ -196,6 +199,7 @@ def _decode_batch(
     observe: Observer | None,
     generated: list[list[int]],
     *,
+    text_only: bool = False,
     keep_residual: bool = False,
 ) -> FirstToken:
     """Decode prompts of one length; append to `generated`, return the first-token readings."""
@@ -211,7 +215,9 @@ def _decode_batch(
         with ExitStack() as hooks:
             if keep_residual and step == 0:
                 hooks.enter_context(model.bridge.hooks(fwd_hooks=[(FINAL_RESIDUAL, keep)]))
-            logits = _forward(model, new, cache, ablation, observe, live)
+            logits = _forward(
+                model, new, cache, ablation, observe, live, unseen=int(text_only and step == 0)
+            )
         # The list of likely first tokens is a choice, too.
         n = 1 if step else min(N_TOP + 1, logits.shape[1] - 1)
         logits = _settled(model, logits, n, tokens, ablation)
@@ -239,9 +245,10 @@ def _forward(
     ablation: Ablation,
     observe: Observer | None,
     live: Bool[Tensor, "prompt"],
+    unseen: int = 0,
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Run new tokens with the hook in place; logits after the last one."""
-    hook = _hook(model, ablation, observe, live)
+    hook = _hook(model, ablation, observe, live, unseen)
     with ExitStack() as hooks:
         if hook is not None:
             hooks.enter_context(model.bridge.hooks(fwd_hooks=[(model.hook_post, hook)]))
@@ -277,8 +284,13 @@ def _settled(
     return settled
 
 
-def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor) -> Any:
-    """Return the hook function for one batch, or None where there is nothing to do."""
+def _hook(
+    model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor, unseen: int
+) -> Any:
+    """Return the hook function for one batch, or None where there is nothing to do.
+
+    The first `unseen` positions are not observed.
+    """
     if not ablation.neurons and observe is None:
         return None
     neurons = torch.tensor(ablation.neurons, dtype=torch.long, device=model.device)
@@ -289,7 +301,7 @@ def _hook(model: LoadedModel, ablation: Ablation, observe: Observer | None, live
         assert activations.shape[0] == len(live), activations.shape
         assert activations.shape[-1] == model.spec.d_mlp, activations.shape
         if observe is not None:
-            observe(activations[live].reshape(-1, model.spec.d_mlp).float())
+            observe(activations[live, unseen:].reshape(-1, model.spec.d_mlp).float())
         if not len(neurons):
             return activations
         activations = activations.clone()

@@ -63,6 +63,7 @@ def decode(
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_budget: int | None = None,
     observe: Observer | None = None,
+    text_only: bool = False,
 ) -> Completions:
     """Decode under one neuron set; same signature as `ccm.decoding.hooked.decode`."""
     sets = [ablation] if ablation.neurons else []
@@ -74,6 +75,7 @@ def decode(
         max_new_tokens=max_new_tokens,
         memory_budget=memory_budget,
         observe=observe,
+        text_only=text_only,
         own_top=True,
     )
     return merge(list(shards)).completions(len(sets))
@@ -92,6 +94,7 @@ def decode_sets(
     keep_residual: bool = False,
     memory_budget: int | None = None,
     observe: Observer | None = None,
+    text_only: bool = False,
     work: Work | None = None,
     done: Collection[int] = (),
     shard: tuple[int, int] = (1, 1),
@@ -114,6 +117,7 @@ def decode_sets(
             result.
         observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
             `ablations` to be empty.
+        text_only: Show it no BOS.
         work: Counts are added here.
         done: Prompts whose batches are there already. Batches are cut as without them, so that what is
             left is computed to the last bit as it would have been.
@@ -142,6 +146,7 @@ def decode_sets(
         own_top=own_top,
         keep_residual=keep_residual,
         observing=observe is not None,
+        skipped=int(text_only and model.bos is not None),
     )
     given = no_targets(len(prompts)) if targets is None else targets
 
@@ -217,6 +222,7 @@ def _engine(
     own_top: bool = False,
     keep_residual: bool = False,
     observing: bool = False,
+    skipped: int = 0,
 ) -> Engine:
     n_sets = len(screen.slots)
     return Engine(
@@ -232,6 +238,7 @@ def _engine(
         own_top=own_top,
         keep_residual=keep_residual,
         observing=observing,
+        skipped=skipped,
         lists=BoundedLists(exact=model.device.type != "cuda"),
     )
 

@@ -28,6 +28,7 @@ from ccm.method.protocol import PROTOCOLS
 from ccm.models.specs import DTYPES
 
 STATISTICS_FROM = ("own", "released")
+STATISTICS_POSITIONS = ("all", "text")
 # What `ccm rehearse` has of these options.
 REHEARSED = (
     *("model", "ablation_values", "controls", "matched_controls", "seed"),
@@ -136,6 +137,11 @@ class RunConfig:
         "own",
         "activation statistics: own, or released, those of the paper's authors",
         choices=STATISTICS_FROM,
+    )
+    stats_positions: str = option(
+        "all",
+        "positions that activation statistics cover: all, as published, or text, without BOS",
+        choices=STATISTICS_POSITIONS,
     )
     memory_budget: int | None = option(
         None,

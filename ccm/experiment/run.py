@@ -160,8 +160,14 @@ def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFo
         if "memory_budget" not in folder.manifest:
             budget = budget or default_budget(plan_.device)
             folder.note(memory_budget=budget, work=Work(), asked=given(plan_.config))
-        elif budget is not None:  # one that was too large for the machine must not stay
-            folder.note(memory_budget=budget)
+        elif budget not in (None, folder.manifest["memory_budget"]):
+            if plan_.config.shard is not None:
+                began = folder.manifest["memory_budget"]
+                raise BadInput(
+                    f"--memory-budget: {out} began with {began} bytes, and all shards of a run are cut by "
+                    "one budget. Leave it out, or begin all shards anew."
+                )
+            folder.note(memory_budget=budget)  # one that was too large must not stay
         yield folder
 
 
@@ -281,7 +287,8 @@ def statistics_step(
         # Beside what a batch takes.
         keep = budget // 4
         decode_ = partial(decode, memory_budget=budget - keep)
-        statistics, positions = collect(model, tokens, decode_, keep)
+        text_only = plan_.config.stats_positions == "text"
+        statistics, positions = collect(model, tokens, decode_, keep, text_only=text_only)
         write_statistics(folder.path / ACTIVATION_STATS, statistics, positions)
     statistics, positions = read_statistics(folder.path / ACTIVATION_STATS)
     return float16_sigma(statistics, positions) if plan_.protocol.float16_sigma else statistics

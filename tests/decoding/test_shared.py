@@ -942,18 +942,42 @@ def test_the_observer_sees_the_rows_of_the_hooked_path(config: ToyConfig) -> Non
         margins(model).a.assert_close(a, b, what=config.id)
 
 
-def test_words_that_prompts_share_are_observed_for_each_of_them() -> None:
+@pytest.mark.parametrize("text_only", [False, True])
+def test_words_that_prompts_share_are_observed_for_each_of_them(text_only: bool) -> None:
     model = loaded(SMALL)
     begin, *others = token_prompts(4, SMALL, seed=9, min_len=5, max_len=7)
     prompts = [begin, [*begin[:4], 9, 11], [*begin, 12], *others]
     assert max(length for _, length in shared_prefixes(prompts)) >= 4, "nothing is shared"
     mine: list[torch.Tensor] = []
     its: list[torch.Tensor] = []
-    decode(model, prompts, observe=mine.append)
-    hooked.decode(model, prompts, observe=its.append)
+    decode(model, prompts, observe=mine.append, text_only=text_only)
+    hooked.decode(model, prompts, observe=its.append, text_only=text_only)
     assert sum(map(len, mine)) == sum(map(len, its))
     a, b = in_order(mine), in_order(its)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@each_toy
+def test_bos_is_not_observed_where_only_text_is_wanted(config: ToyConfig) -> None:
+    model = replace(loaded(config), bos=1)
+    first, *others = ([1, *p[1:]] for p in token_prompts(9, config, seed=9, min_len=2, max_len=9))
+    prompts = [first, [*first[:-1], 5], [*first, 7, 8], *others]
+    all_rows: list[torch.Tensor] = []
+    text: list[torch.Tensor] = []
+    its: list[torch.Tensor] = []
+    decode(model, prompts, observe=all_rows.append)
+    decode(model, prompts, observe=text.append, text_only=True)
+    hooked.decode(model, prompts, observe=its.append, text_only=True)
+    assert sum(map(len, text)) == sum(map(len, all_rows)) - len(prompts) == sum(map(len, its))
+    margins(model).a.assert_close(in_order(text), in_order(its), what=config.id)
+    seen: list[torch.Tensor] = []
+    hooked.decode(model, [[1]], observe=seen.append, max_new_tokens=1)
+    (bos,) = torch.cat(seen)
+    nearest = [float((torch.cat(rows) - bos).abs().amax(1).min()) for rows in (all_rows, text)]
+    assert nearest[0] < 1e-4 * float(bos.abs().max()) < nearest[1], "BOS is still among them"
+    without: list[torch.Tensor] = []
+    decode(replace(model, bos=None), prompts, observe=without.append, text_only=True)
+    assert sum(map(len, without)) == sum(map(len, all_rows)), "without a BOS, all is text"
 
 
 def test_statistics_of_both_paths_agree() -> None:

@@ -68,6 +68,16 @@ def shards(facts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+def test_a_shard_keeps_the_budget_that_all_are_cut_by(
+    facts: Path, shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*RUN, "--facts", str(facts), "--shard", f"1/{N}", "--out", str(shards[0])]
+    assert main([*given, "--memory-budget", "3M"]) == 2
+    assert "began with 2097152 bytes, and all shards" in capsys.readouterr().err
+    assert main(given) == 0
+    assert manifest(shards[0])["memory_budget"] == 2 << 20
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, which holds times."""
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]

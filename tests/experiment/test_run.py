@@ -646,3 +646,13 @@ def test_released_sigma_is_summed_in_float16(whole: Run) -> None:
         np.testing.assert_array_equal(getattr(read["corrected"], name), getattr(stored, name))
         np.testing.assert_array_equal(getattr(read["released"], name), getattr(expected, name))
     assert not np.array_equal(read["corrected"].std, read["released"].std)
+
+
+def test_statistics_of_the_text_alone_leave_out_bos(whole: Run) -> None:
+    every, text = whole(), whole("--stats-positions", "text")
+    (held, n), (without, m) = (read_statistics(folder / ACTIVATION_STATS) for folder in (every, text))
+    assert n - m == N_PROMPTS
+    assert not np.array_equal(held.mean, without.mean)
+    assert (held.min <= without.min + 1e-5).all(), "a minimum that all positions do not have"
+    assert manifest(text)["identity"]["stats_positions"] == "text"
+    assert manifest(every)["identity"]["stats_positions"] == "all"
