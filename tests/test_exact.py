@@ -104,7 +104,7 @@ NUMERIC = (
     *("decoding.test_activations", "closed_form.test_closed_form", "decoding.test_shared"),
     *("experiment.test_effects", "test_exact", "decoding.test_hooked", "models.test_specs"),
     *("method.test_neurons", "decoding.test_pretended_gpu", "test_released"),
-    *("decoding.test_exact", "decoding.test_certificate", "models.test_device_map"),
+    *("decoding.test_exact", "decoding.test_certificate", "experiment.test_probing"),
     "reproduction.test_tolerance",
 )
 

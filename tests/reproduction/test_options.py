@@ -171,7 +171,8 @@ def test_a_usage_error_ends_pytest_before_any_test() -> None:
 def test_gpu_pairs_are_collected_and_skip_with_the_reason_under_a_header(tmp_path: Path) -> None:
     toy = toy_folder(ToyConfig("gpt2"))
     options = ("--dtype", "bfloat16", "--model-path", f"gpt2-small={toy}")
-    environment = {"HF_HOME": str(tmp_path), OTHER_DIMENSIONS_VARIABLE: "1"}
+    caches = {"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**caches, OTHER_DIMENSIONS_VARIABLE: "1"}
     done = run_pytest(ONE_FILE, "--models", ",".join(PUBLISHED), *options, **environment)
     n = len(PUBLISHED) * len(ABLATION_VALUES)
     assert done.returncode == 0, done.stdout + done.stderr
