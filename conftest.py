@@ -165,11 +165,14 @@ def _threads(pytestconfig: pytest.Config) -> None:
 NUMERIC = {"tests.tolerance", "tests.exact"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that other kernels might fail: of files with margins, and those with goldens.
 
-    By what they import, so that no list of them can be forgotten.
+    By what they import, so that no list of them can be forgotten. Tests of a model's whole run come
+    first: they take the longest.
     """
+    models = config.stash[OPTIONS].models
+    items.sort(key=lambda item: _kept_together(item.nodeid, models) not in models)
     for item in items:
         module = getattr(item, "module", None)
         if is_numeric(module) or "golden" in getattr(item, "fixturenames", ()):
@@ -194,6 +197,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     models = config.stash[OPTIONS].models
+
+    # In the order of collection, which has whole runs first: begun last, one would keep one worker busy
+    # while the others have nothing left to do.
+    config.option.loadscopereorder = False
 
     class ByModel(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:

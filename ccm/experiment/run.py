@@ -164,8 +164,8 @@ def hold_folder(plan_: Plan, known: dict[str, Any], out: Path) -> Iterator[RunFo
             if plan_.config.shard is not None:
                 began = folder.manifest["memory_budget"]
                 raise BadInput(
-                    f"--memory-budget: {out} began with {began} bytes, and all shards of a run are cut by "
-                    "one budget. Leave it out, or begin all shards anew."
+                    f"--memory-budget: {out} began with {began} bytes, and all shards of a run are cut "
+                    "by one budget. Leave it out, or begin all shards anew."
                 )
             folder.note(memory_budget=budget)  # one that was too large must not stay
         yield folder
