@@ -285,7 +285,7 @@ def _settled(
 
 
 def _hook(
-    model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor, unseen: int
+    model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor, unseen: int = 0
 ) -> Any:
     """Return the hook function for one batch, or None where there is nothing to do.
 
