@@ -24,8 +24,13 @@ N_CONTROLS, N_REAL_CONTROLS = 100, 20
 
 
 def n_controls(model: str) -> int:
-    """Controls of each kind that a model is run with."""
+    """Plain controls that a model is run with."""
     return N_REAL_CONTROLS if model == REAL else N_CONTROLS
+
+
+def n_matched(model: str) -> int:
+    """Matched controls: the print knows none, and no golden of the real model holds any."""
+    return 0 if model == REAL or model in PUBLISHED else N_CONTROLS
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,7 @@ def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
         model=pair.model,
         ablation_values=values_of(pair.model, options),
         controls=n_controls(pair.model),
-        # The print knows plain controls only.
-        matched_controls=0 if published else n_controls(pair.model),
+        matched_controls=n_matched(pair.model),
         device=device_of(pair, options),
         dtype=options.dtype,
         seed=SEED,
