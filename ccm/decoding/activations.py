@@ -158,7 +158,7 @@ def collect(
         decode(model, prompts, observe=observe, text_only=text_only)
     histograms = Histograms(moments)
     second = _in_chunks(histograms.update)
-    if room >= 0:
+    if kept:
         for rows in kept:
             second(rows)
     else:

@@ -450,6 +450,25 @@ def test_without_the_referee_near_ties_would_depend_on_the_batch(
     assert seen, "these near ties are none: the test above cannot fail"
 
 
+def test_the_reference_settles_near_ties_as_exact_arithmetic_does(
+    near_ties: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = token_prompts(24, SMALL, seed=6, min_len=5, max_len=9)
+    ablations = random_sets(SMALL.d_mlp, [6, 15], 0.5)
+    done = run(near_ties, prompts, ablations, own_top=True)
+    for i, ablation in enumerate([PLAIN, *ablations]):
+        found, wanted = done.decoded.completions(i), hooked.decode(near_ties, prompts, ablation)
+        assert found.tokens == wanted.tokens, ablation.name
+        np.testing.assert_array_equal(found.first.top_tokens, wanted.first.top_tokens)
+        exact = forward(near_ties.source, prompts, ablations=[ablation] * len(prompts)).logits
+        last = exact[range(len(prompts)), [len(p) - 1 for p in prompts]]
+        np.testing.assert_array_equal(wanted.first.top_tokens[:, 0], last.argmax(-1))
+    monkeypatch.setattr(hooked, "NEAR", -1.0)
+    unsettled = hooked.decode(near_ties, prompts)
+    moved = unsettled.first.top_tokens != done.decoded.completions(0).first.top_tokens
+    assert moved.any(), "float32 has all of them right: nothing was settled"
+
+
 # --- what it costs, counted exactly -----------------------------------------------------------------
 
 
