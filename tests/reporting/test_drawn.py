@@ -834,9 +834,10 @@ def test_weight_norms(run: Counted, drawn: dict[str, Drawing]) -> None:
             wanted = kernels(norms, drawing.data["grid"])
             np.testing.assert_allclose(found["density"], wanted, atol=0.01 * wanted.max())
     assert ticks(bottom, "y") == ["entropy", "other"]
-    box_ = top.get_legend()
-    assert box_ is not None
+    (box_,) = drawing.figure.legends
     assert [t.get_text() for t in box_.get_texts()] == ["entropy neurons (3)", "other neurons (37)"]
+    drawing.figure.canvas.draw()
+    assert not any(box_.get_window_extent().overlaps(axes.get_tightbbox()) for axes in (top, bottom))
     medians_ = [run.measures.loc[chosen == of, "norm"].median() for of in (True, False)]
     assert drawing.description == (
         f"Entropy neurons (3): median norm {medians_[0]:.3g}; "

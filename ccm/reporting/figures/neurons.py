@@ -324,7 +324,9 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     top.set_xlim(grid[0], grid[-1])
     top.xaxis.set_major_locator(MaxNLocator(nbins=6))
     top.tick_params(labelbottom=False)
-    top.legend(loc="upper right")
+    handles, labels = top.get_legend_handles_labels()
+    # Not inside: with few neurons apart from the rest, the density's peak may be anywhere.
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, columnspacing=0.9, handlelength=1)
     said = "; ".join(
         f"{name} ({group['n']:,}): "
         + (f"median norm {group['box']['med']:.3g}" if group["box"] else "none")
