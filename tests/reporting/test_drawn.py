@@ -24,7 +24,7 @@ from ccm.experiment.files import to_json
 from ccm.experiment.results import read_results
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.reporting.figures import canvas, gallery, layers
-from ccm.reporting.figures.canvas import Drawing
+from ccm.reporting.figures.canvas import Drawing, style
 from ccm.reporting.figures.gallery import figures_across, figures_of_run
 from tests.counted import SOURCES, Counted, Others, Part, changed, conversion, others, part, rank
 from tests.distinct_run import CONTROLS, MATCHED, RELATIONS, distinct_runs
@@ -836,7 +836,8 @@ def test_weight_norms(run: Counted, drawn: dict[str, Drawing]) -> None:
     assert ticks(bottom, "y") == ["entropy", "other"]
     (box_,) = drawing.figure.legends
     assert [t.get_text() for t in box_.get_texts()] == ["entropy neurons (3)", "other neurons (37)"]
-    drawing.figure.canvas.draw()
+    with style():
+        drawing.figure.get_layout_engine().execute(drawing.figure)  # as when it is saved
     assert not any(box_.get_window_extent().overlaps(axes.get_tightbbox()) for axes in (top, bottom))
     medians_ = [run.measures.loc[chosen == of, "norm"].median() for of in (True, False)]
     assert drawing.description == (

@@ -326,7 +326,7 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     top.tick_params(labelbottom=False)
     handles, labels = top.get_legend_handles_labels()
     # Not inside: with few neurons apart from the rest, the density's peak may be anywhere.
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, columnspacing=0.9, handlelength=1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1)
     said = "; ".join(
         f"{name} ({group['n']:,}): "
         + (f"median norm {group['box']['med']:.3g}" if group["box"] else "none")
