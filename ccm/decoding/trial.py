@@ -72,9 +72,8 @@ def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
 
 
 def _read(model: LoadedModel, rows: Tensor, x: Tensor, a: Tensor) -> Found:
-    logits = model.final_norm(x.float()) @ model.W_U.float() + model.b_U
     return {
-        LOG_PROBS: (rows, logits.log_softmax(-1)),
+        LOG_PROBS: (rows, model.logits(x).log_softmax(-1)),
         FINAL: (rows, x.float()),
         ACTIVATIONS: (rows, a.float()),
     }

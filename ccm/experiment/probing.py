@@ -185,8 +185,7 @@ def first_log_probs(
     found = list[list[float]]()
     for start in range(0, len(tokens), ROWS):
         x = torch.from_numpy(residuals[start : start + ROWS]).to(model.device)
-        logits = model.final_norm(x) @ model.W_U.float() + model.b_U
-        found += _gather(logits, asked_for[start : start + ROWS])
+        found += _gather(model.logits(x), asked_for[start : start + ROWS])
     if model.dtype == torch.float32:
         near = [i for i, (ids, row) in enumerate(zip(asked_for, found, strict=True)) if _near(ids, row)]
 

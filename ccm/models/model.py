@@ -69,6 +69,11 @@ class LoadedModel:
             bias=torch.zeros_like(gain) if bias is None else bias.detach().float().to(self.device),
         )
 
+    def logits(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:
+        """Logits of final residuals, in float32."""
+        found: Tensor = self.final_norm(x.float()) @ self.W_U.float() + self.b_U
+        return found
+
     @cached_property
     def last_layer(self) -> LastLayer:
         """The weights between the last MLP's activations and the logits."""
