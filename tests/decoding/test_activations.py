@@ -193,7 +193,7 @@ def test_collect_covers_what_decoding_reads(config: ToyConfig) -> None:
     assert (off <= 2 * span / MEDIAN_BINS + within.atol).all(), off / span
 
 
-def test_what_fits_is_kept_and_the_rest_seen_again() -> None:
+def test_what_fits_is_kept_and_the_rest_seen_again(capsys: pytest.CaptureFixture[str]) -> None:
     config = FAMILIES[0]
     model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, max_len=7)
     passes = list[int]()
@@ -211,6 +211,9 @@ def test_what_fits_is_kept_and_the_rest_seen_again() -> None:
         for name in STATISTICS:
             np.testing.assert_array_equal(getattr(again, name), getattr(kept, name), err_msg=name)
     assert once == 1
+    shown = capsys.readouterr().err
+    assert f"{n}/{n}" in shown, "the bar of a second pass ends where it is done"
+    assert "activation_stats" in shown
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
