@@ -153,11 +153,7 @@ class Engine:
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, Tensor] = {}
         for step in range(self.max_new_tokens):
-            nodes = read_nodes(self.screen, x, a)
-
-            def prefix(i: int) -> list[int]:
-                return [*prompts[int(tree.origin[i])], *tree.paths[i].tolist()]
-
+            nodes, prefix = read_nodes(self.screen, x, a), partial(tree.prefix, prompts)
             referee = Referee(self.model, self.screen, prefix, self.lists, work, self.at_once)
             self.lists.start()
             while True:
@@ -270,6 +266,10 @@ class _Tree:
         self.origin = prompts  # (node,): its prompt
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
         self.leaf = torch.full_like(self.pair, -1)  # place among all branches
+
+    def prefix(self, prompts: Sequence[Tokens], node: int) -> list[int]:
+        """All tokens of a node, its prompt's first."""
+        return [*prompts[int(self.origin[node])], *self.paths[node].tolist()]
 
     def branch(self, chosen: Int[Tensor, "pair"], lists: BoundedLists) -> _Branches:
         """Add a token to every pair; the bounded list is "branches".

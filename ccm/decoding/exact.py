@@ -10,13 +10,14 @@ No second copy of the model is made: `float64` casts every weight when an operat
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ccm.decoding.forward import run_body
 from ccm.method.neurons import VOCAB_COLUMNS
@@ -45,30 +46,35 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs).double()
         if func.overloadpacket in _COPIES and args[0].dtype is torch.float32:
             return func(*args, **kwargs)  # weights on their way: widened when they are read
-        schema = func._schema
+        views, reads = _does(func)
         # A view is taken of what is there, and widened when it is read.
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-        def widen(argument: Any, value: Any) -> Any:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            return value if written else tree_map(_double_dtype if views else _double, value)
-
-        args = tuple(widen(a, value) for a, value in zip(schema.arguments, args, strict=False))
-        by_name = {argument.name: argument for argument in schema.arguments}
-        kwargs = {name: widen(by_name[name], value) for name, value in kwargs.items()}
+        widened = torch.dtype if views else (torch.dtype, Tensor)
+        args = tuple(
+            tree_map_only(widened, _double, value) if read else value
+            for read, value in zip(reads.values(), args, strict=False)
+        )
+        kwargs = {
+            name: tree_map_only(widened, _double, value) if reads[name] else value
+            for name, value in kwargs.items()
+        }
         made = func(*args, **kwargs)
         # Float32 is also what a new tensor is that asks for nothing.
-        return made if views or schema.is_mutable else tree_map(_double, made)
+        return made if views or not all(reads.values()) else tree_map_only(Tensor, _double, made)
 
 
-def _double_dtype(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+@cache
+def _does(func: Any) -> tuple[bool, dict[str, bool]]:
+    """Whether an operation returns a view, and which arguments it reads and does not write to."""
+    schema = func._schema
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    reads = {a.name: a.alias_info is None or not a.alias_info.is_write for a in schema.arguments}
+    return views, reads
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype is torch.float32:
-        return value.double()
-    return _double_dtype(value)
+def _double(value: Tensor | torch.dtype) -> Tensor | torch.dtype:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value is torch.float32 else value
+    return value.double() if value.dtype is torch.float32 else value
 
 
 @contextmanager

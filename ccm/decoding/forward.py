@@ -1,8 +1,8 @@
 """The one place that runs the transformer for the shared decode: tokens in, two tensors out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +38,6 @@ def run_body(
         Final residual (the final norm's input) and `hook_post` (the down-projection's input).
     """
     seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
-
-        return hook
-
     masked: dict[str, Tensor] = {}
     if positions is not None:
         past, n = cache.get_seq_length(), tokens.shape[1]
@@ -58,8 +51,8 @@ def run_body(
             masked["attention_mask"] = there.long()
         masked["position_ids"] = positions[:, None] + slots[:n]
     hooks = [
-        model.norm.register_forward_pre_hook(keep("x")),
-        model.mlp_out.register_forward_pre_hook(keep("a")),
+        model.norm.register_forward_pre_hook(partial(_keep, seen, "x")),
+        model.mlp_out.register_forward_pre_hook(partial(_keep, seen, "a")),
     ]
     if last_only:
         hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
@@ -73,6 +66,10 @@ def run_body(
     assert seen["a"].shape == shape, f"activations of {tuple(seen['a'].shape)}, not {shape}"
     # Of a model that is spread over devices, its layers may have read them elsewhere.
     return x.to(model.device), seen["a"].to(model.device)
+
+
+def _keep(seen: dict[str, Tensor], name: str, module: Any, inputs: tuple[Tensor, ...]) -> None:
+    seen[name] = inputs[0]
 
 
 def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:

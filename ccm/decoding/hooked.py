@@ -296,16 +296,27 @@ def _hook(
     neurons = torch.tensor(ablation.neurons, dtype=torch.long, device=model.device)
     values = torch.tensor(ablation.values, dtype=model.dtype, device=model.device)
 
-    def replace(activations: Tensor, hook: Any) -> Tensor:
-        # A wrong shape would be broadcast without a word.
-        assert activations.shape[0] == len(live), activations.shape
-        assert activations.shape[-1] == model.spec.d_mlp, activations.shape
-        if observe is not None:
-            observe(activations[live, unseen:].reshape(-1, model.spec.d_mlp).float())
-        if not len(neurons):
-            return activations
-        activations = activations.clone()
-        activations[..., neurons] = values
-        return activations
+    return partial(_replace, model.spec.d_mlp, neurons, values, observe, live, unseen)
 
-    return replace
+
+def _replace(
+    d_mlp: int,
+    neurons: Int[Tensor, "neuron"],
+    values: Float[Tensor, "neuron"],
+    observe: Observer | None,
+    live: Bool[Tensor, "prompt"],
+    unseen: int,
+    activations: Tensor,
+    hook: Any,
+) -> Tensor:
+    """Show activations to the observer, and hold the neurons at their values."""
+    # A wrong shape would be broadcast without a word.
+    assert activations.shape[0] == len(live), activations.shape
+    assert activations.shape[-1] == d_mlp, activations.shape
+    if observe is not None:
+        observe(activations[live, unseen:].reshape(-1, d_mlp).float())
+    if not len(neurons):
+        return activations
+    activations = activations.clone()
+    activations[..., neurons] = values
+    return activations
