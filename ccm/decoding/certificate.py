@@ -54,8 +54,9 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -114,6 +115,11 @@ class Nodes:
     gap: Float[Tensor, "node"]  # lead of the first over the second
     beyond: Float[Tensor, "node"]  # l_(m+1), or -inf where the vocabulary ends before it
     tolerance: Float[Tensor, "node"]  # tau_0
+
+    def some(self, rows: Int[np.ndarray, "chosen"]) -> "Nodes":
+        """Some of the nodes."""
+        at = torch.from_numpy(rows).to(self.x.device)
+        return Nodes(**{f.name: getattr(self, f.name)[at] for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Prompts are prefilled without a pad, and their keys and values lie in one cache 
 begin later: one forward a step, under an explicit mask and explicit positions, serves all lengths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from ccm.decoding.certificate import Screen, read_nodes
 from ccm.decoding.forward import RowCache, Rows, plan_rows, run_body
 from ccm.decoding.next_token import AtOnce, Referee, choose, read_first_tokens, slices
 from ccm.decoding.prefill import prefill
-from ccm.decoding.results import Batch, Decided, Work
+from ccm.decoding.results import AtLast, Batch, Decided, Work
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
@@ -45,6 +45,7 @@ class Engine:
     budget: int  # bytes that a batch may take
     own_top: bool
     keep_residual: bool
+    at_last: AtLast | None
     observing: bool
     skipped: int  # first positions of a prompt that are not observed
     lists: BoundedLists
@@ -152,8 +153,11 @@ class Engine:
         residual = x.float() if self.keep_residual else x[:, :0].float()
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, Tensor] = {}
+        noted: Mapping[str, np.ndarray] = {}
         for step in range(self.max_new_tokens):
             nodes, prefix = read_nodes(self.screen, x, a), partial(tree.prefix, prompts)
+            if step == 0 and self.at_last is not None:
+                noted = self.at_last(indices, self.screen, nodes)
             referee = Referee(self.model, self.screen, prefix, self.lists, work, self.at_once)
             self.lists.start()
             while True:
@@ -195,6 +199,7 @@ class Engine:
             texts=tuple(self.model.decode(tokens) for tokens in leaves),
             leaf=leaf,
             residual=residual.cpu().numpy(),
+            at_last=noted,
             **{name: values.cpu().numpy() for name, values in first.items()},
         )
 

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ccm.decoding import hooked, shared
-from ccm.decoding.results import Batch, Completions, Decided, Work
+from ccm.decoding.results import AtLast, Batch, Completions, Decided, Work
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -41,6 +41,7 @@ class Engine(Protocol):
         decided: Decided = ...,
         own_top: bool = False,
         keep_residual: bool = False,
+        at_last: AtLast | None = None,
         memory_budget: int | None = None,
         work: Work | None = None,
         done: Collection[int] = (),

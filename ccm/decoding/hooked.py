@@ -5,7 +5,7 @@ In float32, what nearly ties is run again in float64, as the definition of a cho
 (`ccm.decoding.exact`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -16,9 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ccm.decoding.certificate import build_screen, read_nodes
 from ccm.decoding.exact import float64
 from ccm.decoding.results import (
     N_TOP,
+    AtLast,
     Batch,
     Completions,
     Decided,
@@ -109,6 +111,7 @@ def decode_sets(
     decided: Decided | None = None,
     own_top: bool = False,
     keep_residual: bool = False,
+    at_last: AtLast | None = None,
     memory_budget: int | None = None,
     work: Work | None = None,
     done: Collection[int] = (),
@@ -121,6 +124,8 @@ def decode_sets(
     """
     given = no_targets(len(prompts)) if targets is None else targets
     batches = list(equal_length_batches(prompts, BATCH_SIZE))
+    # Nothing is chosen by it, so no rounding is reckoned with.
+    screen = build_screen(model.last_layer, [PLAIN, *ablations], u=0.0) if at_last else None
     for indices in batches[shard[0] - 1 :: shard[1]]:
         if set(indices) <= set(done):
             continue
@@ -139,9 +144,13 @@ def decode_sets(
             decode(model, chosen, ablation, targets=asked, max_new_tokens=max_new_tokens)
             for ablation in sets
         ]
+        noted: Mapping[str, np.ndarray] = {}
+        if screen is not None and at_last is not None:
+            ((x, a),) = read_last_positions(model, chosen, lambda _, x, a: (x, a))
+            noted = at_last(indices, screen, read_nodes(screen, x, a))
         if work is not None:
             work.prompts += len(indices)
-        yield batch_of(indices, plain, runs, own_top=own_top)
+        yield batch_of(indices, plain, runs, noted, own_top=own_top)
 
 
 def check(model: LoadedModel) -> None:
@@ -157,7 +166,6 @@ def read_last_positions(
     ],
     *,
     memory_budget: int | None = None,
-    done: Collection[int] = (),
 ) -> Iterator[_Result]:
     """Run prompts up to their last positions; same signature as `shared.read_last_positions`.
 
@@ -166,7 +174,6 @@ def read_last_positions(
         prompts: Token ids, BOS included, ragged.
         read: Is given a batch's prompts, their final residuals and their last-layer activations.
         memory_budget: Not heeded: a batch takes what it takes.
-        done: Prompts to leave out; batches are cut as with them.
 
     Yields:
         What `read` returns.
@@ -181,8 +188,6 @@ def read_last_positions(
 
     hooks = [(FINAL_RESIDUAL, keep("x")), (model.hook_post, keep("a"))]
     for indices in equal_length_batches(prompts, BATCH_SIZE):
-        if set(indices) <= set(done):
-            continue
         tokens = torch.tensor([list(prompts[i]) for i in indices], device=model.device)
         with model.bridge.hooks(fwd_hooks=hooks):
             next_logits(model, tokens, new_cache(model))

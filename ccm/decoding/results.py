@@ -1,13 +1,14 @@
 """What any way of decoding gives back, and how prompts are put in batches without a single pad."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ccm.decoding.certificate import Nodes, Screen
 from ccm.models.model import LoadedModel
 
 N_TOP = 3  # enough to name the best token that is neither of two others
@@ -15,6 +16,10 @@ TIE = 1e-9  # of logits: float64 errs by less
 
 # Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
 Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
+
+# What to read at the last prompt positions of some prompts without ablation, besides their tokens: of
+# the prompts, the screen of all sets, and the positions as nodes of it. Arrays, kept with the batch.
+AtLast = Callable[[Sequence[int], Screen, Nodes], Mapping[str, np.ndarray]]
 
 # Whether a prompt's text so far settles all that is asked of it, whatever follows: of prompt and text.
 Decided = Callable[[int, str], bool]
@@ -148,10 +153,16 @@ class Batch:
     top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
     top_log_probs: Float[np.ndarray, "prompt topped top"]
     residual: Float[np.ndarray, "prompt kept"]  # of the plain run, as `FirstToken` has it
+    at_last: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `AtLast` returned
 
 
 def batch_of(
-    indices: Sequence[int], plain: Completions, runs: Sequence[Completions], *, own_top: bool
+    indices: Sequence[int],
+    plain: Completions,
+    runs: Sequence[Completions],
+    at_last: Mapping[str, np.ndarray],
+    *,
+    own_top: bool,
 ) -> Batch:
     """Put the plain run and others of the same prompts together.
 
@@ -159,6 +170,7 @@ def batch_of(
         indices: Which prompts.
         plain: Their continuations without ablation.
         runs: Others; asked for the plain run's top tokens, too, after what it was asked for.
+        at_last: What was read at last prompt positions.
         own_top: Whether to keep the most likely tokens of every run, not only of the plain one.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -187,6 +199,7 @@ def batch_of(
         top_tokens=np.stack([run.first.top_tokens for run in topped], axis=1),
         top_log_probs=np.stack([run.first.top_log_probs for run in topped], axis=1),
         residual=plain.first.residual,
+        at_last=at_last,
     )
 
 

@@ -29,7 +29,7 @@ from ccm.decoding.certificate import Screen, build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.prefill import shared_prefixes
-from ccm.decoding.results import Batch, Completions, Decided, Observer, Work, merge, no_targets
+from ccm.decoding.results import AtLast, Batch, Completions, Decided, Observer, Work, merge, no_targets
 from ccm.decoding.tolerance import tolerance
 from ccm.decoding.trial import check_shared
 from ccm.errors import CcmError
@@ -92,6 +92,7 @@ def decode_sets(
     decided: Decided = answered,
     own_top: bool = False,
     keep_residual: bool = False,
+    at_last: AtLast | None = None,
     memory_budget: int | None = None,
     observe: Observer | None = None,
     text_only: bool = False,
@@ -113,6 +114,8 @@ def decode_sets(
             follows; by default, whether its answer has ended (Method 8).
         own_top: Also read the most likely first tokens of every set, not only of the plain run.
         keep_residual: Also give back the plain run's final residuals at last prompt positions.
+        at_last: Reads what else is wanted at last prompt positions; again with fewer prompts where
+            memory does not suffice.
         memory_budget: Bytes a batch may use; by default a part of what is free. Never changes a
             result.
         observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
@@ -145,6 +148,7 @@ def decode_sets(
         max_new_tokens=max_new_tokens,
         own_top=own_top,
         keep_residual=keep_residual,
+        at_last=at_last,
         observing=observe is not None,
         skipped=int(text_only and model.bos is not None),
     )
@@ -182,7 +186,6 @@ def read_last_positions(
     ],
     *,
     memory_budget: int | None = None,
-    done: Collection[int] = (),
 ) -> Iterator[_Result]:
     """Run prompts through the plain model up to their last positions, one batch at a time.
 
@@ -192,7 +195,6 @@ def read_last_positions(
         read: Is given a batch's prompts, their final residuals and their last-layer activations; called
             again with fewer where its memory does not suffice.
         memory_budget: As for `decode_sets`, and so the others.
-        done: Prompts to leave out; batches are cut as with them.
 
     Yields:
         What `read` returns.
@@ -208,7 +210,7 @@ def read_last_positions(
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
 
-    yield from _in_batches(engine, prompts, run, done)
+    yield from _in_batches(engine, prompts, run)
 
 
 def _engine(
@@ -221,6 +223,7 @@ def _engine(
     decided: Decided = answered,
     own_top: bool = False,
     keep_residual: bool = False,
+    at_last: AtLast | None = None,
     observing: bool = False,
     skipped: int = 0,
 ) -> Engine:
@@ -237,6 +240,7 @@ def _engine(
         budget=memory_budget or default_budget(model.device),
         own_top=own_top,
         keep_residual=keep_residual,
+        at_last=at_last,
         observing=observing,
         skipped=skipped,
         lists=BoundedLists(exact=model.device.type != "cuda"),
@@ -247,7 +251,7 @@ def _in_batches(
     engine: Engine,
     prompts: Sequence[Tokens],
     run: Callable[[list[int], list[int]], _Result],
-    done: Collection[int],
+    done: Collection[int] = (),
     shard: tuple[int, int] = (1, 1),
     work: Work | None = None,
 ) -> Iterator[_Result]:

@@ -1,7 +1,6 @@
 """Finished batches of a stage, kept in the run folder until the stage's results are written."""
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from functools import cached_property
@@ -16,15 +15,17 @@ from ccm.experiment.files import read_json, read_stamped, to_json
 from ccm.experiment.folder import BATCHES, MANIFEST
 from ccm.experiment.writing import remove_partial, write_atomically
 
+AT_LAST = "at_last."  # begins the names of what was read at last prompt positions
 
-class ArrayStore:
-    """Arrays of finished batches of a stage, kept until the stage's results are written.
+
+class BatchStore:
+    """Finished batches of a stage, kept until the stage's results are written.
 
     Then they are removed, one by one. A stage whose results are all there must not read the batches: an
     earlier start may have been stopped while it removed them.
     """
 
-    def __init__(self, run: Path, stage: str) -> None:
+    def __init__(self, run: Path, stage: str = "ablations") -> None:
         """Name the folder; nothing is made before the first batch."""
         self.run, self.stage = run, stage
         self.path = run / BATCHES / stage
@@ -39,20 +40,32 @@ class ArrayStore:
         told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
         return {"of": f"{self.stage} {hashlib.sha256(told.encode()).hexdigest()}"}
 
-    def write_arrays(self, first: int, arrays: dict[str, np.ndarray]) -> None:
+    def write(self, batch: Batch) -> None:
         """Keep a batch, named after its first prompt."""
-        name = f"batch_{first:06d}.safetensors"
+        arrays = {
+            f.name: np.ascontiguousarray(getattr(batch, f.name))
+            for f in fields(batch)
+            if f.name not in ("leaves", "texts", "at_last")
+        }
+        arrays |= {AT_LAST + name: array for name, array in batch.at_last.items()}
+        # Ragged: all continuations end to end, and their lengths.
+        arrays["leaf_tokens"] = np.asarray([t for leaf in batch.leaves for t in leaf], dtype=np.int64)
+        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in batch.leaves], dtype=np.int64)
+        encoded = [text.encode() for text in batch.texts]
+        arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
         write_atomically(
-            self.path / name, lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp)
+            self.path / f"batch_{int(batch.prompts[0]):06d}.safetensors",
+            lambda p: safetensors.numpy.save_file(arrays, p, metadata=self.stamp),
         )
 
-    def read_arrays(self) -> Iterator[dict[str, np.ndarray]]:
-        """Read every batch that is there, one at a time.
+    def read(self) -> list[Batch]:
+        """Read every batch that is there.
 
         Raises:
             BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
         """
-        held: dict[int, Path] = {}
+        batches, held = list[Batch](), dict[int, Path]()
         for path in sorted(self.path.glob("batch_*.safetensors")):
             arrays, stamp = read_stamped(path)
             if stamp != self.stamp:
@@ -61,7 +74,8 @@ class ArrayStore:
                 if prompt in held:
                     raise self._unfit(path, f"holds prompt {prompt} as {held[prompt].name} does")
                 held[prompt] = path
-            yield arrays
+            batches.append(_batch(arrays))
+        return batches
 
     def _unfit(self, path: Path, why: str) -> BadInput:
         return BadInput(f"{path}: {why}. Remove {self.path}: what it held is computed again.")
@@ -80,46 +94,16 @@ class ArrayStore:
                 folder.rmdir()
 
 
-class BatchStore(ArrayStore):
-    """Finished batches of a shared decode."""
-
-    def __init__(self, run: Path, stage: str = "ablations") -> None:
-        """Name the folder; nothing is made before the first batch."""
-        super().__init__(run, stage)
-
-    def write(self, batch: Batch) -> None:
-        """Keep a batch, named after its first prompt."""
-        arrays = {
-            f.name: np.ascontiguousarray(getattr(batch, f.name))
-            for f in fields(batch)
-            if f.name not in ("leaves", "texts")
-        }
-        # Ragged: all continuations end to end, and their lengths.
-        arrays["leaf_tokens"] = np.asarray([t for leaf in batch.leaves for t in leaf], dtype=np.int64)
-        arrays["leaf_lengths"] = np.asarray([len(leaf) for leaf in batch.leaves], dtype=np.int64)
-        encoded = [text.encode() for text in batch.texts]
-        arrays["text_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        arrays["text_lengths"] = np.asarray([len(text) for text in encoded], dtype=np.int64)
-        self.write_arrays(int(batch.prompts[0]), arrays)
-
-    def read(self) -> list[Batch]:
-        """Read every batch that is there.
-
-        Raises:
-            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
-        """
-        batches = []
-        for arrays in self.read_arrays():
-            leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
-            texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
-            batches.append(
-                Batch(
-                    leaves=tuple(tuple(leaf.tolist()) for leaf in leaves),
-                    texts=tuple(text.tobytes().decode() for text in texts),
-                    **arrays,
-                )
-            )
-        return batches
+def _batch(arrays: dict[str, np.ndarray]) -> Batch:
+    leaves = _split(arrays.pop("leaf_tokens"), arrays.pop("leaf_lengths"))
+    texts = _split(arrays.pop("text_bytes"), arrays.pop("text_lengths"))
+    noted = [name for name in arrays if name.startswith(AT_LAST)]
+    return Batch(
+        leaves=tuple(tuple(leaf.tolist()) for leaf in leaves),
+        texts=tuple(text.tobytes().decode() for text in texts),
+        at_last={name.removeprefix(AT_LAST): arrays.pop(name) for name in noted},
+        **arrays,
+    )
 
 
 def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -1,13 +1,14 @@
 """Steps of a run that go beyond the paper (Method 13): rho by layer, matched controls, effects."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ccm.decoding.engines import ENGINES, Engine
-from ccm.experiment.batches import ArrayStore
-from ccm.experiment.effects import EFFECTS, Effects, measure_effects
+from ccm.decoding.next_token import at_once
+from ccm.decoding.results import Batch
+from ccm.experiment.effects import EFFECTS, Effects, EffectsReader, join_effects
 from ccm.experiment.files import read_statistics, read_table, write_table
 from ccm.experiment.folder import ACTIVATION_STATS, MEASURES, PROMPT_EFFECTS, SET_EFFECTS, RunFolder
 from ccm.method.ablation import MATCHED, Ablation, numbered
@@ -63,53 +64,51 @@ def draw_matched(
     return numbered(MATCHED, matched_controls(n, norm, statistics.std, entropy_neurons, seed))
 
 
-def effects_step(
-    folder: RunFolder,
-    model: LoadedModel,
-    tokens: Sequence[Sequence[int]],
-    planned: Mapping[str, Sequence[Ablation]],
-    engine: Engine = ENGINES["shared"],
-) -> None:
-    """Split every ablation's effect on the first token's entropy, unless the tables are there already.
+def effect_tables(folder: RunFolder) -> list[Path]:
+    """Name the tables of effects: one of each ablation value's entropy set, and one of all sets."""
+    values = folder.manifest["identity"]["ablation_values"]
+    return [*(folder.path / value / PROMPT_EFFECTS for value in values), folder.path / SET_EFFECTS]
 
-    The engine only runs the prompts without ablation; the rest is the same for every engine.
+
+def effects_reader(
+    model: LoadedModel, n_prompts: int, planned: Mapping[str, Sequence[Ablation]]
+) -> EffectsReader:
+    """Make what reads every ablation's effect on the first token's entropy while a run decodes.
+
+    Args:
+        model: The model.
+        n_prompts: Of the run.
+        planned: For each ablation value its sets, the entropy set first.
+    """
+    starts = np.cumsum([1, *map(len, planned.values())]).tolist()  # set 0 is the plain run
+    return EffectsReader(at_once(model), n_prompts, starts[:-1], starts[-1])
+
+
+def write_effects(folder: RunFolder, batches: Sequence[Batch]) -> None:
+    """Split every ablation's effect on the first token's entropy; tables that are there already stay.
 
     Args:
         folder: The run.
-        model: The model.
-        tokens: Of every probing prompt.
-        planned: For each ablation value its sets, the entropy set first.
-        engine: What runs the prompts.
+        batches: All of its decode.
     """
-    tables = [folder.path / value / PROMPT_EFFECTS for value in planned]
-    store = ArrayStore(folder.path, "effects")
-    if all(path.is_file() for path in [*tables, folder.path / SET_EFFECTS]):
-        store.clear()
-        return
-    found = measure_effects(
-        model,
-        tokens,
-        [sets[0] for sets in planned.values()],
-        [ablation for sets in planned.values() for ablation in sets[1:]],
-        store=store,
-        memory_budget=folder.manifest["memory_budget"],
-        engine=engine,
-    )
+    *tables, of_sets = effect_tables(folder)
+    found = join_effects([batch.at_last for batch in batches])
     for i, path in enumerate(tables):
         if not path.is_file():
             entropies = {f"entropy_{name}": found.own[:, i, e] for e, name in enumerate(EFFECTS)}
             write_table(path, pd.DataFrame({"entropy_plain": found.plain, **entropies}))
-    folder.note(effects={"prompts": len(tokens), "prompts_of_all_sets": len(found.sampled)})
-    write_table(folder.path / SET_EFFECTS, set_effects(found, planned))
-    store.clear()
+    folder.note(effects={"prompts": len(found.plain), "prompts_of_all_sets": len(found.sampled)})
+    if not of_sets.is_file():
+        names = {path.parent.name: list(folder.manifest["sets"]) for path in tables}
+        write_table(of_sets, set_effects(found, names))
 
 
-def set_effects(found: Effects, planned: Mapping[str, Sequence[Ablation]]) -> pd.DataFrame:
+def set_effects(found: Effects, sets: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Average each set's change of entropy, before - after as in Method 8, over the sampled prompts.
 
     Args:
         found: Entropies.
-        planned: For each ablation value its sets, the entropy set first.
+        sets: For each ablation value its sets' names, the entropy set first.
 
     Returns:
         A row per ablation value and set: `ablation_value`, `set`, `total`, `direct`, `norm_only` (mean
@@ -119,10 +118,10 @@ def set_effects(found: Effects, planned: Mapping[str, Sequence[Ablation]]) -> pd
     own = (before - found.own[found.sampled]).mean(0)  # (value, effect)
     others = (before - found.others).mean(0)  # (other set, effect)
     rows, start = list[dict[str, object]](), 0
-    for (value, sets), mine in zip(planned.items(), own, strict=True):
-        stop = start + len(sets) - 1
-        for ablation, change in zip(sets, [mine, *others[start:stop]], strict=True):
+    for (value, names), mine in zip(sets.items(), own, strict=True):
+        stop = start + len(names) - 1
+        for name, change in zip(names, [mine, *others[start:stop]], strict=True):
             changes = dict(zip(EFFECTS, change.tolist(), strict=True))
-            rows.append({"ablation_value": value, "set": ablation.name, **changes})
+            rows.append({"ablation_value": value, "set": name, **changes})
         start = stop
     return pd.DataFrame(rows).assign(prompts=len(found.sampled))

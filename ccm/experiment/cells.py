@@ -13,6 +13,7 @@ from ccm.decoding.answer_tokens import answer_log_probs, answer_tokens
 from ccm.decoding.engines import Engine
 from ccm.decoding.results import Batch, Completions, Decided, merge
 from ccm.experiment.batches import BatchStore
+from ccm.experiment.beyond_paper import effect_tables, write_effects
 from ccm.experiment.files import write_table
 from ccm.experiment.folder import RunFolder
 from ccm.method.ablation import Ablation
@@ -129,14 +130,16 @@ def decode_stored(
 
 
 def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingPrompt]) -> None:
-    """Make the cells of a run from its batches."""
+    """Make the cells of a run, and the tables of effects, from its batches."""
     store = BatchStore(folder.path)
     paths = [folder.cell("", "plain")]
     for value in folder.manifest["identity"]["ablation_values"]:
         paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
-    # Not read where all cells are there: an earlier start may have removed some batches.
-    if not all(path.is_file() for path in paths):
-        decoded = merge(store.read())
+    # Not read where all tables are there: an earlier start may have removed some batches.
+    if not all(path.is_file() for path in [*paths, *effect_tables(folder)]):
+        batches = store.read()
+        write_effects(folder, batches)
+        decoded = merge(batches)
         runs = (decoded.completions(i) for i in range(len(paths)))
         # What was asked for begins with the first tokens of both objects.
         write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)

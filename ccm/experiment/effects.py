@@ -13,21 +13,19 @@ through W_U, and b_U). The split is that of Stolfo et al., *Confidence Regulatio
 (arXiv 2406.16254), section 3. With decoding it holds at the first token, which is where it is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ccm.decoding.certificate import Nodes, Screen, build_screen, read_nodes
 from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.low_rank import dense_changes
 from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.experiment.batches import ArrayStore
-from ccm.method.ablation import Ablation
+from ccm.method.ablation import PLAIN, Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
@@ -111,60 +109,51 @@ def evenly_spaced(n: int, most: int) -> Int[np.ndarray, "chosen"]:
     return np.asarray(np.linspace(0, n - 1, most).round().astype(np.int64))
 
 
-@torch.inference_mode()
-def measure_effects(
-    model: LoadedModel,
-    prompts: Sequence[Tokens],
-    own: Sequence[Ablation],
-    others: Sequence[Ablation],
-    *,
-    store: ArrayStore | None = None,
-    memory_budget: int | None = None,
-    engine: Engine = ENGINES["shared"],
-) -> Effects:
-    """Run every prompt once, and compute all sets' entropies at its last position (Method 13).
+class EffectsReader:
+    """Reads all sets' entropies at last prompt positions while prompts are decoded (Method 13)."""
 
-    Args:
-        model: The model.
-        prompts: Token ids, BOS included.
-        own: Sets to read at every prompt.
-        others: Sets to read at no more than `SAMPLED` prompts, evenly spaced.
-        store: Where finished batches are kept; those there already are not computed again.
-        memory_budget: As for `ccm.decoding.shared.decode_sets`.
-        engine: What runs the prompts.
+    def __init__(self, sizes: AtOnce, n_prompts: int, own: Sequence[int], n_sets: int) -> None:
+        """Fix which sets are read where.
 
-    Returns:
-        Entropies in the order of prompts and of sets.
-    """
-    sampled = evenly_spaced(len(prompts), SAMPLED)
-    # Nothing is chosen here, so no rounding is reckoned with.
-    screen, sizes = build_screen(model.last_layer, [*own, *others], u=0.0), at_once(model)
-    batches = [] if store is None else list(store.read_arrays())
-    done = {int(i) for batch in batches for i in batch["prompts"]}
+        Args:
+            sizes: How many rows of logits to hold at once; changes results by rounding only.
+            n_prompts: Of all prompts, no more than `SAMPLED`, evenly spaced, are those where other sets
+                are read.
+            own: Sets to read at every prompt, as places in the screen, ascending.
+            n_sets: Of the screen.
+        """
+        self.sizes, self.sampled = sizes, evenly_spaced(n_prompts, SAMPLED)
+        self.own = [slice(i, i + 1) for i in own]
+        # All that lies between them, but for the plain run, which is set 0.
+        between = zip([0, *own], [*own, n_sets], strict=True)
+        self.others = [slice(i + 1, j) for i, j in between if i + 1 < j]
 
-    def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:
-        nodes, at = read_nodes(screen, x, a), np.flatnonzero(np.isin(indices, sampled))
-        few = read_nodes(screen, x[at], a[at])
-        mine, rest = slice(0, len(own)), slice(len(own), len(own) + len(others))
+    def __call__(self, indices: Sequence[int], screen: Screen, nodes: Nodes) -> dict[str, np.ndarray]:
+        """Read some prompts; as `ccm.decoding.results.AtLast` has it."""
+        prompts = np.asarray(indices, dtype=np.int64)
+        at = np.flatnonzero(np.isin(prompts, self.sampled))
         return {
-            "prompts": np.asarray(indices, dtype=np.int64),
-            "plain": _numpy(plain_entropies(screen, nodes, sizes)),
-            "own": _by_node(ablated_entropies(screen, nodes, sizes, mine)),
-            "sampled": np.asarray(indices, dtype=np.int64)[at],
-            "others": _by_node(ablated_entropies(screen, few, sizes, rest)),
+            "prompts": prompts,
+            "plain": _numpy(plain_entropies(screen, nodes, self.sizes)),
+            "own": self._of(screen, nodes, self.own),
+            "sampled": prompts[at],
+            "others": self._of(screen, nodes.some(at), self.others),
         }
 
-    found = engine.read_last_positions(model, prompts, read, memory_budget=memory_budget, done=done)
-    with tqdm(total=len(prompts), initial=len(done), desc="effects", unit="prompt") as bar:
-        for batch in found:
-            if store is not None:
-                store.write_arrays(int(batch["prompts"][0]), batch)
-            batches.append(batch)
-            bar.update(len(batch["prompts"]))
+    def _of(
+        self, screen: Screen, nodes: Nodes, parts: Sequence[slice]
+    ) -> Float[np.ndarray, "node set effect"]:
+        none = torch.empty((0, len(nodes.scale), len(EFFECTS)), device=nodes.scale.device)
+        found = torch.cat([none, *(ablated_entropies(screen, nodes, self.sizes, s) for s in parts)])
+        return np.ascontiguousarray(_numpy(found.transpose(0, 1)))
+
+
+def join_effects(parts: Sequence[Mapping[str, np.ndarray]]) -> Effects:
+    """Put together what an `EffectsReader` read, in the order of prompts and of sets."""
 
     def joined(name: str, prompts: str) -> np.ndarray:
-        order = np.argsort(np.concatenate([batch[prompts] for batch in batches]))
-        return np.asarray(np.concatenate([batch[name] for batch in batches])[order])
+        order = np.argsort(np.concatenate([part[prompts] for part in parts]))
+        return np.asarray(np.concatenate([part[name] for part in parts])[order])
 
     return Effects(
         plain=joined("plain", "prompts"),
@@ -174,8 +163,41 @@ def measure_effects(
     )
 
 
-def _by_node(entropies: Float[Tensor, "set node effect"]) -> Float[np.ndarray, "node set effect"]:
-    return np.ascontiguousarray(_numpy(entropies.transpose(0, 1)))
+def measure_effects(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    own: Sequence[Ablation],
+    others: Sequence[Ablation],
+    *,
+    memory_budget: int | None = None,
+    engine: Engine = ENGINES["shared"],
+) -> Effects:
+    """Run every prompt once, and compute all sets' entropies at its last position (Method 13).
+
+    A run needs no such pass: it reads them while it decodes.
+
+    Args:
+        model: The model.
+        prompts: Token ids, BOS included.
+        own: Sets to read at every prompt.
+        others: Sets to read at no more than `SAMPLED` prompts, evenly spaced.
+        memory_budget: As for `ccm.decoding.shared.decode_sets`.
+        engine: What runs the prompts.
+
+    Returns:
+        Entropies in the order of prompts and of sets.
+    """
+    sets = [*own, *others]
+    reader = EffectsReader(at_once(model), len(prompts), range(1, 1 + len(own)), 1 + len(sets))
+    # Nothing is chosen here, so no rounding is reckoned with.
+    screen = build_screen(model.last_layer, [PLAIN, *sets], u=0.0)
+
+    def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:
+        return reader(indices, screen, read_nodes(screen, x, a))
+
+    return join_effects(
+        list(engine.read_last_positions(model, prompts, read, memory_budget=memory_budget))
+    )
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -24,8 +24,8 @@ ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SCORE_TABLE = "scores.parquet"
 BATCHES = "batches"
-# What a run makes before anything is decoded under an ablation, and beside it.
-FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS, SET_EFFECTS)
+# What a run makes before anything is decoded under an ablation.
+FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS)
 
 
 def check_folder(path: Path) -> None:
@@ -176,13 +176,13 @@ class RunFolder:
     def missing(self) -> list[Path]:
         """List the files of a finished run that are not there, whatever the manifest says.
 
-        A shard of a run has no cells and no scores, so only the files that every shard has count.
+        A shard of a run has neither cells nor effects nor scores: only what every shard has counts.
         """
         values, shared = self.manifest["identity"]["ablation_values"], [self.path / n for n in FILES]
-        shared += [self.path / value / PROMPT_EFFECTS for value in values]
         if self.manifest["identity"].get("shard") is not None:
             return [path for path in shared if not path.is_file()]
-        cells = [self.cell("", "plain")]
+        cells = [self.cell("", "plain"), self.path / SET_EFFECTS]
+        cells += [self.path / value / PROMPT_EFFECTS for value in values]
         cells += [
             self.cell(v, name) for v in values for name in self.manifest.get("sets", ("entropy",))
         ]

@@ -12,7 +12,6 @@ from ccm.experiment.batches import BatchStore
 from ccm.experiment.clock import Clock
 from ccm.experiment.folder import (
     FILES,
-    PROMPT_EFFECTS,
     RunFolder,
     check_folder,
     read_manifest,
@@ -25,7 +24,7 @@ from ccm.method.protocol import PROTOCOLS
 # Entries of the manifest that must be the same for all shards.
 NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
-    *("nested_objects", "sets", "effects"),
+    *("nested_objects", "sets"),
 )
 KEPT = (*NOTES, "weights", "special_tokens", "first_prompt_tokens")
 
@@ -75,7 +74,7 @@ def _join(
     merged: RunFolder,
 ) -> None:
     """Copy the files that are the same for all shards, and gather the batches of each."""
-    for name in _files(manifests[0]):
+    for name in FILES:
         write_atomically(merged.path / name, partial(shutil.copyfile, folders[0] / name))
     work, timings = Work(), dict[str, float]()
     for manifest in manifests:
@@ -98,11 +97,6 @@ def _join(
     for source in stores:
         for batch in source.read():
             store.write(batch)
-
-
-def _files(manifest: dict[str, Any]) -> list[str]:
-    """Name the files that every shard has."""
-    return [*FILES, *(f"{value}/{PROMPT_EFFECTS}" for value in manifest["identity"]["ablation_values"])]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -143,7 +137,7 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -
                     f"{folder}: shard of another run than {folders[0]} ({key} is "
                     f"{_short(mine.get(key))}, {_short(its.get(key))} there)."
                 )
-        for name in _files(first):
+        for name in FILES:
             for path in (folder / name, folders[0] / name):
                 if not path.is_file():
                     raise BadInput(f"{path}: missing from the shard. Run its command again to make it.")

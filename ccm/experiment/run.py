@@ -21,7 +21,7 @@ from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
-from ccm.experiment.beyond_paper import draw_matched, effects_step, rho_by_layer
+from ccm.experiment.beyond_paper import draw_matched, effect_tables, effects_reader, rho_by_layer
 from ccm.experiment.cells import cells_step, decided_sources, decode_stored
 from ccm.experiment.clock import Clock
 from ccm.experiment.config import RunConfig, given
@@ -206,8 +206,6 @@ def decode_with(
         # All are planned first: a value that is not finite is found before any ablation is decoded.
         planned = plan_sets(plan_.values, sets, statistics, plan_.protocol)
         ablations_step(folder, plan_, model, prompts, tokens, planned)
-    with clock("effects", "prompt", len(prompts)):
-        effects_step(folder, model, tokens, planned, ENGINES[plan_.config.engine])
         error = model.float32_error
         if error is not None:  # lower precisions measure none, nor does reading what is there
             folder.note(float32_error=error.largest)
@@ -342,7 +340,7 @@ def ablations_step(
     """Decode the plain run and every cell (ablation value x set), unless all are there."""
     cells = [(PLAIN, folder.cell("", "plain"))]
     cells += [(a, folder.cell(value, a.name)) for value, sets in planned.items() for a in sets]
-    if all(path.is_file() for _, path in cells):
+    if all(path.is_file() for path in [*(path for _, path in cells), *effect_tables(folder)]):
         return
     objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
     work = Work(**folder.manifest["work"])
@@ -356,6 +354,7 @@ def ablations_step(
         full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
         decided=decided_sources(prompts, plan_.protocol),
         own_top=plan_.protocol.released_tokens,
+        at_last=effects_reader(model, len(tokens), planned),
         memory_budget=folder.manifest["memory_budget"],
         store=BatchStore(folder.path),
         shard=plan_.config.shard or (1, 1),

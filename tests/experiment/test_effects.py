@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ccm.decoding import hooked
 from ccm.decoding import shared as decoding
+from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.next_token import AtOnce
 from ccm.experiment import beyond_paper, effects
-from ccm.experiment.batches import ArrayStore
-from ccm.experiment.beyond_paper import rho_by_layer, set_effects
-from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, measure_effects
+from ccm.experiment.beyond_paper import effects_reader, rho_by_layer, set_effects
+from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, join_effects, measure_effects
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.models.device_map import spread_over_devices
@@ -161,26 +161,26 @@ def test_many_prompts_are_sampled_for_other_sets(monkeypatch: pytest.MonkeyPatch
     margins(model).entropy.assert_close(few.others, whole.others[few.sampled])
 
 
-def test_finished_parts_are_read_and_not_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("config", FAMILIES[:3], ids=lambda config: config.id)
+def test_they_are_read_while_a_run_decodes(
+    config: ToyConfig, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = FAMILIES[0]
-    model, prompts, sets = loaded(config), token_prompts(8, config), ablations_of(config)
+    """Of two ablation values, whose entropy sets lie among their controls."""
+    model, prompts = loaded(config), token_prompts(11, config, seed=5)
+    sets = [*ablations_of(config), *ablations_of(config, seed=1)]
+    planned = {"mean_ablation": sets[:3], "mode_ablation": sets[3:]}
+    monkeypatch.setattr(effects, "SAMPLED", 4)
     monkeypatch.setattr(decoding, "MAX_BATCH", 3)
-    monkeypatch.setattr(effects, "SAMPLED", 5)
-    store = ArrayStore(tmp_path, "effects")
-    first = measure_effects(model, prompts, sets[:1], sets[1:], store=store)
-    kept = sorted(store.path.iterdir())
-    assert len(kept) == 3
-    kept[1].unlink()
-    ran: list[int] = []
-    read = effects.read_nodes
-    monkeypatch.setattr(effects, "read_nodes", lambda s, x, a: (ran.append(len(x)), read(s, x, a))[1])
-    again = measure_effects(model, prompts, sets[:1], sets[1:], store=store)
-    assert ran[0] == 3, "only the part that was lost"
-    assert len(ran) == 2
-    for name in ("plain", "own", "sampled", "others"):
-        assert np.array_equal(getattr(first, name), getattr(again, name)), name
+    reader = effects_reader(model, len(prompts), planned)
+    decoded = list(engine.decode_sets(model, prompts, sets, at_last=reader, max_new_tokens=2))
+    assert len(decoded) > 1
+    found = join_effects([batch.at_last for batch in decoded])
+    own, others = [sets[0], sets[3]], [*sets[1:3], *sets[4:]]
+    alone = measure_effects(model, prompts, own, others, engine=engine)
+    assert found.sampled.tolist() == alone.sampled.tolist() == [0, 3, 7, 10]
+    for name in ("plain", "own", "others"):
+        margins(model).entropy.assert_close(getattr(found, name), getattr(alone, name), what=name)
 
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
@@ -205,8 +205,7 @@ def test_changes_are_before_less_after() -> None:
         sampled=np.asarray([0, 2]),
         others=np.asarray([[[1.0, 1.0, 1.0]], [[3.0, 2.0, 1.0]]]),
     )
-    sets = [Ablation(name, (0,), (0.0,)) for name in ("entropy", "control_000")]
-    table = set_effects(found, {"mean_ablation": sets})
+    table = set_effects(found, {"mean_ablation": ["entropy", "control_000"]})
     assert table.to_dict("list") == {
         "ablation_value": ["mean_ablation"] * 2,
         "set": ["entropy", "control_000"],
@@ -231,8 +230,7 @@ def test_every_value_has_its_own_sets_changes() -> None:
         sampled=np.asarray([0, 2, 4]),
         others=random.random((3, 7, 3)),
     )
-    planned = {v: [Ablation(name, (0,), (0.0,)) for name in names] for v, names in values.items()}
-    table, other = set_effects(found, planned), 0
+    table, other = set_effects(found, values), 0
     assert [*zip(table["ablation_value"], table["set"], strict=True)] == [
         (value, name) for value, names in values.items() for name in names
     ]

@@ -17,11 +17,10 @@ from ccm.errors import BadInput
 from ccm.experiment.folder import (
     ACTIVATION_STATS,
     MANIFEST,
-    PROMPT_EFFECTS,
+    MEASURES,
     PROMPTS,
     RHO_BY_LAYER,
     SCORES,
-    SET_EFFECTS,
 )
 from ccm.experiment.merging import merge_shards
 from ccm.models.specs import CHECKPOINT
@@ -195,9 +194,7 @@ def test_gaps_are_refused(shards: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "name", [PROMPTS, ACTIVATION_STATS, RHO_BY_LAYER, f"mode_ablation/{PROMPT_EFFECTS}", SET_EFFECTS]
-)
+@pytest.mark.parametrize("name", [PROMPTS, ACTIVATION_STATS, RHO_BY_LAYER, MEASURES])
 def test_preparations_that_differ_are_refused(name: str, shards: list[Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(shards[2], tmp_path / "other"))
     content = bytearray((other / name).read_bytes())

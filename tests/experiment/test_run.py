@@ -160,7 +160,7 @@ def test_the_manifest_says_what_was_run(whole: Run) -> None:
     first = pd.read_parquet(folder / PROMPTS)["knowledge_probing_prompt"][0]
     assert held["first_prompt_tokens"] == loaded().encode(first)
     assert len(held["prompts_sha256"]) == 64
-    stages = ["load", "measures", "prompts", "activation_stats", "ablations", "effects", "scores"]
+    stages = ["load", "measures", "prompts", "activation_stats", "ablations", "scores"]
     assert [*held["timings_s"]] == stages
     assert all(seconds >= 0 for seconds in held["timings_s"].values())
     left = [held["facts"][step] for step in ("facts", *FILTERS)]
@@ -395,7 +395,7 @@ def test_controls_of_both_kinds_end_with_their_answer(
 
 # Which file of which name pattern is about to be written when the run is interrupted.
 LAST = [("plain.parquet", 1), ("entropy.parquet", 2), ("matched_001.parquet", 1), (SCORES, 1)]
-BEYOND = [("effects/batch_*", 1), (PROMPT_EFFECTS, 2), (SET_EFFECTS, 1)]
+BEYOND = [(PROMPT_EFFECTS, 2), (SET_EFFECTS, 1)]
 POINTS = {
     "shared": [
         (MANIFEST, 1),

@@ -19,7 +19,16 @@ from ccm.decoding import shared as decoding
 from ccm.errors import BadInput, CcmError
 from ccm.experiment import plan
 from ccm.experiment.config import RunConfig
-from ccm.experiment.folder import BATCHES, FILES, MANIFEST, PROMPT_EFFECTS, PROMPTS, SCORES, RunFolder
+from ccm.experiment.folder import (
+    BATCHES,
+    FILES,
+    MANIFEST,
+    PROMPT_EFFECTS,
+    PROMPTS,
+    SCORES,
+    SET_EFFECTS,
+    RunFolder,
+)
 from ccm.experiment.merging import merge_shards
 from ccm.experiment.results import read_results
 from ccm.experiment.run import run, run_shard
@@ -36,8 +45,10 @@ STAGES: dict[str, set[str]] = {
     "prompts": {PROMPTS},
     "measures": {"measures.parquet", "singular_values.parquet", "rho_by_layer.parquet"},
     "activation_stats": {"activation_stats.safetensors"},
-    "effects": {"set_effects.parquet", *(f"{value}/{PROMPT_EFFECTS}" for value in VALUES)},
-    "scores": {SCORES, "plain.parquet", *(f"{value}/entropy.parquet" for value in VALUES)},
+    "scores": {
+        *(SCORES, "plain.parquet", SET_EFFECTS),
+        *(f"{value}/{name}" for value in VALUES for name in ("entropy.parquet", PROMPT_EFFECTS)),
+    },
 }
 
 
@@ -68,14 +79,15 @@ def quick() -> Iterator[None]:
             if options.get("observe") is not None:
                 yield from compute(*given, **options)
                 return
-            key = repr((name, [g for g in given[1:] if not callable(g)], options))
+            # What is called depends on what is given beside it.
+            told = {k: v for k, v in options.items() if not callable(v)}
+            key = repr((name, [g for g in given[1:] if not callable(g)], told))
             if key not in known:
                 known[key] = list(compute(*given, **options))
             for part in known[key]:
-                prompts = part["prompts"] if isinstance(part, dict) else part.prompts
-                if not set(prompts.tolist()) <= set(done):
+                if not set(part.prompts.tolist()) <= set(done):
                     if work is not None:
-                        work.prompts += len(prompts)
+                        work.prompts += len(part.prompts)
                     yield part
 
         return remembered
@@ -86,8 +98,6 @@ def quick() -> Iterator[None]:
         make_plan = once("plan", lambda _, config: plan.make_plan(config))
         patch.setattr(ccm.experiment.run, "make_plan", partial(make_plan, None))
         patch.setattr(decoding, "decode_sets", parts_once("sets", decoding.decode_sets))
-        read = parts_once("last", decoding.read_last_positions)
-        patch.setattr(decoding, "read_last_positions", read)
         identities: dict[str, dict[str, Any]] = {}
         patch.setattr(
             ccm.experiment.run,
@@ -180,7 +190,7 @@ def test_a_run_stopped_at_any_file_operation_goes_on_to_the_same_bytes(
     operations = stop_everywhere(lambda out: run(config, out), whole, tmp_path, check_same)
     seen = {event for event, _ in operations}
     assert {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"} <= seen
-    for stage in ("answers", "ablations", "effects"):
+    for stage in ("answers", "ablations"):
         begin = f"{BATCHES}/{stage}/batch"
         removed = [n for event, n in operations if event == "os.remove" and n.startswith(begin)]
         assert len(removed) >= 3, f"too few shards of {stage} for a stop between them"
@@ -242,7 +252,7 @@ def tear(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, tear])
-@pytest.mark.parametrize("name", ["batches/ablations/batch_*", PROMPTS, "*/effects.parquet"])
+@pytest.mark.parametrize("name", ["batches/ablations/batch_*", PROMPTS, "measures.parquet"])
 def test_what_a_finished_shard_lost_is_made_again_by_its_command(
     damage: Callable[[Path], None],
     name: str,
@@ -279,7 +289,7 @@ def halfway(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     out, states = folder / "run", folder / "states"
     with recorded(out, states) as operations:
         run(config, out)
-    at = next(i for i, (_, name) in enumerate(operations) if name.startswith(f"{BATCHES}/effects"))
+    at = next(i for i, (_, name) in enumerate(operations) if PROMPT_EFFECTS in name)
     forsake(states / str(at))
     return states / str(at)
 

@@ -24,7 +24,7 @@ from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
-from ccm.experiment.effects import SAMPLED, measure_effects
+from ccm.experiment.effects import SAMPLED, evenly_spaced, measure_effects
 from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_folder
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
@@ -50,7 +50,7 @@ from ccm.models.specs import CHECKPOINT, MODELS, dimensions
 from ccm.models.tokenizer import read_tokenizer
 
 TOGETHER = 1 + N_COUNTER_OBJECTS  # facts of a relation whose distinct objects contradict each other
-OWN, REST = "effects, entropy sets", "effects, all other sets"  # two parts of one stage of a run
+ABLATIONS, REST = "ablations", "effects, all other sets"  # two parts of one stage of a run
 
 
 @dataclass(frozen=True)
@@ -253,9 +253,9 @@ def _run(
     """Run every step after loading, as `ccm.experiment.run` does.
 
     Returns:
-        The prompts' tokens, and the stages by name. A run measures effects in one pass: of the entropy
-        sets at every prompt, of all other sets at `SAMPLED` prompts at most. So effects of the entropy
-        sets are measured once more, alone, and the rest of the time is that of the others.
+        The prompts' tokens, and the stages by name. While a run decodes, it measures effects: of the
+        entropy sets at every prompt, of all other sets at `SAMPLED` prompts at most, however many there
+        are. So these are measured once more, alone, and the rest of the time is what all prompts take.
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
     folder.note(weights=weights, special_tokens=model.special_tokens)
@@ -263,19 +263,17 @@ def _run(
     finish(folder, plan_.protocol, clock)
     tokens: list[Tokens] = [model.encode(prompt.text) for prompt in prompts]
     statistics, _ = read_statistics(folder.path / ACTIVATION_STATS)
-    planned = plan_sets(
-        plan_.values, {"entropy": folder.manifest["entropy_neurons"]}, statistics, plan_.protocol
-    )
-    own = [ablation for sets in planned.values() for ablation in sets]
+    planned = plan_sets(plan_.values, folder.manifest["sets"], statistics, plan_.protocol)
+    others = [ablation for sets in planned.values() for ablation in sets[1:]]
+    few = [tokens[i] for i in evenly_spaced(len(tokens), SAMPLED)]
     alone = Profiler(plan_.device, say=clock.say)
-    with alone(OWN, "prompt", len(tokens)):
-        measure_effects(model, tokens, own, [], memory_budget=folder.manifest["memory_budget"])
+    with alone(REST, "prompt", len(few)):
+        measure_effects(model, few, [], others, memory_budget=folder.manifest["memory_budget"])
     stages = dict(clock.stages)
-    both, scores = stages.pop("effects"), stages.pop("scores")
-    seconds = max(0.0, both.seconds - alone.stages[OWN].seconds)
-    few = min(both.items, SAMPLED)
-    rest = replace(both, name=REST, seconds=seconds, items=few, most=SAMPLED)
-    return tokens, {**stages, **alone.stages, REST: rest, "scores": scores}
+    rest, both = replace(alone.stages[REST], most=SAMPLED), stages[ABLATIONS]
+    stages[ABLATIONS] = replace(both, seconds=max(0.0, both.seconds - rest.seconds))
+    scores = stages.pop("scores")
+    return tokens, {**stages, REST: rest, "scores": scores}
 
 
 def _plain_passes(
