@@ -112,11 +112,14 @@ def measure(
 
     Raises:
         BadInput: fewer than k neurons reach that rho, or k or `null_space_dims` is out of range.
+        AssumptionBroken: what a neuron writes is not what it adds to the final residual.
     """
     from ccm.method.neurons import measure as measure_neurons
     from ccm.method.neurons import select
+    from ccm.models.assumptions import check_assumptions
 
     loaded = _loaded(model)
+    check_assumptions(loaded)
     dims = loaded.spec.null_space_dims if null_space_dims is None else null_space_dims
     found = measure_neurons(loaded.W_U, loaded.W_out, loaded.final_norm, dims)
     chosen = select(
@@ -137,7 +140,7 @@ def ablate(
     value: str = "mean_ablation",
     statistics: "ActivationStatistics | None" = None,
     protocol: str = "corrected",
-    engine: str = "shared",
+    engine: str = "auto",
 ) -> "pd.DataFrame":
     """Decode prompts as they are, and with each neuron set held at its replacement values (Method 7).
 
@@ -149,7 +152,8 @@ def ablate(
         value: Name of the ablation value that replaces their activations.
         statistics: What the value is taken from; by default, of these prompts (Method 6).
         protocol: corrected, or released: with the released code's behaviours.
-        engine: shared, or hooked: the slow reference.
+        engine: shared; hooked, the slow reference; or auto: shared, or hooked where the model is none
+            that it computes.
 
     Returns:
         A row per set and prompt, the run without ablation ("plain") first: `set`, `prompt`, `text`,
@@ -166,7 +170,7 @@ def ablate(
     """
     import pandas as pd
 
-    from ccm.decoding.engines import ENGINES
+    from ccm.decoding.engines import AUTO, ENGINES
     from ccm.errors import one_of
     from ccm.experiment.ablate import ablate as ablate_sets
     from ccm.experiment.probing import table_prompts
@@ -181,7 +185,7 @@ def ablate(
         one_ablation_value(value),
         statistics=statistics,
         protocol=PROTOCOLS[one_of("protocol", protocol, PROTOCOLS)],
-        engine=one_of("engine", engine, ENGINES),
+        engine=one_of("engine", engine, (AUTO, *ENGINES)),
     ).table()
 
 

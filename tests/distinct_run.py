@@ -160,6 +160,7 @@ def _identity(path: Path, seed: int) -> dict[str, object]:
         "template": "plain",
         "versions": {"python": "3.1.4", "torch": "2.7.1"},
     }
+    manifest["engine"] = "shared"
     manifest["asked"] |= {"seed": 123 + seed, "matched_controls": MATCHED}
     write_json(path / MANIFEST, manifest)
     return dict(manifest["identity"])

@@ -187,7 +187,7 @@ def _add_beyond(
             changes = {effect: mean + 0.01 * random.normal() for effect, mean in of.items()}
             rows.append({"ablation_value": value, "set": name, **changes, "prompts": prompts})
     write_table(folder.path / SET_EFFECTS, pd.DataFrame(rows))
-    folder.note(effects={"prompts": prompts}, layers_with_rho=list(range(layers)))
+    folder.note(effects={"prompts": prompts}, engine="shared", layers_with_rho=list(range(layers)))
 
 
 def few_facts(folder: Path, every: int) -> Path:

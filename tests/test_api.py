@@ -134,7 +134,7 @@ def test_texts_have_no_source(model: LoadedModel) -> None:
         ({"sets": {"plain": [1]}}, "^a set is named 'plain'"),
         ({"value": "mean"}, "^ablation value 'mean': unknown"),
         ({"value": "all"}, "^ablation value 'all': one is needed"),
-        ({"engine": "warp"}, r"^engine 'warp': unknown\. Allowed: shared, hooked"),
+        ({"engine": "warp"}, r"^engine 'warp': unknown\. Allowed: auto, shared, hooked"),
         ({"protocol": "x"}, "^protocol 'x': unknown"),
     ],
 )

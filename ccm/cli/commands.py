@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ccm
 from ccm.cli.options import PROGRAM, given_options
@@ -18,6 +18,9 @@ from ccm.experiment.writing import try_writing
 from ccm.method.ablation_values import one_ablation_value
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.limits import cores
+
+if TYPE_CHECKING:
+    from ccm.models.specs import ModelSpec
 
 THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
 _log = logging.getLogger(__name__)
@@ -209,8 +212,12 @@ def models(options: argparse.Namespace) -> None:
 
 def fetch(options: argparse.Namespace) -> None:
     """Bring a model's weights here, so that nothing has to be downloaded later."""
-    config = RunConfig.read(model=options.model, **given_options(options))
+    spec, folder = _fetched(RunConfig.read(model=options.model, **given_options(options)))
+    print(f"{spec.name}: {folder}")
 
+
+def _fetched(config: RunConfig) -> "tuple[ModelSpec, Path]":
+    """Return a model whose files are here, and their folder; what is missing is downloaded."""
     from ccm.experiment.plan import find_model
     from ccm.models.download import download
     from ccm.models.weights import folder_of, unfinished
@@ -219,7 +226,25 @@ def fetch(options: argparse.Namespace) -> None:
     if unfinished(spec):
         download(spec)
         spec = find_model(config)
-    print(f"{spec.name}: {folder_of(spec)}")
+    folder = folder_of(spec)
+    assert folder is not None, "what is not here was downloaded"
+    return spec, folder
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """Show what a text becomes before it is run."""
+    config = RunConfig.read(**given_options(options))
+
+    from ccm.cli.console import fed_table
+    from ccm.models.fed import feed
+    from ccm.models.tokenizer import parse_bos
+
+    bos = parse_bos(config.bos)
+    spec, folder = _fetched(config)
+    fed = feed(spec, folder, options.text, options.answer, bos)
+    for note in fed.special.notes:
+        _log.warning(note)
+    print(fed_table(spec.name, fed))
 
 
 def prompts(options: argparse.Namespace) -> None:
@@ -227,20 +252,22 @@ def prompts(options: argparse.Namespace) -> None:
     out = new_file(options.out)
     config = RunConfig.read(**given_options(options), controls=0)
 
-    from ccm.decoding.engines import ENGINES
+    from ccm.decoding.engines import engine_for
     from ccm.experiment.plan import make_plan
     from ccm.experiment.probing import build_prompts, prompt_table
     from ccm.experiment.writing import write_atomically
     from ccm.method.prompts import never_recalled, split_objects
+    from ccm.models.assumptions import check_assumptions
     from ccm.models.load import load
 
     _limit_threads()
-    plan, engine = make_plan(config), ENGINES[config.engine]
+    plan = make_plan(config)
     split = split_objects([fact.object for fact in plan.facts.facts])
     if split.count:
         _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, config.dtype, plan.bos)
-    engine.check(model)
+    check_assumptions(model)  # which reading log-probabilities off final residuals rests on
+    engine = engine_for(config.engine, model)
     built = build_prompts(
         model,
         plan.facts,
@@ -266,8 +293,7 @@ def measure(options: argparse.Namespace) -> None:
     _limit_threads()
     spec = find_model(config)
     rule = check_measures(config, spec)
-    model = load(spec, device_for(config.device), config.dtype)
-    table = ccm.measure(model, **rule)
+    table = ccm.measure(load(spec, device_for(config.device), config.dtype), **rule)
     if out is not None:
         write_atomically(out, lambda p: table.to_csv(p, index=False))
     print(f"{spec.name}: {len(table)} last-layer neurons, {rule['null_space_dims']} null-space")

@@ -235,6 +235,12 @@ def parser() -> argparse.ArgumentParser:
     add_options(fetch, "model_paths", "revision")
     fetch.set_defaults(run=subcommands.fetch)
 
+    tokens = commands.add_parser("tokens", help="what a text becomes before it is run")
+    tokens.add_argument("text", metavar="TEXT", help="as a prompt")
+    tokens.add_argument("--answer", default="", help="what may follow it, after a space")
+    add_options(tokens, "model", "model_paths", "revision", "bos")
+    tokens.set_defaults(run=subcommands.tokens)
+
     prompts = commands.add_parser("prompts", help="probing prompts of a model, as CSV")
     add_options(prompts, *MODEL, "protocol", "bos", "facts", "template", "engine")
     prompts.add_argument("--out", type=Path, required=True, help="CSV file to write")

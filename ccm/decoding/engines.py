@@ -1,5 +1,6 @@
 """The ways to decode, behind one interface: each engine is a module that has these functions."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,9 +9,12 @@ from torch import Tensor
 
 from ccm.decoding import hooked, shared
 from ccm.decoding.results import AtLast, Batch, Completions, Decided, Work
+from ccm.errors import AssumptionBroken
 from ccm.method.ablation import Ablation
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -55,3 +59,34 @@ class Engine(Protocol):
 
 
 ENGINES: Mapping[str, Engine] = {"shared": shared, "hooked": hooked}
+AUTO = "auto"
+
+
+def engine_for(name: str, model: LoadedModel) -> Engine:
+    """Find the engine that decodes a model; where `auto` falls back on hooks, that is said once.
+
+    Args:
+        name: Of an engine, or `auto`: the shared one where it computes the model, else the hooked.
+        model: The model.
+
+    Raises:
+        AssumptionBroken: the engine does not compute the model.
+    """
+    if name != AUTO:
+        ENGINES[name].check(model)
+        return ENGINES[name]
+    untried = model.trial is None or model.trial.shared is None
+    try:
+        shared.check(model)
+    except AssumptionBroken as error:
+        if untried:
+            why = str(error).removesuffix(" Use --engine hooked.")
+            _log.warning(f"{why} Decoding by hooks, one pass for every set.")
+        hooked.check(model)
+        return hooked
+    return shared
+
+
+def name_of(engine: Engine) -> str:
+    """Look up the name of an engine."""
+    return next(name for name, known in ENGINES.items() if known is engine)

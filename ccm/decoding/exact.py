@@ -80,8 +80,13 @@ def _double(value: Tensor | torch.dtype) -> Tensor | torch.dtype:
 @contextmanager
 def float64() -> Iterator[None]:
     """Compute in float64 what is written for float32."""
-    with _Float64():  # type: ignore[no-untyped-call]
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # in which XGLM writes the least number there is
+    try:
+        with _Float64():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def exact_last_positions(

@@ -30,9 +30,9 @@ def run_body(
         cache: A transformers cache that grows by them, or None.
         positions: Position of each node's first new token, where the cache is filled up on the left;
             None where every cached position is a token.
-        last_only: Read the last position only, and spare the last MLP the others: nothing later
-            attends to what it writes. Its one output then broadcasts over the residual stream, of
-            which only the last position is returned.
+        last_only: Read the last position only, and spare the last MLP the others where it can be
+            (`model.narrow`): nothing later attends to what it writes. Its one output then broadcasts
+            over the residual stream, of which only the last position is returned.
 
     Returns:
         Final residual (the final norm's input) and `hook_post` (the down-projection's input).
@@ -54,7 +54,7 @@ def run_body(
         model.norm.register_forward_pre_hook(partial(_keep, seen, "x")),
         model.mlp_out.register_forward_pre_hook(partial(_keep, seen, "a")),
     ]
-    if last_only:
+    if last_only and model.narrow:
         hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
     try:
         model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
@@ -62,10 +62,11 @@ def run_body(
         for hook in hooks:
             hook.remove()
     x = seen["x"][:, -1:] if last_only else seen["x"]
-    shape = (*x.shape[:2], model.spec.d_mlp)
-    assert seen["a"].shape == shape, f"activations of {tuple(seen['a'].shape)}, not {shape}"
+    a = seen["a"].reshape(len(tokens), -1, model.spec.d_mlp)  # OPT runs all positions as rows
+    a = a[:, -1:] if last_only else a
+    assert a.shape[:2] == x.shape[:2], f"activations of {tuple(a.shape)} at {x.shape[1]} positions"
     # Of a model that is spread over devices, its layers may have read them elsewhere.
-    return x.to(model.device), seen["a"].to(model.device)
+    return x.to(model.device), a.to(model.device)
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: Any, inputs: tuple[Tensor, ...]) -> None:

@@ -24,21 +24,32 @@ def check_shared(model: LoadedModel) -> None:
         AssumptionBroken: it cannot run the model, or gives other numbers than rounding explains.
     """
     trial = model.trial
-    if trial is None or trial.shared_holds:
+    if trial is None:
         return
-    why = ""
+    if trial.shared is None:
+        trial.shared = model.broken_assumption or _tried(model, trial)
+    if trial.shared:
+        raise AssumptionBroken(
+            f"{model.spec.name}: the shared engine cannot run it ({trial.shared}). Use --engine hooked."
+        )
+
+
+def _tried(model: LoadedModel, trial: Trial) -> str:
+    """Try the fast path, then with the last MLP at all positions; why it fails, empty if it works."""
+    for model.narrow in (True, False):
+        why = _why_not(model, trial)
+        if not why:
+            break
+    return why
+
+
+def _why_not(model: LoadedModel, trial: Trial) -> str:
     try:
-        for found in _by_body(model, trial):
-            why = why or wrong(trial, found)
+        return next(filter(None, (wrong(trial, found) for found in _by_body(model, trial))), "")
     except Exception as error:  # modules that want more than their input raise what they like
         if out_of_memory(error):
             raise
-        why = reason_of(error)
-    if why:
-        raise AssumptionBroken(
-            f"{model.spec.name}: the shared engine cannot run it ({why}). Use --engine hooked."
-        )
-    trial.shared_holds = True
+        return reason_of(error)
 
 
 @torch.inference_mode()

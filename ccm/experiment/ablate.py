@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from ccm.decoding.activations import collect
 from ccm.decoding.answer_tokens import object_tokens
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import AUTO, engine_for, name_of
 from ccm.decoding.results import Completions, Work, merge
 from ccm.errors import BadInput
 from ccm.experiment.cells import CellReader, decode_stored
@@ -30,6 +30,7 @@ class Ablated:
     sets: Mapping[str, tuple[int, ...]]
     statistics: ActivationStatistics  # that the replacement values were taken from
     tokens: Sequence[Sequence[int]]  # of every prompt, BOS included
+    engine: str  # what decoded them
     work: Work
 
     def table(self) -> pd.DataFrame:
@@ -47,7 +48,7 @@ def ablate(
     *,
     statistics: ActivationStatistics | None = None,
     protocol: Protocol = PROTOCOLS["corrected"],
-    engine: str = "shared",
+    engine: str = AUTO,
     memory_budget: int | None = None,
 ) -> Ablated:
     """Decode prompts as they are, and with each neuron set held at its replacement values (Method 7).
@@ -59,7 +60,7 @@ def ablate(
         value: What replaces their activations.
         statistics: What the value is taken from; by default, of these prompts (Method 6).
         protocol: Decides how sources and answer tokens are told.
-        engine: A key of `ENGINES`.
+        engine: As for `ccm.decoding.engines.engine_for`.
         memory_budget: Bytes that a batch may use.
 
     Raises:
@@ -73,8 +74,7 @@ def ablate(
         raise BadInput(f"a set is named {PLAIN.name!r}, as the run without any. Rename it.")
     d_mlp = model.spec.d_mlp
     chosen = {name: check_neurons(tuple(n), d_mlp, f"set {name!r}") for name, n in sets.items()}
-    chosen_engine = ENGINES[engine]
-    chosen_engine.check(model)
+    chosen_engine = engine_for(engine, model)
     known = [prompt for prompt in prompts if isinstance(prompt, ProbingPrompt)]
     texts = [p.text if isinstance(p, ProbingPrompt) else p for p in prompts]
     tokens = [model.encode(text) for text in texts]
@@ -104,7 +104,9 @@ def ablate(
     runs = [decoded.completions(i) for i in range(1 + len(ablations))]
     tables = _tables(runs, known, objects, protocol)
     names = [PLAIN.name, *chosen]
-    return Ablated(dict(zip(names, tables, strict=True)), chosen, statistics, tokens, work)
+    return Ablated(
+        dict(zip(names, tables, strict=True)), chosen, statistics, tokens, name_of(chosen_engine), work
+    )
 
 
 def _tables(

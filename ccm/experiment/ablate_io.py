@@ -165,7 +165,7 @@ def ablated_json(
         "model": model.spec.name,
         "ablation_value": value.name,
         "protocol": config.protocol,
-        "engine": config.engine,
+        "engine": done.engine,
         "work": done.work.as_dict(),
         "dtype": config.dtype,
         "device": model.device.type,

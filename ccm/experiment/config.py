@@ -121,9 +121,10 @@ class RunConfig:
         None, "limit the probing prompts to this many, evenly chosen", read=whole, least=1
     )
     engine: str = option(
-        "shared",
-        "shared: one decode for all sets; hooked: the slow reference, one pass per set",
-        choices=("shared", "hooked"),
+        "auto",
+        "shared: one decode for all sets; hooked: the slow reference, one pass per set; auto: shared, "
+        "or hooked where the model is none that it computes",
+        choices=("auto", "shared", "hooked"),
     )
     device_map: str | None = option(
         None,

@@ -26,7 +26,7 @@ NOTES = (
     *("memory_budget", "facts", "prompts", "prompts_sha256", "entropy_neurons", "layers_with_rho"),
     *("nested_objects", "sets"),
 )
-KEPT = (*NOTES, "weights", "special_tokens", "first_prompt_tokens")
+KEPT = (*NOTES, "weights", "special_tokens", "engine", "first_prompt_tokens")
 
 
 def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, Any]:

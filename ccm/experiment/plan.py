@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import AUTO, ENGINES
 from ccm.errors import BadInput, allowed, one_of
 from ccm.experiment.config import RunConfig
 from ccm.experiment.fact_files import load_pararel, load_world, pararel_at_hand, read_fact_folder
@@ -166,7 +166,9 @@ def _check_engine(config: RunConfig) -> None:
     """Check that the engine can do what is asked of it, and the device of a device map."""
     for name in ("shard", "device_map"):
         value = getattr(config, name)
-        if value is not None and name not in ENGINES[config.engine].TAKES:
+        # `auto` falls back on one that takes less, and is refused then.
+        takes = ENGINES["shared" if config.engine == AUTO else config.engine].TAKES
+        if value is not None and name not in takes:
             able = [engine for engine in ENGINES if name in ENGINES[engine].TAKES]
             raise BadInput(
                 f"{name.replace('_', ' ')} {value}: not with engine {config.engine!r}. Use --engine "

@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ccm.decoding.engines import ENGINES, Engine
+from ccm.decoding.engines import ENGINES, Engine, engine_for
 from ccm.decoding.exact import exact_logits, float64
 from ccm.decoding.results import Completions, merge
 from ccm.errors import BadInput
@@ -272,7 +271,7 @@ def prompts_step(
             plan_.facts,
             plan_.template,
             lower_case=plan_.protocol.lower_case_objects,
-            engine=ENGINES[plan_.config.engine],
+            engine=engine_for(plan_.config.engine, model),
             ask=ask_of(folder, plan_),
         )
         prompts = list(built.prompts)
@@ -295,9 +294,10 @@ def prompts_step(
 
 def ask_and_store(folder: RunFolder, plan_: Plan) -> Ask:
     """Return what lets the model answer, and goes on where an earlier start of it stopped."""
-    return partial(
-        answers_of,
-        ENGINES[plan_.config.engine],
-        store=BatchStore(folder.path, ANSWERS),
-        memory_budget=folder.manifest["memory_budget"],
-    )
+    store, budget = BatchStore(folder.path, ANSWERS), folder.manifest["memory_budget"]
+
+    def ask(model: LoadedModel, tokens: Sequence[Tokens]) -> Completions:
+        engine = engine_for(plan_.config.engine, model)
+        return answers_of(engine, model, tokens, store=store, memory_budget=budget)
+
+    return ask

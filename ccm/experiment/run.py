@@ -17,7 +17,7 @@ import torch
 
 from ccm.decoding.activations import collect, float16_sigma
 from ccm.decoding.answer_tokens import object_tokens
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import engine_for, name_of
 from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
@@ -48,6 +48,7 @@ from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
 from ccm.method.statistics import ActivationStatistics
+from ccm.models.assumptions import check_assumptions
 from ccm.models.device_map import spread_over_devices
 from ccm.models.devices import dtype_for
 from ccm.models.download import download
@@ -239,14 +240,16 @@ def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
         model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
     else:
         model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
-    ENGINES[config.engine].check(model)
+    check_assumptions(model)
+    # Nothing else can run a model that is spread over devices.
+    engine = engine_for(config.engine if config.device_map is None else "shared", model)
     weights = {
         "source": model.source,
         "revision": revision(plan_.spec),
         "files": [path.name for path in weight_files(plan_.spec)],
         "converted": conversion(Path(model.source)),
     }
-    folder.note(weights=weights, special_tokens=model.special_tokens)
+    folder.note(weights=weights, special_tokens=model.special_tokens, engine=name_of(engine))
     return model
 
 
@@ -280,7 +283,7 @@ def statistics_step(
         write_statistics(folder.path / ACTIVATION_STATS, released, positions=0)
         return released  # sigma as it was summed in float16
     if not folder.has(ACTIVATION_STATS):
-        decode = ENGINES[plan_.config.engine].decode
+        decode = engine_for(plan_.config.engine, model).decode
         budget = folder.manifest["memory_budget"]
         # Beside what a batch takes.
         keep = budget // 4
@@ -345,7 +348,7 @@ def ablations_step(
     objects = object_tokens(model, prompts, released=plan_.protocol.released_tokens)
     work = Work(**folder.manifest["work"])
     decode_stored(
-        ENGINES[plan_.config.engine],
+        engine_for(plan_.config.engine, model),
         model,
         tokens,
         [a for a, _ in cells[1:]],

@@ -22,8 +22,24 @@ def check_parts(model: LoadedModel) -> None:
         raise AssumptionBroken(f"{name}: refused, its last MLP is not one d_mlp x d_model matrix.")
 
 
-def check_assumptions(model: LoadedModel, rtol: float = 2e-3) -> None:
+def check_assumptions(model: LoadedModel) -> None:
     """Refuse a model in which ablating last-layer neurons changes more than its final residual.
+
+    What needs it: LogitVar, rho and effects by their definition, and the shared engine. Hooks do not:
+    they ablate whatever comes after.
+
+    Raises:
+        AssumptionBroken: `broken_assumption` found something.
+    """
+    if model.broken_assumption:
+        raise AssumptionBroken(
+            f"{model.spec.name}: refused, {model.broken_assumption}. So LogitVar, rho and the effects "
+            "of a run say nothing of it. `ccm ablate` runs it, by hooks."
+        )
+
+
+def broken_assumption(model: LoadedModel, rtol: float = 2e-3) -> str:
+    """Find what an ablation of last-layer neurons changes besides the final residual.
 
     Method 12 assumes that logits = norm(x) W_U + b_U, with x the final residual, and that changing
     neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens. So a
@@ -34,8 +50,11 @@ def check_assumptions(model: LoadedModel, rtol: float = 2e-3) -> None:
         model: The model.
         rtol: Largest relative deviation allowed in float32; lower precisions are allowed 0.1.
 
+    Returns:
+        Which of the two does not hold, and why that may be; empty if both do.
+
     Raises:
-        AssumptionBroken: one of the two does not hold, or the logits are not finite.
+        AssumptionBroken: a part is missing, or the logits are not finite.
     """
     check_parts(model)
     name = model.spec.name
@@ -70,15 +89,13 @@ def check_assumptions(model: LoadedModel, rtol: float = 2e-3) -> None:
         ours = model.logits(x)
     slack = rtol if model.dtype == torch.float32 else 0.1
     if not torch.allclose(moved, expected.expand_as(moved), rtol=slack, atol=slack * _span(x) / 10):
-        raise AssumptionBroken(
-            f"{name}: refused, a change of a last-layer activation does not move the final residual "
-            "by its output weight (post-norm, experts, or a layer after it)."
+        return (
+            "a change of a last-layer activation does not move the final residual by its output weight "
+            "(post-norm, experts, or a layer after it)"
         )
     if not torch.allclose(ours, logits, rtol=slack, atol=slack * _span(logits)):
-        raise AssumptionBroken(
-            f"{name}: refused, its logits are not norm(residual) W_U + b_U (a soft cap, a scale, or "
-            "another norm)."
-        )
+        return "its logits are not norm(residual) W_U + b_U (a soft cap, a scale, or another norm)"
+    return ""
 
 
 def _span(x: Tensor) -> float:

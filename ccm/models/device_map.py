@@ -53,7 +53,7 @@ def spread_over_devices(
         model.__dict__.pop(name, None)  # cached where they were
     model.float32_error = None
     if model.trial is not None:
-        model.trial.shared_holds = False
+        model.trial.shared = None
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ccm.errors import AssumptionBroken, BadInput, reason_of
-from ccm.models.assumptions import check_assumptions, check_parts
+from ccm.models.assumptions import broken_assumption, check_parts
 from ccm.models.checkpoint_folder import CONFIG, read_object
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.download import cannot_load, download
@@ -40,7 +40,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     bos: Bos = "own",
 ) -> LoadedModel:
-    """Load a model's weights and tokenizer and check that the method's premise holds for it.
+    """Load a model's weights and tokenizer, and try whether hooks compute what transformers does.
 
     Args:
         spec: A row of `MODELS`, or `spec_for(folder)`.
@@ -53,7 +53,7 @@ def load(
             do not fit the device.
         BadInput: weights or a tokenizer that are damaged or another model's, a folder that
             TransformerLens cannot load.
-        AssumptionBroken: see `check_assumptions`.
+        AssumptionBroken: it has no last MLP to ablate, or the hooks compute another model.
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
@@ -134,7 +134,7 @@ def assemble(
     Raises:
         BadInput, NotAvailable: TransformerLens does not know the architecture; a special token that the
             model does not have.
-        AssumptionBroken: see `check_assumptions`.
+        AssumptionBroken: it has no last MLP to ablate, or the hooks compute another model.
     """
     prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
     bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
@@ -171,7 +171,7 @@ def assemble(
     )
     check_parts(model)
     model.trial = check_hooks(model, twin, prompts, truth)
-    check_assumptions(model)
+    model.broken_assumption = broken_assumption(model)
     return model
 
 

@@ -46,6 +46,8 @@ class LoadedModel:
     provisional_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
     float32_error: Any = None  # filled by `decoding.tolerance`
     trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
+    narrow: bool = True  # whether the last MLP can be run at some positions; by `decoding.trial`
+    broken_assumption: str = ""  # of `ccm.models.assumptions`: what only hooks ablate rightly
 
     @property
     def hook_post(self) -> str:

@@ -52,7 +52,7 @@ class Trial:
     prompts: tuple[tuple[int, ...], ...]
     plain: Readings  # at every position
     allowed: Mapping[str, float]  # largest distance, by what is read
-    shared_holds: bool = False  # whether the fast path was tried, and agrees
+    shared: str | None = None  # why the fast path cannot run the model, empty if it can; None: untried
 
     def first_row(self, prompt: int) -> int:
         """Row of a prompt's first position."""

@@ -308,7 +308,7 @@ def _what_was_run(run: RunResults) -> Pairs:
         "Ablation values": ", ".join(ABLATION_VALUES[value].label for value in run.values),
         "Device": identity["device_name"],
         "Number type": identity["dtype"],
-        "Engine": identity["engine"],
+        "Engine": run.manifest["engine"],
         "Versions": ", ".join(f"{name} {number}" for name, number in identity["versions"].items()),
     }
     return [(term, str(text)) for term, text in found.items() if text is not None]

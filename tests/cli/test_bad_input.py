@@ -545,7 +545,7 @@ OTHER_RUNS = {
     "--seed 1": "seed is 123 there, 1 here",
     "--controls 2": "controls is 1 there, 2 here",
     "--protocol released": "protocol is 'corrected' there, 'released' here",
-    "--engine hooked": "engine is 'shared' there, 'hooked' here",
+    "--engine hooked": "engine is 'auto' there, 'hooked' here",
     "--dtype bfloat16": "dtype is 'float32' there, 'bfloat16' here",
     "--ablation-value mode_ablation": "ablation_values is ['mean_ablation'] there",
     "-k 5": "k is 6 there, 5 here",

@@ -26,7 +26,8 @@ from tests.tolerance import ENTROPY, LOG_PROBABILITY
 from tests.toys import ToyConfig, toy_folder
 
 COMMANDS = (
-    *("run", "models", "prompts", "measure", "ablate", "rehearse", "figures", "report", "compare"),
+    *("run", "models", "tokens", "prompts", "measure", "ablate", "rehearse"),
+    *("figures", "report", "compare"),
 )
 N_PROMPTS = 24
 SETS = ("entropy", "control_000", "control_001", "matched_000")

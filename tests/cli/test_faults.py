@@ -131,6 +131,7 @@ REQUIRED = {
     "compare": ["x"],
     "models": [],
     "fetch": ["x"],
+    "tokens": ["--model", "x", "y"],
     "prompts": ["--model", "x", "--out", "y"],
     "measure": ["--model", "x"],
     "ablate": ["--model", "x", "--prompts", "x", "--stats", "x", "--neurons", "1", "--out", "y"],

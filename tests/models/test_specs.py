@@ -15,7 +15,7 @@ from ccm.experiment.config import RunConfig
 from ccm.experiment.plan import make_plan
 from ccm.experiment.results import read_results
 from ccm.method.neurons import measure, processed_W_out, processed_W_U
-from ccm.models.assumptions import check_assumptions
+from ccm.models.assumptions import broken_assumption, check_assumptions
 from ccm.models.devices import device_for, dtype_for
 from ccm.models.download import download
 from ccm.models.load import check_precision, load
@@ -81,6 +81,7 @@ def test_the_matrices_reproduce_the_logits(config: ToyConfig) -> None:
     margins(model).log_prob.assert_close(ours.log_softmax(-1), logits.log_softmax(-1), what=config.id)
     assert bool(model.b_U.any()) == (config.family == "phi")
     check_assumptions(model)
+    assert not model.broken_assumption
 
 
 @each_toy
@@ -187,7 +188,7 @@ def changed(output: Any, f: Any) -> Any:
 
 
 def test_an_unbroken_model_passes() -> None:
-    check_assumptions(fresh())
+    assert broken_assumption(fresh()) == ""
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,8 @@ def test_a_broken_premise_is_refused(where: str, change: Any, message: str) -> N
     model = fresh()
     module = hooked_module(model, where)
     module.register_forward_hook(lambda module, args, output: changed(output, change))
-    with pytest.raises(AssumptionBroken, match=f"^{model.spec.name}: refused, .*{message}"):
+    model.broken_assumption = broken_assumption(model)
+    with pytest.raises(AssumptionBroken, match=f"^{model.spec.name}: refused, {message}"):
         check_assumptions(model)
 
 
@@ -222,50 +224,17 @@ def test_a_broken_premise_is_refused_whatever_the_size_of_the_residual(massive: 
         return x / x.norm(dim=-1, keepdim=True) if massive else 0.9 * x
 
     module.register_forward_hook(lambda module, args, output: changed(output, change))
-    with pytest.raises(AssumptionBroken, match="a change of a last-layer activation"):
-        check_assumptions(model)
+    assert broken_assumption(model).startswith("a change of a last-layer activation")
 
 
 def test_unembedding_or_output_weights_of_another_shape_are_refused() -> None:
     model = fresh()
     model.__dict__["W_out"] = model.W_out[:-1]
     with pytest.raises(AssumptionBroken, match="its last MLP is not one d_mlp x d_model matrix"):
-        check_assumptions(model)
+        broken_assumption(model)
     lacking = replace(fresh(), spec=replace(model.spec, n_layers=9))
     with pytest.raises(AssumptionBroken, match=r"it has no blocks\.8\.mlp\.hook_post to ablate"):
-        check_assumptions(lacking)
-
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "Qwen2": {},
-    "Gemma": {"head_dim": 8},
-    "Gemma2": {"head_dim": 8},
-    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None},
-    "Granite": {"logits_scaling": 3.0},
-    "Mixtral": {"num_local_experts": 2},
-    "Olmo": {},
-}
-
-
-def other_folder(family: str, folder: Path) -> Path:
-    """A tiny random checkpoint of a family that the paper does not use."""
-    import transformers
-
-    options: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48}
-    options |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    options |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    options |= {"max_position_embeddings": 256, **OTHERS[family]}
-    config = getattr(transformers, f"{family}Config")(
-        **{name: value for name, value in options.items() if value is not None}
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            shift = 1.0 if parameter.ndim == 1 else 0.0
-            parameter.data.copy_(shift + 0.4 * noise)
-    return with_tokenizer(model, folder)
+        broken_assumption(lacking)
 
 
 def with_tokenizer(model: Any, folder: Path) -> Path:
@@ -276,26 +245,6 @@ def with_tokenizer(model: Any, folder: Path) -> Path:
         tokenizer_object=build_tokenizer("gpt2"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     ).save_pretrained(folder)
     return folder
-
-
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma", "OPT", "Olmo"])
-def test_another_family_with_the_same_last_layer_loads(family: str, tmp_path: Path) -> None:
-    model = load(spec_for(str(other_folder(family, tmp_path / family.lower()))))
-    assert (model.spec.d_model, model.spec.d_mlp) == (32, 48)
-
-
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("Gemma2", "a change of a last-layer activation does not move"),
-        ("Granite", "its logits are not norm"),
-        ("Mixtral", "it has no last MLP with one output matrix"),
-    ],
-)
-def test_a_family_with_another_last_layer_is_refused(family: str, reason: str, tmp_path: Path) -> None:
-    folder = other_folder(family, tmp_path / f"tiny-{family.lower()}")
-    with pytest.raises(AssumptionBroken, match=f"^tiny-{family.lower()}: refused, {reason}"):
-        load(spec_for(str(folder)))
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import ENGINES, engine_for, name_of
 from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
@@ -258,7 +258,8 @@ def _run(
         are. So these are measured once more, alone, and the rest of the time is what all prompts take.
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
-    folder.note(weights=weights, special_tokens=model.special_tokens)
+    engine = name_of(engine_for(plan_.config.engine, model))
+    folder.note(weights=weights, special_tokens=model.special_tokens, engine=engine)
     prompts = decode_with(folder, plan_, model, ask_one_who_knows, clock)
     finish(folder, plan_.protocol, clock)
     tokens: list[Tokens] = [model.encode(prompt.text) for prompt in prompts]

@@ -1,0 +1,71 @@
+"""What a text becomes before it is run: tokens, BOS in front, and where an answer begins."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from ccm.errors import reason_of
+from ccm.models.checkpoint_folder import CONFIG, GENERATION, read_object
+from ccm.models.specs import ModelSpec
+from ccm.models.tokenizer import Bos, SpecialTokens, read_tokenizer, special_tokens
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A text as a model is given it."""
+
+    special: SpecialTokens
+    ids: tuple[int, ...]  # BOS included
+    pieces: tuple[str, ...]  # as the vocabulary writes them
+    texts: tuple[str, ...]  # as they read
+    answer: tuple[tuple[int, str], ...]  # the answer's tokens, with their texts
+    merged: int  # last tokens of the text that an answer would change
+    plain: tuple[int, ...] | str  # by transformers' own tokenizer, or why there is none
+
+
+def feed(spec: ModelSpec, folder: Path, text: str, answer: str = "", bos: Bos = "own") -> Fed:
+    """Encode a text as a run does; no weight is read.
+
+    Args:
+        spec: The model.
+        folder: Of its checkpoint.
+        text: The text.
+        answer: What may follow it, after a space, its own or the text's.
+        bos: As for `ccm.models.load.load`.
+
+    Raises:
+        BadInput: there is no tokenizer, or it has more tokens than the model.
+    """
+    tokenizer = read_tokenizer(folder, spec.d_vocab)
+    config, generation = (
+        SimpleNamespace(**read_object(folder / name)) if (folder / name).is_file() else None
+        for name in (CONFIG, GENERATION)
+    )
+    special = special_tokens(spec.name, tokenizer, config, generation, spec.d_vocab, bos)
+    own = tokenizer.encode(text, add_special_tokens=False)
+    space = "" if text[-1:].isspace() else " "
+    both = tokenizer.encode(f"{text}{space}{answer.strip()}", add_special_tokens=False)
+    alike = next((i for i, (a, b) in enumerate(zip(own, both, strict=False)) if a != b), len(own))
+    ids = own if special.bos is None else [special.bos, *own]
+    return Fed(
+        special=special,
+        ids=tuple(ids),
+        pieces=tuple(map(str, tokenizer.convert_ids_to_tokens(ids))),
+        texts=tuple(tokenizer.decode([i]) for i in ids),
+        answer=tuple((i, tokenizer.decode([i])) for i in both[alike:]) if answer.strip() else (),
+        merged=len(own) - alike if answer.strip() else 0,
+        plain=_by_transformers(folder, text),
+    )
+
+
+def _by_transformers(folder: Path, text: str) -> tuple[int, ...] | str:
+    """Encode as transformers does by itself, special tokens and all."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return tuple(tokenizer(text)["input_ids"])
+    except Exception as error:  # the library raises what it likes
+        return reason_of(error)
