@@ -367,7 +367,7 @@ def test_effects_on_entropy_are_the_formulas(held: Held) -> None:
     found = measure_effects(held.model, held.prompts, sets[:1], sets[1:])
     before = np.asarray([known.entropy(case, {}) for case in known.cases])
     ENTROPY.assert_close(found.plain, before, what="plain")
-    table = set_effects(found, {name: sets}).set_index("set")
+    table = set_effects(found, {name: [a.name for a in sets]}).set_index("set")
     for ablation, got in zip(sets, (found.own[:, 0], found.others[:, 0]), strict=True):
         v = values(ablation)
         for i, (effect, how) in enumerate(
