@@ -134,6 +134,7 @@ def make_run(
         path / PROMPTS,
         pd.DataFrame(
             {
+                "statement_subject": [f"subject {i // 3}" for i in range(prompts)],
                 "rel_lemma": [name for name, _ in asked],
                 "relation_group_id": [group for _, group in asked],
                 "knowledge_probing_prompt": [

@@ -156,16 +156,25 @@ def report(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Compare finished runs of published models with the paper."""
+    """Compare finished runs of published models with the paper, or two runs with each other."""
     out = _folder_of(options, "")
 
-    from ccm.paper.report import check_comparable, compare_with_paper, one_line
+    from ccm.paper.report import check_comparable, compare_with_paper, is_printed, one_line
+    from ccm.reporting.two_runs import check_two, compare_runs, sentences, write_comparison
 
-    comparisons, paths = compare_with_paper(_finished(options.runs, out, check_comparable), out)
-    for comparison in comparisons:
-        print(one_line(comparison))
-    for path in paths:
-        print(f"report: {path}")
+    def held_to(runs: Any) -> str:
+        paper = len(runs) != 2 or is_printed(runs)
+        return options.to or ("paper" if paper else "run")
+
+    checks = {"paper": check_comparable, "run": check_two}
+    runs = _finished(options.runs, out, lambda runs: checks[held_to(runs)](runs))
+    if held_to(runs) == "paper":
+        comparisons, paths = compare_with_paper(runs, out)
+        lines = [one_line(comparison) for comparison in comparisons]
+    else:
+        found = compare_runs(*runs)
+        lines, paths = sentences(found), write_comparison(found, out)
+    print(*lines, *(f"report: {path}" for path in paths), sep="\n")
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:

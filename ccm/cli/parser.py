@@ -220,9 +220,15 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=subcommands.report)
 
     compare = commands.add_parser(
-        "compare", help="runs of published models against the printed numbers"
+        "compare", help="runs of published models against the printed numbers, or two runs"
     )
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, one per model")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    compare.add_argument(
+        "--to",
+        choices=("paper", "run"),
+        help="what a run is held against (default: the paper where it printed numbers of every model "
+        "and each is given once, else two runs each other)",
+    )
     compare.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
     compare.set_defaults(run=subcommands.compare)
 

@@ -35,6 +35,7 @@ from ccm.models.specs import MODELS
 LOG_PROBS = tuple(f"log_prob_{s.lower()}" for s in SOURCES)
 CELL_COLUMNS = ("text", "source", "entropy", *LOG_PROBS)
 PROMPT_COLUMNS = (
+    "statement_subject",
     "rel_lemma",
     "relation_group_id",
     "knowledge_probing_prompt",

@@ -55,6 +55,12 @@ def comparisons_of(runs: Sequence[RunResults]) -> list[Comparison]:
     return [comparison_of(run) for run in runs]
 
 
+def is_printed(runs: Sequence[RunResults]) -> bool:
+    """Whether runs can be held against the paper: of models that it printed, each once."""
+    models = [run.model for run in runs]
+    return set(models) <= set(printed_models()) and len(set(models)) == len(models)
+
+
 def check_comparable(runs: Sequence[RunResults]) -> None:
     """Check that the paper printed numbers of every run's model, and that there is one run per model.
 

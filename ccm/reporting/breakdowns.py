@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int, Int8
 
 from ccm.experiment.results import RunResults, source_codes
@@ -20,6 +21,12 @@ from ccm.method.scores import (
 from ccm.method.sources import SOURCES, Source
 
 CK = SOURCES.index("CK")
+
+
+def facts_of(prompts: pd.DataFrame) -> Int[np.ndarray, "prompt"]:
+    """Number the facts that prompts are of; the prompts of one fact contradict it in several ways."""
+    groups = prompts.groupby(["statement_subject", "rel_lemma"], sort=False, dropna=False)
+    return np.asarray(groups.ngroup(), dtype=np.int64)
 
 
 @dataclass(frozen=True)

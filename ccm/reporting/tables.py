@@ -12,11 +12,14 @@ import pandas as pd
 from ccm.experiment.results import RunResults
 from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
+from ccm.method.differences import clusters, interval
+from ccm.method.scores import ratio
 from ccm.method.sources import SOURCES
 from ccm.models.specs import MODELS
-from ccm.reporting.breakdowns import entropy_changes, relation_effects
+from ccm.reporting.breakdowns import entropy_changes, facts_of, relation_effects
 from ccm.reporting.distinct_names import distinct_names
 from ccm.reporting.table_formats import (
+    DASH,
     Table,
     between,
     latex,
@@ -63,6 +66,7 @@ def tables_of(runs: Sequence[RunResults]) -> list[Table]:
         transition_proportions(runs),
         transition_numbers(runs),
         gts_by_value(runs),
+        intervals_over_facts(runs),
         entropy_by_transition(runs),
         relation_shares(runs),
         model_dimensions(runs),
@@ -172,6 +176,39 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
         "Global transition score (GTS), percent of prompts whose source changed, with its exact 95 % "
         "interval; controls: mean ± 3 standard errors; Q: quantile of the entropy set among the "
         "controls, 0 to 100; p: one-sided permutation test.",
+        pd.DataFrame(texts),
+        pd.DataFrame(data),
+    )
+
+
+def intervals_over_facts(runs: Sequence[RunResults]) -> Table:
+    """Exact intervals, which take prompts as independent, beside those that are drawn over facts."""
+    texts, data = [], []
+    for run in runs:
+        facts, before = facts_of(run.prompts), run.plain["source"].to_numpy(object)
+        shares = [("none", "", f"answers: {s}", before == s, before == before) for s in SOURCES]
+        for value in run.values:
+            after, symbol = run.ablated[value]["source"].to_numpy(object), ABLATION_VALUES[value].symbol
+            shares.append((symbol, value, "GTS", after != before, before == before))
+            shares.append((symbol, value, "CR(CK)", after == "CK", before != "CK"))
+        for symbol, value, name, has, among in shares:
+            found = ratio(int((has & among).sum()), int(among.sum()))
+            low, high, n = None, None, len(set(facts[among]))
+            if found.total:
+                drawn = clusters(facts[among].tolist()).means(has[among, None].astype(float))
+                low, high = (100 * float(end[0]) for end in interval(drawn))
+            row = {"model": run.display_name, "ablation": symbol, "quantity": name}
+            over = DASH if low is None else f"[{low:.1f}, {high:.1f}]"
+            texts.append({**row, "share": with_count(found), "over facts": over, "facts": n})
+            data.append(
+                {"model": run.name, "ablation_value": value, "quantity": name, **asdict(found)}
+                | {"low_over_facts": low, "high_over_facts": high, "facts": n}
+            )
+    return Table(
+        "intervals_over_facts",
+        "How sure is a share? Its exact 95 % interval takes every prompt as an observation of its own. "
+        "The prompts of one fact share the model's answer; over facts: the percentiles of a bootstrap "
+        "that draws facts, with all their prompts. GTS and CR(CK): of the entropy set.",
         pd.DataFrame(texts),
         pd.DataFrame(data),
     )

@@ -242,7 +242,7 @@ def test_figures_of_two_checkpoints(
 
     monkeypatch.setattr(gallery, "figures_of_run", few)
     assert main(["figures", *(str(run.path) for run in pair), "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("5 figures (PDF, PNG, data), 7 tables")
+    assert capsys.readouterr().out.startswith("5 figures (PDF, PNG, data), 8 tables")
     folders = sorted(path.name for path in (tmp_path / FOLDER).iterdir() if path.is_dir())
     assert folders == ["a-final", "b-final"]
     data = [

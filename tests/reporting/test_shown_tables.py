@@ -15,7 +15,7 @@ from ccm.models.specs import MODELS
 from ccm.reporting import report
 from ccm.reporting.report import write_report
 from ccm.reporting.tables import FOLDER, model_dimensions, tables_of, write_tables
-from tests.counted import SOURCES, Counted, Others, Part, others
+from tests.counted import SOURCES, Counted, Others, Part, others, part
 from tests.distinct_run import distinct_runs
 from tests.made_runs import make_run
 from tests.shown import Rows, from_html, from_latex, from_markdown, in_words, mean_and_highest
@@ -33,6 +33,7 @@ STEMS = (
     "transition_scores_proportions",
     "transition_scores_counts",
     "ablation_value_wise_gts",
+    "intervals_over_facts",
     "entropy_by_transition",
     "relation_effects",
     "model_dimensions",
@@ -161,9 +162,36 @@ def changes(run: Counted, value: str) -> Iterator[dict[str, object]]:
                 }
 
 
-OF_VALUES = dict(
-    zip(STEMS, (proportions, numbers, gts, entropies, relations, None, changes), strict=True)
-)
+def over_facts(run: Counted) -> Iterator[dict[str, object]]:
+    """Of the whole run, and of every ablation value."""
+    fact = run.prompts["statement_subject"] + " / " + run.prompts["rel_lemma"]
+    before = run.plain["source"]
+    every = before != ""
+    shares = [("none", f"answers: {k}", before == k, every) for k in SOURCES]
+    for value in run.values:
+        after = run.cells[value]["entropy"]["source"]
+        shares.append((SYMBOLS[value], "GTS", after != before, every))
+        shares.append((SYMBOLS[value], "CR(CK)", after == "CK", before != "CK"))
+    for symbol, quantity, has, among in shares:
+        of_fact = pd.DataFrame({"fact": fact[among], "has": has[among]}).groupby("fact", sort=False)
+        counts, sizes = of_fact["has"].sum().to_numpy(), of_fact.size().to_numpy()
+        over = "–"
+        if len(sizes):
+            even = np.full(len(sizes), 1 / len(sizes))
+            drawn = np.random.default_rng(0).multinomial(len(sizes), even, 2000)
+            low, high = np.percentile(100 * (drawn @ counts) / (drawn @ sizes), [2.5, 97.5])
+            over = f"[{low:.1f}, {high:.1f}]"
+        yield {
+            "ablation": symbol,
+            "quantity": quantity,
+            "share": interval_and_count(part(int((has & among).sum()), int(among.sum()))),
+            "over facts": over,
+            "facts": len(sizes),
+        }
+
+
+OF_RUN = (*(proportions, numbers, gts, over_facts, entropies, relations, None, changes),)
+OF_VALUES = dict(zip(STEMS, OF_RUN, strict=True))
 
 
 def expected(runs: list[Counted]) -> dict[str, Rows]:
@@ -184,6 +212,9 @@ def expected(runs: list[Counted]) -> dict[str, Rows]:
                     "entropy neurons": len(run.manifest["sets"]["entropy"]),
                 }
                 rows.append(row)
+                continue
+            if rows_of is over_facts:
+                rows += [{"model": run.name} | row for row in over_facts(run)]
                 continue
             for value in run.values:
                 head = {"model": run.name, "ablation": SYMBOLS[value]}
@@ -247,9 +278,9 @@ def written(results: list[RunResults], tmp_path_factory: pytest.TempPathFactory)
 
 
 NAMES = {"model", "ablation", "ablation value", "group", "relation", "from", "transition"}
-NAMES |= {"prompt", "answer before", "answer after"}
+NAMES |= {"quantity", "prompt", "answer before", "answer after"}
 # Columns that a run's ablation values have in common, or whose numbers are small.
-ALIKE = {"prompts", "control sets", "null-space dimensions"}
+ALIKE = {"prompts", "control sets", "null-space dimensions", "facts"}
 
 
 def test_no_two_numbers_are_alike(wanted: dict[str, Rows], runs: list[Counted]) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from ccm.experiment.results import RunResults, read_results
+from ccm.method.differences import clusters, interval
 from ccm.method.sources import SOURCES
 from ccm.reporting.breakdowns import relation_effects
 from ccm.reporting.markup import escape_latex
@@ -17,6 +18,7 @@ from ccm.reporting.tables import (
     changed_prompts,
     entropy_by_transition,
     gts_by_value,
+    intervals_over_facts,
     model_dimensions,
     relation_shares,
     tables_of,
@@ -71,6 +73,31 @@ def test_gts_and_q_are_the_scores(run: RunResults) -> None:
         own = run.scores["ablations"][row["ablation_value"]]["entropy"]
         assert row["percent"] == own["gts"]["percent"]
         assert (row["q_value"], row["permutation_p"]) == (own["q_value"], own["permutation_p"])
+
+
+def test_intervals_over_facts_are_those_of_the_facts_that_were_drawn(run: RunResults) -> None:
+    table = intervals_over_facts([run])
+    scores, before = run.scores, run.plain["source"].to_numpy()
+    subjects = run.prompts[["statement_subject", "rel_lemma"]].apply(tuple, axis=1).to_numpy()
+    assert len(table.data) == len(table.texts) == 3 + 2 * 2
+    for row, shown in zip(table.data.to_dict("records"), table.texts.to_dict("records"), strict=True):
+        if row["quantity"].startswith("answers"):
+            source = row["quantity"].removeprefix("answers: ")
+            own, has, among = scores["sources"][source], before == source, before != ""
+        else:
+            entropy = scores["ablations"][row["ablation_value"]]["entropy"]
+            after = run.ablated[row["ablation_value"]]["source"].to_numpy()
+            if row["quantity"] == "GTS":
+                own, has, among = entropy["gts"], after != before, before != ""
+            else:
+                own, has, among = entropy["conversion_ratios"]["CK"], after == "CK", before != "CK"
+        assert {name: row[name] for name in own} == own
+        assert row["facts"] == shown["facts"] == len(set(subjects[among]))
+        ends = interval(clusters(subjects[among].tolist()).means(has[among, None].astype(float)))
+        low, high = (100 * float(end[0]) for end in ends)
+        assert (row["low_over_facts"], row["high_over_facts"]) == pytest.approx((low, high))
+        assert shown["over facts"] == f"[{low:.1f}, {high:.1f}]"
+        assert low - 1e-9 <= row["percent"] <= high + 1e-9
 
 
 def test_relations_are_those_of_the_figures(run: RunResults) -> None:

@@ -26,13 +26,17 @@ from ccm.reporting.figures import (
     neurons,
     proportions,
     registry,
+    training,
 )
 from ccm.reporting.figures.canvas import Drawing, save
 from ccm.reporting.figures.registry import Per, RegisteredFigure
 from ccm.reporting.text import number_in_words
 
 # The order of figures: by module, those of other modules last; within a module as they are written.
-DRAWN_BY = (neurons, layers, proportions, log_ratios, changes, forest, matched, effects, activations)
+DRAWN_BY = (
+    *(neurons, layers, proportions, log_ratios, changes, forest, training),
+    *(matched, effects, activations),
+)
 FOLDER = "entropy_neurons_figures"
 WORTH_A_PROCESS = 20  # figures, which take some ten seconds; a process takes two to start
 WORKER_BYTES = 512 << 20  # memory of one such process: 314 MiB for 8,192 neurons and 3,000 prompts
