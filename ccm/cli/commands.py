@@ -115,6 +115,35 @@ def run(options: argparse.Namespace) -> None:
         print(f"report: {done.report(processes=cores())}")
 
 
+def sweep(options: argparse.Namespace) -> None:
+    """Run the experiment with other choices, one at a time."""
+    config = RunConfig.read(**given_options(options))
+    if config.shard is not None:
+        raise BadInput("--shard: not for a sweep. Leave it out.")
+
+    from ccm.experiment.results import read_results
+    from ccm.experiment.sweep import read_varied, sweep
+    from ccm.reporting.sweep_table import sweep_table, write_sweep
+    from ccm.reporting.table_formats import markdown
+
+    _limit_threads()
+    found, failed = [], []
+    for choice, folder in sweep(config, read_varied(options.vary), options.out):
+        ended = "done" if isinstance(folder, Path) else str(folder)
+        print(f"{PROGRAM}: {choice.name}: {ended}", file=sys.stderr)
+        if isinstance(folder, Path):
+            name = f"{choice.option} {choice.value}".strip() or choice.name
+            found.append((name, read_results(folder)))
+        else:
+            failed.append(choice.name)
+    if found:
+        table = sweep_table(found)
+        paths = write_sweep(table, options.out)
+        print(markdown(table), *(f"table: {path}" for path in paths), sep="\n")
+    if failed:
+        raise BadInput(f"{', '.join(failed)}: could not be run, as was said. The others were.")
+
+
 def merge(options: argparse.Namespace) -> None:
     """Merge the shards of a run."""
     refuse_if_locked(options.out)

@@ -162,7 +162,8 @@ def _write(text: str) -> None:
 
 def _resumes(options: argparse.Namespace) -> str:
     """Say what an interrupted command has left behind."""
-    if getattr(options, "run", None) is subcommands.run and options.out is not None:
+    resumable = getattr(options, "run", None) in (subcommands.run, subcommands.sweep)
+    if resumable and options.out is not None:
         return f"the same command with --out {options.out} goes on from here"
     return "no result"
 
@@ -197,6 +198,18 @@ def parser() -> argparse.ArgumentParser:
         "--report", action="store_true", help="at the end, draw everything and write the report"
     )
     run.set_defaults(run=subcommands.run)
+
+    sweep = commands.add_parser("sweep", help="the experiment with other choices, one at a time")
+    add_options(sweep)
+    sweep.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="OPTION=V,V",
+        help="an option of a run and its other values, like k=4,9; may be repeated",
+    )
+    sweep.add_argument("--out", type=Path, required=True, help="folder of the run folders")
+    sweep.set_defaults(run=subcommands.sweep)
 
     merge = commands.add_parser("merge", help="join the shards of a run into one run folder")
     merge.add_argument("shards", type=Path, nargs="+", metavar="FOLDER", help="of run --shard I/N")

@@ -27,7 +27,7 @@ from tests.toys import ToyConfig, toy_folder
 
 COMMANDS = (
     *("run", "models", "tokens", "prompts", "measure", "ablate", "rehearse"),
-    *("figures", "report", "compare"),
+    *("figures", "report", "compare", "sweep"),
 )
 N_PROMPTS = 24
 SETS = ("entropy", "control_000", "control_001", "matched_000")

@@ -125,6 +125,7 @@ def test_debug_shows_where_bad_input_was_found(fail: Fail, capsys: pytest.Captur
 
 REQUIRED = {
     "run": ["--model", "x"],
+    "sweep": ["--model", "x", "--vary", "k=1", "--out", "y"],
     "merge": ["x", "--out", "y"],
     "figures": ["x"],
     "report": ["x"],

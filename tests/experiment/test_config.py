@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from ccm.cli.parser import main, parser
-from ccm.decoding.engines import ENGINES
+from ccm.decoding.engines import AUTO, ENGINES
 from ccm.errors import BadInput
 from ccm.experiment import config
 from ccm.experiment.config import RunConfig, command_line, given
@@ -44,7 +44,7 @@ def test_a_new_option_arrives_everywhere(
 def test_the_engines_offered_are_those_there_are() -> None:
     """Written out in the option, because the engines themselves take seconds to import."""
     (row,) = (option_of(f) for f in fields(RunConfig) if f.name == "engine")
-    assert row.choices == tuple(ENGINES)
+    assert row.choices == (AUTO, *ENGINES)
 
 
 def test_every_option_has_help_and_a_flag_of_its_own() -> None:
@@ -77,7 +77,7 @@ def test_what_was_given_reads_back(options: dict[str, object]) -> None:
         ({"seed": -1}, r"^seed -1: out of range\. Allowed: 0 to 4294967295, for --seed"),
         ({"max_prompts": 0}, r"^max prompts 0: out of range\. Allowed: 1 and more"),
         ({"min_rho": float("nan")}, "^min rho nan: out of range"),
-        ({"engine": "warp"}, "^engine 'warp': unknown. Allowed: shared, hooked"),
+        ({"engine": "warp"}, "^engine 'warp': unknown. Allowed: auto, shared, hooked"),
         ({"shard": (3, 2)}, "^shard 3/2: out of range"),
         ({"k": 2, "neurons": (1, 2)}, "^-k 2: --neurons names them already"),
         ({"ablation_values": ("all", "mean_ablation")}, "all are more than these"),

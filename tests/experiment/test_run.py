@@ -561,7 +561,7 @@ def test_a_finished_run_is_read_and_not_run(
     monkeypatch.setattr(ccm.experiment.run, "load", never)
     before = {name: (folder / name).stat().st_mtime_ns for name in names(folder)}
     capsys.readouterr()
-    assert main(command(folder)) == 0
+    assert main([*command(folder), "--engine", "shared"]) == 0
     assert {name: (folder / name).stat().st_mtime_ns for name in names(folder)} == before
     assert f"{N_PROMPTS} probing prompts" in capsys.readouterr().out
 
