@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ccm
+import ccm.reporting.report
 from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, PUBLISHED
@@ -175,7 +176,10 @@ def test_a_run_reads_back(run: ccm.Run) -> None:
     assert repr(again) == f"Run(organism, {N_PROMPTS} prompts, {run.path})"
 
 
-def test_the_report_goes_where_it_is_told(run: ccm.Run, tmp_path: Path) -> None:
+def test_the_report_goes_where_it_is_told(
+    run: ccm.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ccm.reporting.report, "draw", lambda entries, out, processes: iter(()))
     page = run.report(tmp_path / "page")
     assert page == tmp_path / "page" / "report.html"
     assert page.is_file()

@@ -273,16 +273,16 @@ def tokens(options: argparse.Namespace) -> None:
     """Show what a text becomes before it is run."""
     config = RunConfig.read(**given_options(options))
 
-    from ccm.cli.console import fed_table
-    from ccm.models.fed import feed
+    from ccm.cli.console import tokens_table
+    from ccm.models.encoded_text import encode_text
     from ccm.models.tokenizer import parse_bos
 
     bos = parse_bos(config.bos)
     spec, folder = _fetched(config)
-    fed = feed(spec, folder, options.text, options.answer, bos)
-    for note in fed.special.notes:
+    encoded = encode_text(spec, folder, options.text, options.answer, bos)
+    for note in encoded.special.notes:
         _log.warning(note)
-    print(fed_table(spec.name, fed))
+    print(tokens_table(spec.name, encoded))
 
 
 def prompts(options: argparse.Namespace) -> None:

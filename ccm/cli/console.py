@@ -6,7 +6,7 @@ from typing import Any
 
 from ccm.errors import BadInput
 from ccm.method.sources import SOURCES
-from ccm.models.fed import Fed
+from ccm.models.encoded_text import EncodedText
 from ccm.models.specs import MODELS, ModelSpec, spec_for
 from ccm.models.weights import check_weights, weight_files
 from ccm.reporting.text import IN_BRACKETS, digits, mean_and_most, proportion
@@ -50,37 +50,39 @@ def summary(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fed_table(model: str, fed: Fed) -> str:
+def tokens_table(model: str, encoded: EncodedText) -> str:
     """List a text's tokens, one a line: its position, its id, its piece and how that reads."""
-    special, n = fed.special, len(fed.ids)
+    special, n = encoded.special, len(encoded.ids)
     ends = ", ".join(f"{i} ({', '.join(places)})" for i, places in special.eos.items()) or "no token"
     lines = [f"{model}: {n} tokens; an answer ends at {ends}", ""]
     lines.append(f"{'position':>8s}{'id':>9s}  {'piece':24s}text")
-    for i, (id_, piece, text) in enumerate(zip(fed.ids, fed.pieces, fed.texts, strict=True)):
+    for i, (id_, piece, text) in enumerate(
+        zip(encoded.ids, encoded.pieces, encoded.texts, strict=True)
+    ):
         first = f"   BOS ({special.bos_from})" if i == 0 and special.bos is not None else ""
         lines.append(f"{i:8d}{id_:9d}  {piece:24s}{text!r}{first}")
     lines.append(f"{n:8d}{'':11s}an answer begins here")
-    if fed.answer:
-        said = ", ".join(f"{id_} {text!r}" for id_, text in fed.answer)
+    if encoded.answer:
+        said = ", ".join(f"{id_} {text!r}" for id_, text in encoded.answer)
         lines += [
             "",
-            f"answer: {said}; where first tokens are compared, {fed.answer[0][0]} stands for it",
+            f"answer: {said}; where first tokens are compared, {encoded.answer[0][0]} stands for it",
         ]
-    if fed.merged:
-        lines.append(f"the last {fed.merged} tokens of the text would be others before that answer")
-    return "\n".join([*lines, "", _by_transformers(fed)])
+    if encoded.merged:
+        lines.append(f"the last {encoded.merged} tokens of the text would be others before that answer")
+    return "\n".join([*lines, "", _by_transformers(encoded)])
 
 
-def _by_transformers(fed: Fed) -> str:
+def _by_transformers(encoded: EncodedText) -> str:
     told = "transformers' own tokenizer"
-    if isinstance(fed.plain, str):
-        return f"{told} cannot be made: {fed.plain}"
-    if fed.plain == fed.ids:
+    if isinstance(encoded.plain, str):
+        return f"{told} cannot be made: {encoded.plain}"
+    if encoded.plain == encoded.ids:
         return f"{told} gives the same"
-    bare = fed.ids if fed.special.bos is None else fed.ids[1:]
-    if fed.plain == bare:
+    bare = encoded.ids if encoded.special.bos is None else encoded.ids[1:]
+    if encoded.plain == bare:
         return f"{told} gives the same, without BOS"
-    return f"{told} gives {list(fed.plain)}"
+    return f"{told} gives {list(encoded.plain)}"
 
 
 def models_table(paths: Mapping[str, Path]) -> str:

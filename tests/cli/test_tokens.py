@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ccm.cli.parser import main
-from ccm.models.fed import feed
+from ccm.models.encoded_text import encode_text
 from ccm.models.load import load
 from ccm.models.specs import MODELS, spec_for
 from ccm.models.tokenizer import Bos
@@ -20,13 +20,13 @@ TEXT = "Paris lies in the capital of Italy 1944 São"
 def test_ids_are_those_that_the_model_is_given(config: ToyConfig) -> None:
     folder = toy_folder(config)
     spec, model = spec_for(str(folder)), load(spec_for(str(folder)))
-    fed = feed(spec, folder, TEXT, "Rome")
-    assert list(fed.ids) == model.encode(TEXT)
-    assert fed.special.bos == model.bos
-    assert set(fed.special.eos) == model.eos
-    assert fed.answer[0][0] == model.first_token("Rome")
-    assert "".join(fed.texts[1:]).replace(" ", "").startswith("Paris")
-    assert len(fed.ids) == len(fed.pieces) == len(fed.texts)
+    encoded = encode_text(spec, folder, TEXT, "Rome")
+    assert list(encoded.ids) == model.encode(TEXT)
+    assert encoded.special.bos == model.bos
+    assert set(encoded.special.eos) == model.eos
+    assert encoded.answer[0][0] == model.first_token("Rome")
+    assert "".join(encoded.texts[1:]).replace(" ", "").startswith("Paris")
+    assert len(encoded.ids) == len(encoded.pieces) == len(encoded.texts)
 
 
 @pytest.mark.parametrize(("bos", "first"), [("own", 0), ("none", None), (7, 7)])
@@ -35,14 +35,14 @@ def test_what_stands_in_front_is_shown(
 ) -> None:
     own = MODELS["organism"]
     assert own.folder is not None
-    fed = feed(own, own.folder, "Ada was born in", bos=bos)
-    assert fed.special.bos == first
+    encoded = encode_text(own, own.folder, "Ada was born in", bos=bos)
+    assert encoded.special.bos == first
     assert main(["tokens", "--model", "organism", "--bos", str(bos), "Ada was born in"]) == 0
     shown = capsys.readouterr().out
     assert ("BOS (" in shown) == (first is not None)
     rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit()]
     ids = [int(row[1]) for row in rows[:-1]]
-    assert ids == list(fed.ids)
+    assert ids == list(encoded.ids)
     assert rows[-1] == [str(len(ids)), "an", "answer", "begins", "here"]
     assert [int(row[0]) for row in rows] == list(range(len(ids) + 1))
 

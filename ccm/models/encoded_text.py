@@ -11,7 +11,7 @@ from ccm.models.tokenizer import Bos, SpecialTokens, read_tokenizer, special_tok
 
 
 @dataclass(frozen=True)
-class Fed:
+class EncodedText:
     """A text as a model is given it."""
 
     special: SpecialTokens
@@ -23,7 +23,9 @@ class Fed:
     plain: tuple[int, ...] | str  # by transformers' own tokenizer, or why there is none
 
 
-def feed(spec: ModelSpec, folder: Path, text: str, answer: str = "", bos: Bos = "own") -> Fed:
+def encode_text(
+    spec: ModelSpec, folder: Path, text: str, answer: str = "", bos: Bos = "own"
+) -> EncodedText:
     """Encode a text as a run does; no weight is read.
 
     Args:
@@ -47,7 +49,7 @@ def feed(spec: ModelSpec, folder: Path, text: str, answer: str = "", bos: Bos = 
     both = tokenizer.encode(f"{text}{space}{answer.strip()}", add_special_tokens=False)
     alike = next((i for i, (a, b) in enumerate(zip(own, both, strict=False)) if a != b), len(own))
     ids = own if special.bos is None else [special.bos, *own]
-    return Fed(
+    return EncodedText(
         special=special,
         ids=tuple(ids),
         pieces=tuple(map(str, tokenizer.convert_ids_to_tokens(ids))),
