@@ -144,7 +144,7 @@ def test_options_of_a_run(typed: str, refused: Refused) -> None:
     [
         (["run"], "--model"),
         ([], "COMMAND"),
-        (["train"], "'train' (choose from 'run', 'merge', "),
+        (["train"], "'train' (choose from 'run', 'sweep', "),
         (["run", "--model"], "--model: expected one argument"),
         (
             ["run", "--model", "nope"],

@@ -248,8 +248,11 @@ NOTHING = (
     ("arguments", "message"),
     [
         (["organism"], f"ccm: organism: a run of organism, {NOTHING}"),
-        (["run", "mine", "--out", "o"], f"ccm: mine: a run of mine, {NOTHING}"),
-        (["run", "other", "--out", "o"], "ccm: other: a run of gpt2-small, as run is. A report holds"),
+        (["run", "mine", "--to", "paper", "--out", "o"], f"ccm: mine: a run of mine, {NOTHING}"),
+        (
+            ["run", "other", "--to", "paper", "--out", "o"],
+            "ccm: other: a run of gpt2-small, as run is. A report holds",
+        ),
         (["run", "again", "--out", "o"], "the same run as run"),
         (["run", "again"], "2 runs: no folder is theirs alone. Give one with --out."),
         (["missing"], "missing: no such folder"),

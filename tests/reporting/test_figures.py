@@ -531,7 +531,7 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["figures", str(tmp_path / "run")]) == 0
     out = tmp_path / "run" / "figures"
     assert capsys.readouterr().out == f"18 figures (PDF, PNG, data), 8 tables: {out}\n"
-    assert len(digests(out)) == 18 * 3 + 7 * 3
+    assert len(digests(out)) == 18 * 3 + 8 * 3
     after = digests(tmp_path / "run")
     assert {name: after[name] for name in before} == before, "the run itself was changed"
 
