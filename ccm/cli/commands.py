@@ -4,17 +4,16 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ccm
 from ccm.cli.options import PROGRAM, given_options
-from ccm.errors import BadInput, CannotWrite
+from ccm.cli.outputs import new_file
+from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
 from ccm.experiment.locking import refuse_if_locked
 from ccm.experiment.options import neuron_numbers
-from ccm.experiment.writing import try_writing
 from ccm.method.ablation_values import one_ablation_value
 from ccm.method.protocol import PROTOCOLS
 from ccm.models.limits import cores
@@ -49,41 +48,6 @@ def _limit_threads() -> None:
 
     if not any(os.environ.get(name) for name in THREADS_VARIABLES):
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
-
-
-def new_file(path: Path) -> Path:
-    """Check that an output file can be written and would overwrite nothing.
-
-    Raises:
-        BadInput: it exists already, or its folder is missing or cannot be written to.
-    """
-    try:
-        there = path.exists()
-    except OSError as error:  # a name that the file system does not take
-        raise BadInput(f"--out {path}: {error.strerror}. Give another file.") from error
-    if there:
-        raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
-    if not path.parent.is_dir():
-        raise BadInput(f"--out {path}: no folder {path.parent}. Make it first.")
-    _try_writing(path.parent, f"--out {path}: cannot write to {path.parent}", "file")
-    return path
-
-
-def _try_writing(folder: Path, trouble: str, other: str) -> None:
-    """Check that a folder, made if it is missing, can be written to: results come minutes later.
-
-    Args:
-        folder: The folder.
-        trouble: The start of the message.
-        other: What to give instead: "file" or "folder".
-
-    Raises:
-        BadInput: it cannot be written to.
-    """
-    try:
-        try_writing(folder)
-    except CannotWrite as error:
-        raise BadInput(f"{trouble} ({error.reason}). Give another {other}.") from error
 
 
 def run(options: argparse.Namespace) -> None:
@@ -153,90 +117,6 @@ def merge(options: argparse.Namespace) -> None:
 
     print(summary(merge_shards(options.shards, options.out)))
     print(f"\nrun folder: {options.out}")
-
-
-def figures(options: argparse.Namespace) -> None:
-    """Draw the figures and write the tables of finished runs."""
-    out = _folder_of(options, "figures")
-
-    from ccm.experiment.folder import locked_for
-    from ccm.reporting.figures.gallery import write_figures
-    from ccm.reporting.tables import write_tables
-
-    runs = _finished(options.runs, out)
-    with locked_for(out):
-        tables = write_tables(runs, out)
-        figures = write_figures(runs, out, cores())
-    print(f"{len(figures) // 3} figures (PDF, PNG, data), {len(tables) // 3} tables: {out}")
-
-
-def report(options: argparse.Namespace) -> None:
-    """Write the report of finished runs."""
-    out = _folder_of(options, "")
-
-    from ccm.paper.report import read_report
-    from ccm.reporting.report import write_report
-
-    runs = _finished(options.runs, out)
-    if options.tolerance is not None:
-        read_report(options.tolerance, [run.model for run in runs])
-    html, markdown, *_ = write_report(runs, out, options.tolerance, cores())
-    print(f"report: {html}\nreport: {markdown}\nfigures and tables: {out / 'figures'}")
-
-
-def compare(options: argparse.Namespace) -> None:
-    """Compare finished runs of published models with the paper, or two runs with each other."""
-    out = _folder_of(options, "")
-
-    from ccm.paper.report import check_comparable, compare_with_paper, is_printed, one_line
-    from ccm.reporting.two_runs import check_two, compare_runs, sentences, write_comparison
-
-    def held_to(runs: Any) -> str:
-        paper = len(runs) != 2 or is_printed(runs)
-        return options.to or ("paper" if paper else "run")
-
-    checks = {"paper": check_comparable, "run": check_two}
-    runs = _finished(options.runs, out, lambda runs: checks[held_to(runs)](runs))
-    if held_to(runs) == "paper":
-        comparisons, paths = compare_with_paper(runs, out)
-        lines = [one_line(comparison) for comparison in comparisons]
-    else:
-        found = compare_runs(*runs)
-        lines, paths = sentences(found), write_comparison(found, out)
-    print(*lines, *(f"report: {path}" for path in paths), sep="\n")
-
-
-def _folder_of(options: argparse.Namespace, below: str) -> Path:
-    """Return the output folder for finished runs; of one run, by default, in its own folder."""
-    if options.out is None and len(options.runs) > 1:
-        raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
-    return Path(options.runs[0] / below if options.out is None else options.out)
-
-
-def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | None = None) -> Any:
-    """Read finished runs, and check that the output folder can be written to.
-
-    Args:
-        paths: Run folders.
-        out: The output folder, which is made.
-        check: Refuses runs that the command cannot use, before the folder is made.
-
-    Raises:
-        BadInput: a folder is no finished run, a run is given twice, or `out` cannot be written to.
-        InUse: another process is writing there.
-    """
-    from ccm.experiment.folder import folder_to_lock
-    from ccm.experiment.results import read_results
-    from ccm.reporting.distinct_names import distinct_names
-
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file. Give a folder with --out.")
-    refuse_if_locked(folder_to_lock(out))
-    runs = distinct_names([read_results(path) for path in paths])
-    if check is not None:
-        check(runs)
-    _try_writing(out, f"{out}: cannot be written to", "folder with --out")
-    return runs
 
 
 def models(options: argparse.Namespace) -> None:

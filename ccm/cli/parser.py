@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ccm.cli import commands as subcommands
+from ccm.cli import finished
 from ccm.cli.faults import fault
 from ccm.cli.options import PROGRAM, add_options, rehearse_options
 from ccm.errors import BadInput, CcmError
@@ -219,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     figures = commands.add_parser("figures", help="figures and tables of finished runs")
     figures.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     figures.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN/figures)")
-    figures.set_defaults(run=subcommands.figures)
+    figures.set_defaults(run=finished.figures)
 
     report = commands.add_parser("report", help="one page of finished runs: figures, tables, numbers")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
@@ -230,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="tolerance_report.json of `ccm compare` (default: the run's own, in or beside its folder)",
     )
-    report.set_defaults(run=subcommands.report)
+    report.set_defaults(run=finished.report)
 
     compare = commands.add_parser(
         "compare", help="runs of published models against the printed numbers, or two runs"
@@ -243,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
         "and each is given once, else two runs each other)",
     )
     compare.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
-    compare.set_defaults(run=subcommands.compare)
+    compare.set_defaults(run=finished.compare)
 
     models = commands.add_parser("models", help="known models, and whether their weights are here")
     add_options(models, "model_paths")

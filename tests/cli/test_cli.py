@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 
-from ccm.cli.commands import new_file, read_neurons
+from ccm.cli.commands import read_neurons
 from ccm.cli.console import summary
+from ccm.cli.outputs import new_file
 from ccm.cli.parser import main
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig

@@ -16,6 +16,13 @@ from tests.toys import FAMILIES, ToyConfig, toy_folder
 TEXT = "Paris lies in the capital of Italy 1944 São"
 
 
+def copied(tmp_path: Path) -> Path:
+    """The organism's folder, to change."""
+    source = MODELS["organism"].folder
+    assert source is not None
+    return Path(shutil.copytree(source, tmp_path / "m"))
+
+
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
 def test_ids_are_those_that_the_model_is_given(config: ToyConfig) -> None:
     folder = toy_folder(config)
@@ -62,9 +69,7 @@ def test_an_answer_that_changes_the_text_before_it_is_told(
 def test_transformers_own_tokenizer_stands_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = MODELS["organism"].folder
-    assert source is not None
-    folder = Path(shutil.copytree(source, tmp_path / "m"))
+    folder = copied(tmp_path)
     ask = ["tokens", "--model", str(folder), "Ada was born in"]
     assert main(ask) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
@@ -83,9 +88,7 @@ def test_transformers_own_tokenizer_stands_beside_it(
 def test_a_folder_without_a_tokenizer_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = MODELS["organism"].folder
-    assert source is not None
-    folder = Path(shutil.copytree(source, tmp_path / "m"))
+    folder = copied(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     assert main(["tokens", "--model", str(folder), "x"]) == 2

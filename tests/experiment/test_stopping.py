@@ -308,8 +308,8 @@ def test_a_worker_that_was_killed_is_said(tmp_path: Path) -> None:
 REPORT = """
 import sys
 from ccm.cli import parser as cli
-from ccm.cli import commands as subcommands
-subcommands.cores = lambda: 2
+from ccm.cli import finished
+finished.cores = lambda: 2
 sys.exit(cli.main())
 """
 
