@@ -11,6 +11,7 @@ from scipy import stats
 
 from ccm.cli.parser import main
 from ccm.experiment.results import RunResults, read_results
+from ccm.method.differences import clusters, interval
 from ccm.method.sources import SOURCES
 from ccm.reporting.two_runs import compare_runs, markdown, paired_rows, sentences
 from tests.made_runs import make_run
@@ -119,6 +120,14 @@ def test_other_prompts_are_two_samples(folders: tuple[Path, Path]) -> None:
         assert change.p == pytest.approx(stats.fisher_exact(table).pvalue)
         assert change.only_first is None
         assert change.low <= change.difference <= change.high
+    # Drawn apart: the same draws would let what the samples have in common cancel.
+    facts = (one.prompts["statement_subject"] + one.prompts["rel_lemma"]).tolist()
+    drawn = [
+        clusters(facts, seed).means(run.plain[["entropy"]].to_numpy(float))
+        for seed, run in ((0, one), (1, other))
+    ]
+    low, high = interval(drawn[1] - drawn[0])
+    assert (found.entropies[0].low, found.entropies[0].high) == pytest.approx((low[0], high[0]))
     paired = compare_runs(one, two)
     assert [c.difference for c in found.sources] == pytest.approx(
         [c.difference for c in paired.sources]
