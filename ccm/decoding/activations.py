@@ -6,8 +6,8 @@ again. Memory is that, and `d_mlp` x `MEDIAN_BINS` counts, whatever the number o
 ever counted because batches hold none.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -126,13 +126,13 @@ def collect(
     *,
     text_only: bool = False,
 ) -> tuple[ActivationStatistics, int]:
-    """Run the plain model over the prompts and their continuations, once or twice.
+    """Run the plain model over the prompts and their continuations, once or, of some, twice.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included.
         decode: How to decode with an observer.
-        keep: Bytes of activations to keep at most; if there are more, the model is run again.
+        keep: Bytes of activations to keep at most; prompts beyond it are run again.
         text_only: Leave out BOS. It is the same token in every prompt, and hence one activation of each
             neuron, as often as there are prompts, and often an extreme one.
 
@@ -141,42 +141,42 @@ def collect(
         `text_only`) and every token that was fed back (the last generated one never is).
     """
     moments = Moments(model.spec.d_mlp, model.device)
-    kept, room = list[Float[Tensor, "rows d_mlp"]](), keep
+    first = _in_chunks(moments.update)
+    kept = list[Float[Tensor, "rows d_mlp"]]()
 
-    def first(rows: Float[Tensor, "rows d_mlp"]) -> None:
-        nonlocal room
-        _in_chunks(moments.update)(rows)
-        room -= rows.numel() * rows.element_size()
-        if room >= 0:
-            kept.append(rows)
-        else:
-            kept.clear()
+    def first_and_keep(rows: Float[Tensor, "rows d_mlp"]) -> None:
+        first(rows)
+        kept.append(rows)
 
-    # At most: a prompt that ends early feeds fewer tokens back.
-    positions = sum(map(len, prompts)) + len(prompts) * (MAX_NEW_TOKENS - 1)
-    with _counted(first, positions) as observe:
-        decode(model, prompts, observe=observe, text_only=text_only)
+    upto = np.cumsum([0, *(4 * model.spec.d_mlp * _positions(prompt) for prompt in prompts)])
+    fits = int(np.searchsorted(upto, keep, side="right")) - 1
+    run = partial(decode, model, text_only=text_only)
+    _show(run, (prompts[:fits], first_and_keep), (prompts[fits:], first))
     histograms = Histograms(moments)
     second = _in_chunks(histograms.update)
-    if kept:
-        for rows in kept:
-            second(rows)
-    else:
-        with _counted(second, moments.count) as observe:
-            decode(model, prompts, observe=observe, text_only=text_only)
+    for rows in kept:
+        second(rows)
+    _show(run, (prompts[fits:], second))
     return finish(moments, histograms), moments.count
 
 
-@contextmanager
-def _counted(update: Observer, positions: int) -> Iterator[Observer]:
-    """Show how many positions an observer has seen."""
-    with tqdm(total=positions, desc="activation_stats", unit="position") as bar:
+def _positions(prompt: Tokens) -> int:
+    """Count a prompt's positions; at most, because one that ends early feeds fewer tokens back."""
+    return len(prompt) + MAX_NEW_TOKENS - 1
 
-        def observe(rows: Float[Tensor, "rows d_mlp"]) -> None:
+
+def _show(run: Callable[..., object], *parts: tuple[Sequence[Tokens], Observer]) -> None:
+    """Run prompts, each part before its observer, and count the positions seen."""
+    total = sum(_positions(prompt) for prompts, _ in parts for prompt in prompts)
+    with tqdm(total=total, desc="activation_stats", unit="position", disable=not total) as bar:
+
+        def observe(update: Observer, rows: Float[Tensor, "rows d_mlp"]) -> None:
             update(rows)
             bar.update(len(rows))
 
-        yield observe
+        for prompts, update in parts:
+            if prompts:
+                run(prompts, observe=partial(observe, update))
         bar.total = bar.n
 
 

@@ -264,12 +264,14 @@ def _in_batches(
     shared, order = [0] * len(prompts), list[int]()
     # Prompts that share a prefix stay together.
     groups = shared_prefixes(prompts)
+    run_once = sum(map(len, prompts)) - sum(length * (len(members) - 1) for members, length in groups)
     for members, length in sorted(groups, key=lambda g: (max(len(prompts[i]) for i in g[0]), g[0])):
         order += members
         for i in members:
             shared[i] = length
     lengths = [len(p) for p in prompts]
-    batches = list(_batches(order, lengths, engine.prompt_bytes, engine.budget, _most(engine, lengths)))
+    most = _most(engine, run_once / len(prompts))
+    batches = list(_batches(order, lengths, engine.prompt_bytes, engine.budget, most))
     mine = batches[shard[0] - 1 :: shard[1]]
     pending = [[i for i in batch if i not in done] for batch in mine][::-1]
     while pending:
@@ -317,11 +319,16 @@ def _batches(
         yield batch
 
 
-def _most(engine: Engine, lengths: Sequence[int]) -> int:
-    """Prompts of a batch, so that it takes some seconds: a GPU is quick enough for any."""
+def _most(engine: Engine, prefilled: float) -> int:
+    """Prompts of a batch, so that it takes some seconds: a GPU is quick enough for any.
+
+    Args:
+        engine: What runs them.
+        prefilled: Tokens a prompt takes on average, shared prefixes counted once.
+    """
     if engine.model.device.type == "cuda":
         return MAX_BATCH
-    tokens = sum(lengths) / len(lengths) + engine.max_new_tokens
+    tokens = prefilled + engine.max_new_tokens
     parameters = sum(p.numel() for p in engine.model.body.parameters())
     entries = len(engine.full) * engine.model.spec.d_vocab
     work = parameters * tokens + PER_ENTRY * entries

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from ccm.decoding.activations import collect, float16_sigma
 from ccm.decoding.answer_tokens import object_tokens
@@ -236,10 +237,13 @@ def read_scores(folder: RunFolder) -> dict[str, Any]:
 def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
     """Load the model onto one device or over all, and check that the engine computes it."""
     config = plan_.config
-    if config.device_map is None:
-        model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
-    else:
-        model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+    # The first that is seen of a run: libraries and weights take seconds, or minutes.
+    with tqdm(total=1, desc="load", unit="model") as bar:
+        if config.device_map is None:
+            model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
+        else:
+            model = spread_over_devices(load(plan_.spec, "cpu", config.dtype, plan_.bos))
+        bar.update()
     check_assumptions(model)
     # Nothing else can run a model that is spread over devices.
     engine = engine_for(config.engine if config.device_map is None else "shared", model)
