@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -217,13 +218,21 @@ class Decoded:
     top_log_probs: Float[np.ndarray, "prompt topped top"]
     residual: Float[np.ndarray, "prompt kept"]  # of the plain run
 
+    @cached_property
+    def _leaves(self) -> np.ndarray:
+        return np.fromiter(self.leaves, dtype=object)
+
+    @cached_property
+    def _texts(self) -> np.ndarray:
+        return np.fromiter(self.texts, dtype=object)
+
     def completions(self, index: int) -> Completions:
         """One set's continuations; without top tokens and residuals where they were not read."""
         leaves = self.leaf[:, index]
         topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
         return Completions(
-            tokens=tuple(self.leaves[i] for i in leaves),
-            texts=tuple(self.texts[i] for i in leaves),
+            tokens=tuple(self._leaves[leaves]),
+            texts=tuple(self._texts[leaves]),
             first=FirstToken(
                 entropy=self.entropy[:, index].astype(np.float64),
                 asked=self.asked,

@@ -75,7 +75,7 @@ class CellReader:
             {
                 "text": done.texts,
                 "source": sources,
-                "tokens": [list(t) for t in done.tokens],
+                "tokens": done.tokens,
                 "entropy": done.first.entropy,
                 **{f"log_prob_{s.lower()}": log_probs[s] for s in SOURCES},
             }

@@ -70,11 +70,15 @@ def score_table(folder: RunFolder, released: bool) -> pd.DataFrame:
     Returns:
         A row per `Score`, columns named like its fields.
     """
-    plain, sets = read_table(folder.cell("", PLAIN.name)), folder.manifest["sets"]
+    # Texts and tokens are not scored, nor are the controls' log-probabilities.
+    numbers = ["source", "entropy"]
+    all_numbers = [*numbers, *(f"log_prob_{s.lower()}" for s in SOURCES)]
+    plain, sets = read_table(folder.cell("", PLAIN.name), all_numbers), folder.manifest["sets"]
     scores = list(_before(plain, folder.manifest["facts"]))
     for value in folder.manifest["identity"]["ablation_values"]:
         for name in sets:
-            scores += _of_set(value, name, plain, read_table(folder.cell(value, name)), released)
+            cell = read_table(folder.cell(value, name), all_numbers if name == ENTROPY else numbers)
+            scores += _of_set(value, name, plain, cell, released)
     table = pd.DataFrame([vars(score) for score in scores])
     return table.astype({"count": "Int64", "n": "Int64", "value": float, "low": float, "high": float})
 

@@ -45,11 +45,14 @@ def transition_counts(
     before: Sequence[Source], after: Sequence[Source]
 ) -> Int[np.ndarray, "from=3 to=3"]:
     """Count prompts by source before (rows) and after (columns), in the order of `SOURCES`."""
-    index = {source: i for i, source in enumerate(SOURCES)}
-    counts = np.zeros((3, 3), dtype=np.int64)
-    for b, a in zip(before, after, strict=True):
-        counts[index[b], index[a]] += 1
-    return counts
+    return np.bincount(_transitions(before, after), minlength=9).reshape(3, 3)
+
+
+def _transitions(before: Sequence[Source], after: Sequence[Source]) -> Int[np.ndarray, "prompt"]:
+    """Number each prompt's transition: 3 times its source before, plus its source after."""
+    place = {source: i for i, source in enumerate(SOURCES)}
+    pairs = (3 * place[b] + place[a] for b, a in zip(before, after, strict=True))
+    return np.fromiter(pairs, dtype=np.int64)
 
 
 def transition_scores(counts: Int[np.ndarray, "3 3"]) -> Float[np.ndarray, "3 3"]:
@@ -172,10 +175,10 @@ def mean_by_transition(
     Returns:
         Means by source before and source after; None where no prompt made the transition.
     """
-    b, a = np.asarray(before), np.asarray(after)
+    pairs = _transitions(before, after)
 
-    def mean(k: Source, k2: Source) -> float | None:
-        chosen = values[(b == k) & (a == k2)]
+    def mean(pair: int) -> float | None:
+        chosen = values[pairs == pair]
         return float(chosen.mean()) if len(chosen) else None
 
-    return {k: {k2: mean(k, k2) for k2 in SOURCES} for k in SOURCES}
+    return {k: {k2: mean(3 * i + j) for j, k2 in enumerate(SOURCES)} for i, k in enumerate(SOURCES)}
