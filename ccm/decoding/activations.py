@@ -1,9 +1,9 @@
 """Streamed per-neuron statistics of the last layer's activations (Method 6).
 
 Two passes over the same data: the first finds range and moments, the second fills a histogram between
-each neuron's own minimum and maximum. What the first saw is kept if it is little, and otherwise seen
-again. Memory is that, and `d_mlp` x `MEDIAN_BINS` counts, whatever the number of prompts, and no pad is
-ever counted because batches hold none.
+each neuron's own minimum and maximum. Activations of the first pass are kept as far as they fit; the
+other prompts are run again. Memory is bounded by that and by `d_mlp` x `MEDIAN_BINS` counts, whatever
+the number of prompts. No pad is ever counted, because batches hold none.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
-AT_ONCE = 1 << 24  # activations taken at once: in float64 and as bins, each a row's eight-fold copy
-KEEP = 1 << 30  # bytes of activations
+AT_ONCE = 1 << 24  # activations handled at once; their float64 and bin copies take 8 bytes each
+KEEP = 1 << 30  # most bytes of activations to keep
 MODE_BINS = 256  # the mode is the centre of the fullest of these
 FINE = 16  # fine bins per mode bin, for the median
 MEDIAN_BINS = MODE_BINS * FINE  # the median is exact to 1/4096 of the neuron's range
@@ -42,7 +42,7 @@ class Moments:
         self.max = torch.full_like(self.mean, -torch.inf)
 
     def update(self, rows: Float[Tensor, "rows d_mlp"]) -> None:
-        """Add rows. Chan's update of mean and squared deviations, stable for any chunking."""
+        """Add rows, by Chan's update of mean and squared deviations, stable for any chunking."""
         if not len(rows):
             return
         rows = rows.double()
@@ -74,12 +74,12 @@ class Histograms:
         self.counts.scatter_add_(1, bins.T, torch.ones_like(bins.T, dtype=torch.int32))
 
     def mode(self) -> Float[Tensor, "d_mlp"]:
-        """Centre of the fullest of `MODE_BINS` bins, the lowest of equals."""
+        """Return the centre of the fullest of `MODE_BINS` bins, the lowest of equally full ones."""
         fullest = self.counts.view(-1, MODE_BINS, FINE).sum(-1).argmax(-1)
         return self.min + (fullest + 0.5) * (self.width * FINE)
 
     def median(self) -> Float[Tensor, "d_mlp"]:
-        """Mean of the two middle order statistics, each placed within its fine bin."""
+        """Return the mean of the two middle order statistics, each placed within its fine bin."""
         cumulative = self.counts.long().cumsum(-1)
         n = int(cumulative[0, -1])
         middle = [self._order_statistic(cumulative, rank) for rank in ((n - 1) // 2, n // 2)]
@@ -99,7 +99,7 @@ def finish(moments: Moments, histograms: Histograms) -> ActivationStatistics:
     """Turn both passes into statistics.
 
     Raises:
-        CcmError: an activation that is not finite, with its neuron.
+        CcmError: an activation is not finite; the message names its neuron.
     """
     bad = torch.nonzero(~torch.isfinite(moments.m2))
     if len(bad):
@@ -126,15 +126,15 @@ def collect(
     *,
     text_only: bool = False,
 ) -> tuple[ActivationStatistics, int]:
-    """Run the plain model over the prompts and their continuations, once or, of some, twice.
+    """Run the plain model over the prompts and their continuations, over some of them twice.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included.
-        decode: How to decode with an observer.
-        keep: Bytes of activations to keep at most; prompts beyond it are run again.
-        text_only: Leave out BOS. It is the same token in every prompt, and hence one activation of each
-            neuron, as often as there are prompts, and often an extreme one.
+        decode: The `decode` of an engine.
+        keep: Most bytes of activations to keep; prompts beyond it are run again.
+        text_only: Leave out BOS, at which a neuron has the same activation, often an extreme one, in
+            every prompt.
 
     Returns:
         The statistics and the number of positions they cover: every prompt position (but BOS, if
@@ -161,12 +161,12 @@ def collect(
 
 
 def _positions(prompt: Tokens) -> int:
-    """Count a prompt's positions; at most, because one that ends early feeds fewer tokens back."""
+    """Return the most positions of a prompt; one that ends early feeds fewer tokens back."""
     return len(prompt) + MAX_NEW_TOKENS - 1
 
 
 def _show(run: Callable[..., object], *parts: tuple[Sequence[Tokens], Observer]) -> None:
-    """Run prompts, each part before its observer, and count the positions seen."""
+    """Run each part's prompts with its observer, and show how many positions were seen."""
     total = sum(_positions(prompt) for prompts, _ in parts for prompt in prompts)
     with tqdm(total=total, desc="activation_stats", unit="position", disable=not total) as bar:
 

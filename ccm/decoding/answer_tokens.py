@@ -24,7 +24,7 @@ class AnswerTokens:
 def object_tokens(
     model: LoadedModel, prompts: Sequence[ProbingPrompt], *, released: bool = False
 ) -> Int[np.ndarray, "prompt 2"]:
-    """First token of each prompt's counter- and parametric object after a space.
+    """Find the first token, after a space, of each prompt's counter-object and parametric object.
 
     Args:
         model: For its tokenizer.
@@ -78,7 +78,7 @@ def answer_log_probs(
     """Look up the log-probability of each answer token among those that were read, nats.
 
     Raises:
-        ValueError: a token that was neither asked for nor among the top ones.
+        ValueError: a token was neither asked for nor among the top ones.
     """
     ids = np.concatenate([first.asked, first.top_tokens], axis=1)
     values = np.concatenate([first.log_probs, first.top_log_probs], axis=1)

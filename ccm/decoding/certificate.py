@@ -1,6 +1,6 @@
-"""What an ablation does to the next token, from the final residual alone.
+"""The effect of an ablation on the next token, computed from the final residual alone.
 
-Notation (Method 12). x is the final residual at a position, x^ = x, less its mean for LayerNorm, s its
+Notation. x is the final residual at a position, x^ = x, less its mean for LayerNorm, s its
 scale, a the last MLP's activations there, v the replacement values of set S, c_i = v_i - a_i. w_i is
 neuron i's output weight (centred for LayerNorm), P_i = (w_i * gain) W_U its logit direction, beta the
 part of the logits that no scale touches (norm bias through W_U, plus b_U). Primes mean: ablated.
@@ -22,7 +22,7 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 
        s gap - |s' - s| R - sum_i (c_i (mid_i - P_i,top) + |c_i| h_i)
 
-   Method 12 states it with 2 |c_i| h_i, which is no less; this proves more for one more product.
+   The simpler bound 2 |c_i| h_i is no less; this one proves more for one more product.
 3. |s' - s| needs no s'. s is the Euclidean norm of the vector (x^, sqrt(d eps)) / sqrt(d), so by the
    triangle inequality |s' - s| <= |sum_i c_i w_i| / sqrt(d) <= sum_i |c_i| |w_i| / sqrt(d).
 4. We want the lead to exceed the rounding of this arithmetic, tau. Rounding moves each side of the line
@@ -31,8 +31,8 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
 
        s' tau = u (M (|x^| + sum_i |c_i| |w_i|) + s' B)
 
-   which also says what a residual that c all but cancels leaves: s' small, tau large. With paragraph 3
-   for s' on the right, the plain argmax stays, by more than tau, when
+   so where c all but cancels the residual, s' is small and tau is large. With paragraph 3 for s' on the
+   right, the plain argmax stays, by more than tau, when
 
        sum_i (c_i (mid_i - P_i,top) + |c_i| q_i)  <  s (gap - tau_0),
        q_i = h_i + (R + u B) |w_i| / sqrt(d) + u M |w_i|
@@ -40,17 +40,17 @@ part of the logits that no scale touches (norm bias through W_U, plus b_U). Prim
    and tau_0 = u (M |x^| / s + B): a test of 2 |S| multiplications with mid_i and q_i known beforehand.
    It holds with and without norm bias, b_U and centring; RMSNorm without b_U has R = B = 0.
 5. The shortlist, for pairs that fail the certificate. l' is computed exactly for the m most likely
-   plain tokens. Any other t has l_t <= l_(m+1), and with P_i,t <= mid_i + h_i sgn c_i
+   plain tokens. Any other t has l_t <= l_(m+1), and with c_i P_i,t <= c_i mid_i + |c_i| h_i
 
        s' l'_t <= s l_(m+1) + sum_i (c_i mid_i + |c_i| h_i) + max over t of (s' - s) beta_t
 
    If the best of the m exceeds that bound by more than tau, it is the argmax; that settles flips too.
    Only what is left needs a row over the whole vocabulary.
 6. u is ten times the largest error of a logit difference that float32 was seen to make on prompts of
-   the run, on the device at hand, as a part of M |x^| / s + B, and at least 2^-23
-   (`ccm.decoding.tolerance`). Whatever leads by less than tau is called a near tie, is never certified
-   nor taken from a shortlist, and is settled in float64 (`ccm.decoding.exact`). What is equal even
-   there goes to the lowest token id, as argmax does.
+   the run, on the device at hand, relative to M |x^| / s + B, and at least 2^-23
+   (`ccm.decoding.tolerance`). A lead of less than tau is called a near tie; it is never certified nor
+   taken from a shortlist, but settled in float64 (`ccm.decoding.exact`). A tie even there goes to the
+   lowest token id, as with argmax.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,12 +65,12 @@ from ccm.method.ablation import Ablation
 from ccm.method.neurons import VOCAB_COLUMNS
 from ccm.models.model import LastLayer
 
-SHORTLIST = 7  # m of paragraph 5; the 8 values it takes are those that a topk still finds quickly
+SHORTLIST = 7  # m of paragraph 5; it needs the top 8, and topk is fast up to 8
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive sets in which a neuron has one replacement value: those of one ablation value."""
+    """Consecutive sets that agree on each neuron's replacement value: those of one ablation value."""
 
     sets: slice
     values: Float[Tensor, "selected"]  # v_i; any number where no set of the group holds i
@@ -79,13 +79,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Screen:
-    """Everything that depends on model and neuron sets only, built once."""
+    """Everything that depends only on the model and the neuron sets, built once."""
 
     selected: Int[Tensor, "selected"]  # neurons of any set, ascending
     groups: tuple[Group, ...]  # all sets, in order
     slots: Int[Tensor, "set k"]  # each set's neurons as positions in `selected`
     values: Float[Tensor, "set k"]  # v_i
-    present: Float[Tensor, "set k"]  # 1, or 0 where a smaller set is filled up to k
+    present: Float[Tensor, "set k"]  # 1, or 0 for the padding of a set of fewer than k neurons
     W: Float[Tensor, "selected d_model"]  # w_i, float64
     gram: Float[Tensor, "set k k"]  # w_i . w_j within each set, float64
     P: Float[Tensor, "selected d_vocab"]
@@ -104,20 +104,20 @@ class Screen:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Positions whose next token is asked for: the plain readings of each."""
+    """Positions whose next token is wanted, with what the plain run gives there."""
 
     x: Float[Tensor, "node d_model"]  # x^
     scale: Float[Tensor, "node"]  # s
     a: Float[Tensor, "node selected"]
     dots: Float[Tensor, "node selected"]  # x^ . w_i, float64
     sz: Float[Tensor, "node d_vocab"]  # s z = (x^ * gain) W_U, all that rows need
-    likely: Int[Tensor, "node m"]  # most likely plain tokens, first first
+    likely: Int[Tensor, "node m"]  # most likely plain tokens, in descending order
     gap: Float[Tensor, "node"]  # lead of the first over the second
     beyond: Float[Tensor, "node"]  # l_(m+1), or -inf where the vocabulary ends before it
     tolerance: Float[Tensor, "node"]  # tau_0
 
     def some(self, rows: Int[np.ndarray, "chosen"]) -> "Nodes":
-        """Some of the nodes."""
+        """Select some of the nodes."""
         at = torch.from_numpy(rows).to(self.x.device)
         return Nodes(**{f.name: getattr(self, f.name)[at] for f in fields(self)})
 
@@ -136,13 +136,13 @@ class Pairs:
 
 
 def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Screen:
-    """Plan the screening of neuron sets; sets of several sizes are filled up with absent neurons.
+    """Build the screen of some neuron sets; smaller sets are padded with absent neurons.
 
     Args:
-        last: What stands between the last MLP's activations and the logits.
+        last: The weights between the last MLP's activations and the logits.
         ablations: Neuron sets with their values.
-        u: Of paragraph 6, as `ccm.decoding.tolerance.tolerance` measures it; 0 for whoever chooses no
-            token.
+        u: u of paragraph 6, as `ccm.decoding.tolerance.tolerance` measures it; 0 if no token is to be
+            chosen.
     """
     device = last.W_out.device
     neurons = sorted({i for ablation in ablations for i in ablation.neurons}) or [0]
@@ -225,7 +225,7 @@ def _groups(
 def read_nodes(
     screen: Screen, x: Float[Tensor, "node d_model"], a: Float[Tensor, "node d_mlp"]
 ) -> Nodes:
-    """Take the plain readings of nodes from final residuals and last-layer activations."""
+    """Compute the plain run's `Nodes` from final residuals and last-layer activations."""
     x = x.float()
     x = x - x.mean(-1, keepdim=True) if screen.centred else x
     s = (x.pow(2).mean(-1) + screen.eps).sqrt()
@@ -250,7 +250,7 @@ def read_nodes(
 def changes(
     screen: Screen, nodes: Nodes, node: Int[Tensor, "pair"], sets: Int[Tensor, "pair"]
 ) -> Float[Tensor, "pair k"]:
-    """c_i = v_i - a_i of each (node, set) pair; 0 for absent neurons."""
+    """Compute c_i = v_i - a_i of each (node, set) pair; 0 for absent neurons."""
     a = _at(nodes.a, node, screen.slots[sets])
     return (screen.values[sets] - a) * screen.present[sets]
 
@@ -258,12 +258,12 @@ def changes(
 def _at(
     table: Float[Tensor, "node column"], node: Int[Tensor, "pair"], column: Int[Tensor, "pair k"]
 ) -> Float[Tensor, "pair k"]:
-    """Entries of a table at each pair's node and columns."""
+    """Look up a table at each pair's node and columns."""
     return table.take(node[:, None] * table.shape[1] + column)
 
 
 def certified(screen: Screen, nodes: Nodes) -> Bool[Tensor, "node set"]:
-    """For which sets each node's plain argmax provably stays, by more than tau (paragraph 4)."""
+    """Mark the sets for which a node's plain argmax provably stays, by more than tau (paragraph 4)."""
     tilt = screen.mid - screen.P[:, nodes.likely[:, 0]].T  # (node, selected)
     moved = []
     for group in screen.groups:
@@ -279,7 +279,7 @@ def ablated_scale(
     sets: Int[Tensor, "pair"],
     c: Float[Tensor, "pair k"],
 ) -> Float[Tensor, "pair"]:
-    """s' of each pair, from dot products; in float64, because a large neuron may cancel most of x."""
+    """Compute s' of each pair from dot products, in float64: a large neuron may cancel most of x."""
     d, wide = nodes.x.shape[1], c.double()
     linear = (wide * _at(nodes.dots, node, screen.slots[sets])).sum(-1)
     square = (torch.bmm(wide[:, None], screen.gram[sets])[:, 0] * wide).sum(-1)
@@ -295,7 +295,7 @@ def pair_tolerance(
     c: Float[Tensor, "pair k"],
     scale: Float[Tensor, "pair"],
 ) -> Float[Tensor, "pair"]:
-    """tau of each pair (paragraph 4): a lead that is smaller is a near tie."""
+    """Compute tau of each pair (paragraph 4): a smaller lead is a near tie."""
     d = nodes.x.shape[1]
     reach = (c.abs() * screen.reach[screen.slots[sets]]).sum(-1)  # |w_i| is reach sqrt(d)
     lengths: Tensor = nodes.x.norm(dim=1)[node] + reach * d**0.5
@@ -305,7 +305,7 @@ def pair_tolerance(
 def read_pairs(
     screen: Screen, nodes: Nodes, node: Int[Tensor, "pair"], sets: Int[Tensor, "pair"]
 ) -> Pairs:
-    """Work out what each set does to its node."""
+    """Compute what each set does to its node."""
     c = changes(screen, nodes, node, sets)
     scale = ablated_scale(screen, nodes, node, sets, c)
     return Pairs(
@@ -314,10 +314,10 @@ def read_pairs(
 
 
 def shortlisted(pairs: Pairs) -> tuple[Bool[Tensor, "pair"], Int[Tensor, "pair"]]:
-    """Ablated argmax among the m likely tokens, and where it is proved to be the argmax of all.
+    """Find the ablated argmax among the m likely tokens, and whether it provably beats all others.
 
     Returns:
-        Of each pair, whether it is proved (paragraph 5, and no near tie within the shortlist), and the
+        For each pair, whether it is proved (paragraph 5, and no near tie within the shortlist), and the
         token.
     """
     screen, nodes, node, c, scale = pairs.screen, pairs.nodes, pairs.node, pairs.c, pairs.scale

@@ -1,11 +1,11 @@
-"""Greedy decoding of some prompts under all neuron sets at once: a prefix tree per prompt.
+"""Greedy decoding of one batch under all neuron sets at once: a prefix tree per prompt.
 
 At every step the next token of *all* sets follows from the final residual and the last activations of
 the node they are on (`ccm.decoding.certificate`). Sets that choose the same token go on together; the
 transformer runs once per distinct node.
 
-Prompts are prefilled without a pad, and their keys and values lie in one cache in which shorter prompts
-begin later: one forward a step, under an explicit mask and explicit positions, serves all lengths.
+Prompts are prefilled without padding, into one KV cache in which shorter prompts begin later: one
+forward pass per step, with an explicit mask and explicit positions, serves all lengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from ccm.decoding.results import AtLast, Batch, Decided, Work
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
-NODES = 4  # distinct continuations of a prompt that are reckoned with; more, and its batch may be cut
+NODES = 4  # distinct continuations expected of a prompt; with more, its batch may have to be cut
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Engine:
     model: LoadedModel
     screen: Screen
     full: Bool[Tensor, "set"]  # whether a set is decoded to the end, not only until it is decided
-    cuts: bool  # whether any set is not
+    cuts: bool  # whether any set may stop once it is decided
     decided: Decided
     provisional: Bool[Tensor, "d_vocab"]  # tokens after which a text may still change
     at_once: AtOnce
@@ -47,9 +47,9 @@ class Engine:
     keep_residual: bool
     at_last: AtLast | None
     observing: bool
-    skipped: int  # first positions of a prompt that are not observed
+    skipped: int  # positions at the start of a prompt that are not observed
     lists: BoundedLists
-    # Observed rows of the batch at work, shown once it is done: a batch that fails is run again.
+    # Observed rows of the current batch, passed on once it is done: a batch that fails is rerun.
     seen: list[Float[Tensor, "row d_mlp"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Engine:
         self.free()
 
     def free(self) -> None:
-        """Let go of the memory that batches have in common, and of what a failed one left."""
+        """Start over with empty caches, and drop the rows that a failed batch left."""
         self.begun, self.cache = (RowCache(self.model.spec.n_layers) for _ in range(2))
         self.seen.clear()
 
@@ -71,19 +71,19 @@ class Engine:
         return cache + 16 * spec.d_vocab
 
     def prompt_bytes(self, length: int) -> int:
-        """Estimate the bytes of a prompt: of its nodes, of what is observed, and of its pairs."""
+        """Estimate the bytes of a prompt: its nodes, observed activations and (node, set) pairs."""
         spec, n_sets = self.model.spec, len(self.full)
         nodes = min(n_sets, NODES)
         observed = 4 * (length + self.max_new_tokens) * spec.d_mlp if self.observing else 0
-        # Some thirty numbers of 8 bytes in lists that are as long as there are pairs, and their tokens.
+        # About thirty 8-byte numbers per pair, in lists over all pairs, and the pair's tokens.
         pairs = n_sets * (16 * self.screen.slots.shape[1] + 240 + 8 * self.max_new_tokens)
         return nodes * self.node_bytes(length) + observed + pairs
 
     def _check_budget(self, prompts: Sequence[Tokens], nodes: int) -> None:
-        """See, before memory is taken for them, that so many nodes are within the budget.
+        """Check, before memory is allocated, that this many nodes fit the budget.
 
         Raises:
-            MemoryError: they are not, and the batch can be cut.
+            MemoryError: they do not, and the batch can be cut.
         """
         needed = nodes * self.node_bytes(max(map(len, prompts)))
         if needed > self.budget and len(prompts) > 1:
@@ -101,9 +101,9 @@ class Engine:
         x, a = run_body(self.model, tokens, cache, positions, last_only=not self.observing)
         if self.observing:
             rows = a if times is None else a.repeat_interleave(times, dim=0)
-            if self.skipped and cache.get_seq_length() == tokens.shape[1]:  # all begin here
+            if self.skipped and cache.get_seq_length() == tokens.shape[1]:  # all prompts begin here
                 rows = rows[:, self.skipped :]
-            elif self.skipped and positions is not None:  # some may
+            elif self.skipped and positions is not None:  # some prompts may begin here
                 at = positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
                 rows = rows[at >= self.skipped]
             self.seen.append(rows.reshape(-1, a.shape[-1]).float())
@@ -113,10 +113,10 @@ class Engine:
     def read_last(
         self, prompts: Sequence[Tokens], shared: Sequence[int], work: Work
     ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]]:
-        """Final residual and last-layer activations at every prompt's last position.
+        """Prefill a batch; return final residuals and last-layer activations at last positions.
 
         Args:
-            prompts: As for `run`, and so the others.
+            prompts: Token ids, as for `run`.
             shared: How many tokens of each prompt are its shared prefix.
             work: Counts are added here.
         """
@@ -139,8 +139,8 @@ class Engine:
         Args:
             prompts: Token ids, sorted by how many come after the shared prefix.
             shared: How many tokens of each prompt are its shared prefix.
-            indices: What the batch calls the prompts.
-            targets: Tokens whose first-step log-probabilities are wanted.
+            indices: Numbers of the prompts, kept in the batch.
+            targets: Tokens whose first-step log-probabilities are wanted, per prompt.
             work: Counts are added here.
         """
         device = self.model.device
@@ -210,12 +210,12 @@ class Engine:
         indices: Sequence[int],
         ended: Bool[Tensor, "pair"],
     ) -> Bool[Tensor, "pair"]:
-        """Pairs that stop here: of a set that needs no full text, and decided by the text so far."""
+        """Mark pairs that stop here: their set needs no full text, and the text so far decides."""
         may_stop = ~self.full[tree.sets] & ~ended
         branch = branches.branch
         asked = torch.zeros_like(branches.origin).index_add_(0, branch, may_stop.long()) > 0
         asked &= ~self.provisional[branches.grown[:, -1]]
-        # Read together: on a GPU this is a wait, and so is the way back.
+        # One transfer each way, because each makes the host wait for the GPU.
         read = torch.cat([asked[:, None], branches.origin[:, None], branches.grown], dim=1).tolist()
         places = [place for place, (is_asked, *_) in enumerate(read) if is_asked]
         texts = self.model.decode_all([read[place][2:] for place in places])
@@ -238,9 +238,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Branches:
-    """The distinct (node, token) of a step; lists of a `BoundedLists`, which may be filled up."""
+    """The distinct (node, token) of a step, in lists of `BoundedLists`, which may hold fillers."""
 
-    branch: Int[Tensor, "pair"]  # each pair's, among all of them
+    branch: Int[Tensor, "pair"]  # index of each pair's branch
     parent: Int[Tensor, "branch"]  # node that each grows from
     grown: Int[Tensor, "branch step"]  # tokens since the prompt
     origin: Int[Tensor, "branch"]  # prompt
@@ -248,18 +248,18 @@ class _Branches:
 
 @dataclass(frozen=True)
 class _Growth:
-    """What a step adds to a tree; lists of a `BoundedLists`, which may be filled up."""
+    """What a step adds to a tree, in lists of `BoundedLists`, which may hold fillers."""
 
     branches: _Branches
     ended: Bool[Tensor, "pair"]
     on: Int[Tensor, "on"]  # pairs that go on
     kept: Int[Tensor, "kept"]  # branches that go on
-    node: Int[Tensor, "on"]  # which of these each pair is on
+    node: Int[Tensor, "on"]  # index in `kept` of each pair's branch
     rows: Rows
 
 
 class _Tree:
-    """Distinct continuations of every prompt; pairs (node, set) say which set is on which."""
+    """Distinct continuations of every prompt, and (node, set) pairs: which set is on which node."""
 
     def __init__(self, n_prompts: int, n_sets: int, d_vocab: int, device: torch.device) -> None:
         self.n_sets, self.d_vocab = n_sets, d_vocab
@@ -270,16 +270,16 @@ class _Tree:
         self.paths = prompts.new_zeros((n_prompts, 0))  # (node, step): tokens since the prompt
         self.origin = prompts  # (node,): its prompt
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
-        self.leaf = torch.full_like(self.pair, -1)  # place among all branches
+        self.leaf = torch.full_like(self.pair, -1)  # where each ended, among the branches of all steps
 
     def prefix(self, prompts: Sequence[Tokens], node: int) -> list[int]:
-        """All tokens of a node, its prompt's first."""
+        """Return all tokens of a node, starting with its prompt's."""
         return [*prompts[int(self.origin[node])], *self.paths[node].tolist()]
 
     def branch(self, chosen: Int[Tensor, "pair"], lists: BoundedLists) -> _Branches:
-        """Add a token to every pair; the bounded list is "branches".
+        """Append a token to every pair; the bounded list is "branches".
 
-        Everything that happens next happens once per distinct (node, token).
+        All further work is done once per distinct (node, token).
         """
         keys = self.node * self.d_vocab + chosen
         key, branch = lists.distinct("branches", keys, len(self.paths) * self.d_vocab)
@@ -292,12 +292,12 @@ class _Tree:
         )
 
     def plan(self, branches: _Branches, ended: Bool[Tensor, "pair"], lists: BoundedLists) -> _Growth:
-        """Find out what goes on; the bounded lists are "on", "kept" and "moved".
+        """Find the pairs and branches that go on; the bounded lists are "on", "kept" and "moved".
 
         A branch may end for some sets, which are decided, and go on for others.
         """
         on, n = lists.places("on", ~ended), len(branches.parent)
-        # What fills up the list of pairs is on no branch.
+        # A filler in the list of pairs is on no branch.
         of_pairs = torch.cat([branches.branch, torch.full_like(branches.branch[:1], n)])[on]
         kept, node = lists.distinct("kept", of_pairs, n)
         return _Growth(
@@ -310,10 +310,10 @@ class _Tree:
         )
 
     def grow(self, growth: _Growth, lists: BoundedLists) -> int:
-        """Do what was planned; nodes are numbered by the cache rows that hold them.
+        """Carry out a plan; nodes are numbered by the cache rows that hold them.
 
         Returns:
-            How many nodes there are now.
+            The new number of nodes.
         """
         n_on, n = lists.count("on"), lists.count("kept")
         place = sum(map(len, self.branches)) + growth.branches.branch
@@ -331,7 +331,7 @@ class _Tree:
     def leaves(
         self, eos: Bool[Tensor, "d_vocab"]
     ) -> tuple[Int[np.ndarray, "prompt set"], tuple[tuple[int, ...], ...]]:
-        """Which continuation each set chose, and all of them, without the EOS that ended them."""
+        """Return which continuation each set chose, and all continuations, without a final EOS."""
         used, leaf = distinct(self.leaf, sum(map(len, self.branches)))
         places, found, start = used.cpu(), list[tuple[int, ...]](), 0
         for grown in self.branches:

@@ -1,4 +1,4 @@
-"""The ways to decode, behind one interface: each engine is a module that has these functions."""
+"""The decoding engines behind one interface: each engine is a module with these functions."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Engine(Protocol):
-    """What an engine offers; all give the same texts, tokens, sources and counts."""
+    """Interface of an engine; all engines give the same texts, tokens, sources and counts."""
 
     @property
     def TAKES(self) -> Collection[str]:
-        """Options of a run that not every engine can follow, and this one can."""
+        """Run options that this engine supports and some other engine does not."""
 
     @property
     def check(self) -> Callable[[LoadedModel], None]:
-        """See, before any work, that it computes the model at hand; raises `AssumptionBroken`."""
+        """Check, before any work, that the engine computes the model; raises `AssumptionBroken`."""
 
     @property
     def decode(self) -> Callable[..., Completions]:
@@ -63,14 +63,14 @@ AUTO = "auto"
 
 
 def engine_for(name: str, model: LoadedModel) -> Engine:
-    """Find the engine that decodes a model; where `auto` falls back on hooks, that is said once.
+    """Choose the engine that decodes a model; a fallback of `auto` to hooks is logged once.
 
     Args:
-        name: Of an engine, or `auto`: the shared one where it computes the model, else the hooked.
+        name: Name of an engine, or `auto`: the shared one if it computes the model, else the hooked.
         model: The model.
 
     Raises:
-        AssumptionBroken: the engine does not compute the model.
+        AssumptionBroken: the engine cannot compute the model.
     """
     if name != AUTO:
         ENGINES[name].check(model)

@@ -1,8 +1,8 @@
-"""What exact arithmetic on the stored weights would choose: in float64, whatever a model's code says.
+"""Choices of exact arithmetic on the stored weights: in float64, whatever a model's code says.
 
-Float32 is summed otherwise by every kernel, thread count and device, and a near tie may fall either
-way. So a choice is *defined* as that of exact arithmetic on the float32 weights and replacement values.
-Near ties are computed again in float64, whose rounding is nine orders smaller; what even that does not
+Every kernel, thread count and device sums float32 differently, and a near tie may fall either way. So a
+choice is *defined* as that of exact arithmetic on the float32 weights and replacement values. Near ties
+are computed again in float64, whose rounding is nine orders of magnitude smaller; what even that cannot
 tell apart is a tie, which goes to the lowest token id (`ccm.decoding.results.most_likely`).
 
 No second copy of the model is made: `float64` casts every weight when an operation reads it.
@@ -42,12 +42,12 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.embedding.default:  # a table is looked up as it is
+        if func is torch.ops.aten.embedding.default:  # spares a float64 copy of the whole table
             return func(*args, **kwargs).double()
         if func.overloadpacket in _COPIES and args[0].dtype is torch.float32:
-            return func(*args, **kwargs)  # weights on their way: widened when they are read
+            return func(*args, **kwargs)  # a copied weight is widened when it is read
         views, reads = _does(func)
-        # A view is taken of what is there, and widened when it is read.
+        # A view is widened when it is read.
         widened = torch.dtype if views else (torch.dtype, Tensor)
         args = tuple(
             tree_map_only(widened, _double, value) if read else value
@@ -58,13 +58,13 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, value in kwargs.items()
         }
         made = func(*args, **kwargs)
-        # Float32 is also what a new tensor is that asks for nothing.
+        # A new tensor is float32, too, where no dtype is asked for.
         return made if views or not all(reads.values()) else tree_map_only(Tensor, _double, made)
 
 
 @cache
 def _does(func: Any) -> tuple[bool, dict[str, bool]]:
-    """Whether an operation returns a view, and which arguments it reads and does not write to."""
+    """Return whether an operation returns a view, and which arguments it only reads."""
     schema = func._schema
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     reads = {a.name: a.alias_info is None or not a.alias_info.is_write for a in schema.arguments}
@@ -79,9 +79,9 @@ def _double(value: Tensor | torch.dtype) -> Tensor | torch.dtype:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Compute in float64 what is written for float32."""
+    """Run code that is written for float32 in float64."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # in which XGLM writes the least number there is
+    torch.set_default_dtype(torch.float64)  # in which XGLM makes its mask value
     try:
         with _Float64():  # type: ignore[no-untyped-call]
             yield
@@ -92,12 +92,12 @@ def float64() -> Iterator[None]:
 def exact_last_positions(
     model: LoadedModel, prefixes: Sequence[Tokens], tokens_at_once: int
 ) -> tuple[Float[Tensor, "prefix d_model"], Float[Tensor, "prefix d_mlp"]]:
-    """Final residual and last-layer activations at the last position of each prefix, float64.
+    """Compute final residual and last-layer activations at each prefix's last position, float64.
 
     Args:
         model: The model, in float32.
         prefixes: Token ids; those of one length run together.
-        tokens_at_once: Most tokens of one forward.
+        tokens_at_once: Most tokens of one forward pass.
     """
     spec, device = model.spec, model.device
     x = torch.empty((len(prefixes), spec.d_model), dtype=torch.float64, device=device)
@@ -112,7 +112,7 @@ def exact_last_positions(
 
 
 def exact_logits(model: LoadedModel, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """Logits of final residuals, float64; the unembedding is cast up a part at a time."""
+    """Compute logits of final residuals, float64; the unembedding is cast one part at a time."""
     with float64():
         normed = model.final_norm(x)
         parts = [normed @ part for part in torch.split(model.W_U, VOCAB_COLUMNS, dim=1)]

@@ -22,17 +22,17 @@ def run_body(
     *,
     last_only: bool = False,
 ) -> tuple[Float[Tensor, "node read d_model"], Float[Tensor, "node read d_mlp"]]:
-    """Run the transformer without its head and read the two tensors that matter off it.
+    """Run the transformer without its head; return the final residual and the last activations.
 
     Args:
         model: The model.
-        tokens: New tokens of every node; none is a pad.
-        cache: A transformers cache that grows by them, or None.
-        positions: Position of each node's first new token, where the cache is filled up on the left;
-            None where every cached position is a token.
-        last_only: Read the last position only, and spare the last MLP the others where it can be
-            (`model.narrow`): nothing later attends to what it writes. Its one output then broadcasts
-            over the residual stream, of which only the last position is returned.
+        tokens: New tokens of every node, without padding.
+        cache: A transformers cache, which the new tokens extend, or None.
+        positions: Position of each node's first new token, if the cache is padded on the left; None if
+            every cached slot holds a token.
+        last_only: Read the last position only. If `model.narrow`, the last MLP runs at that position
+            alone, because nothing later attends to what it writes; its output then broadcasts over the
+            residual stream, of which only the last position is returned.
 
     Returns:
         Final residual (the final norm's input) and `hook_post` (the down-projection's input).
@@ -62,10 +62,10 @@ def run_body(
         for hook in hooks:
             hook.remove()
     x = seen["x"][:, -1:] if last_only else seen["x"]
-    a = seen["a"].reshape(len(tokens), -1, model.spec.d_mlp)  # OPT runs all positions as rows
+    a = seen["a"].reshape(len(tokens), -1, model.spec.d_mlp)  # OPT flattens positions into rows
     a = a[:, -1:] if last_only else a
     assert a.shape[:2] == x.shape[:2], f"activations of {tuple(a.shape)} at {x.shape[1]} positions"
-    # Of a model that is spread over devices, its layers may have read them elsewhere.
+    # In a model that is spread over devices, they may lie on another one.
     return x.to(model.device), a.to(model.device)
 
 
@@ -74,10 +74,10 @@ def _keep(seen: dict[str, Tensor], name: str, module: Any, inputs: tuple[Tensor,
 
 
 def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:
-    """Whether each layer may be handed its mask as it is.
+    """Return whether all layers take one finished mask.
 
-    Otherwise transformers makes it, and a GPU's host waits while it looks whether any slot is masked.
-    Other architectures may read more than a mask from it, and beyond a window layers differ.
+    Otherwise transformers builds their masks, and the host waits while a GPU checks whether any slot is
+    masked. Other architectures may read more than a mask from it, and beyond a window layers differ.
     """
     config = model.body.config
     window = getattr(config, "sliding_window", None)
@@ -89,27 +89,27 @@ def _takes_prepared_masks(model: LoadedModel, slots: int) -> bool:
 
 
 class RowCache:
-    """Keys and values of many prefixes: a row each, in buffers with room to grow.
+    """KV cache of many prefixes: a row each, in buffers with room to grow.
 
-    A row ends where all others end, so shorter ones begin later; what lies before them is masked.
-    Rows stay where they are from step to step, and only what is new or displaced is copied.
+    All rows end at the same slot, so shorter ones begin later, and the slots before them are masked.
+    Rows stay in place from step to step; only new and displaced rows are copied.
     """
 
     def __init__(self, n_layers: int) -> None:
-        """Plan a cache; memory is taken when a layer is first written."""
+        """Start empty; memory is allocated when a layer is first written."""
         self.n_layers = n_layers
         self.rows = self.slots = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for so many rows and slots, in the buffers that are there if they suffice."""
+        """Make room for this many rows and slots; buffers that are large enough are kept."""
         if rows > self.rows or slots > self.slots:
             self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
             self.keys, self.values = [], []
 
     def window(self, rows: slice, first: int, past: int) -> Any:
-        """Show some rows as a transformers cache that holds their slots [first, past) and grows."""
+        """Present slots [first, past) of some rows as a transformers cache that can grow."""
         from transformers.cache_utils import Cache
 
         layer = _window_class()
@@ -143,16 +143,16 @@ class RowCache:
             self.write(layer, rows, at.start, keys.index_select(0, of), values.index_select(0, of))
 
     def blank(self, rows: slice, stop: int) -> None:
-        """Clear the slots before these rows begin: even what is masked must not be NaN."""
+        """Zero the slots of these rows up to `stop`: even what is masked must not be NaN."""
         for buffer in (*self.keys, *self.values):
             buffer[rows, :, :stop] = 0
 
     def move(self, rows: Int[Tensor, "moved"], source: Int[Tensor, "moved"], past: int, n: int) -> None:
-        """Copy the first `past` slots of source rows to others, none of which is a source.
+        """Copy the first `past` slots of source rows to other rows, none of which is a source.
 
         Args:
-            rows: Where they go.
-            source: Where they are.
+            rows: Rows to write.
+            source: Rows to read.
             past: Slots in use.
             n: Rows in use from now on.
         """
@@ -175,22 +175,22 @@ class RowCache:
 class Rows:
     """Which row of a cache every branch takes."""
 
-    branch: Int[Tensor, "row"]  # that each row holds
-    moved: Int[Tensor, "moved"]  # rows that take their slots from another
-    source: Int[Tensor, "moved"]  # that other
+    branch: Int[Tensor, "row"]  # branch that each row holds
+    moved: Int[Tensor, "moved"]  # rows that are copied from another
+    source: Int[Tensor, "moved"]  # row that each of them is copied from
 
 
 def plan_rows(parent: Int[Tensor, "branch"], lists: BoundedLists, n: int | Tensor) -> Rows:
-    """Give every branch a row, so that as few as can be are copied.
+    """Assign a cache row to every branch, so that as few rows as possible are copied.
 
-    A branch stays in its parent's row if it is the eldest there and the row is among the first n; the
-    others move to rows that are free then. A free row has no branch at all, or its eldest would hold
-    it, so it is nobody's source. Rows without branches are dropped.
+    A parent's first branch stays in the parent's row if that is among the first n; the others move to
+    free rows. A free row is never a source: if a branch grew from it, the first of these would hold
+    it. Rows without branches are dropped.
 
     Args:
         parent: Row that each branch grows from, ascending.
-        lists: For the list of rows that move, called "moved".
-        n: How many branches there are; what follows after them means nothing.
+        lists: Gets the list of moved rows, "moved".
+        n: Number of branches; later entries of `parent` are fillers.
     """
     size = len(parent)
     place = torch.arange(size, device=parent.device)
@@ -210,7 +210,7 @@ def plan_rows(parent: Int[Tensor, "branch"], lists: BoundedLists, n: int | Tenso
 
 @once
 def _window_class() -> type:
-    """Define the layer when it is first needed: importing transformers takes its time."""
+    """Define the cache layer on first use, because importing transformers is slow."""
     from transformers.cache_utils import DynamicLayer
 
     class Window(DynamicLayer):  # type: ignore[misc]

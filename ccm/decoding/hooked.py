@@ -1,8 +1,7 @@
-"""The reference path: TransformerLens hooks, one neuron set at a time. Slow, and plainly right.
+"""The hooked engine, the reference: TransformerLens hooks, one neuron set at a time; slow but simple.
 
-Every other way to decode is held to this one in the tests and measured against it in the benchmarks.
-In float32, what nearly ties is run again in float64, as the definition of a choice wants it
-(`ccm.decoding.exact`).
+The shared engine is tested and benchmarked against this one. In float32, near ties are run again in
+float64, as the definition of a choice requires (`ccm.decoding.exact`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BATCH_SIZE = 256
-# A lead that float32 may have made, as a part of the largest logit: hundreds of roundings.
+# A lead that float32 rounding may have made, relative to the largest logit: hundreds of roundings.
 NEAR = 1e-4
 TAKES = ("shard",)
 _Result = TypeVar("_Result")
@@ -65,13 +64,13 @@ def decode(
         prompts: Token ids, BOS included, ragged; each at least one token.
         ablation: The neuron set; the empty one is the plain run.
         targets: Tokens whose first-step log-probabilities are wanted, per prompt.
-        max_new_tokens: At least 1; a prompt stops early at EOS (Method 7).
-        keep_residual: Also give back final residuals at last prompt positions.
-        memory_budget: Not heeded: a batch takes the memory that it takes.
+        max_new_tokens: At least 1; a prompt stops early at EOS.
+        keep_residual: Also return final residuals at last prompt positions.
+        memory_budget: Ignored; batches do not adapt to the memory.
         batch_size: Prompts of equal length that run together; never changes a result.
-        observe: Sees `hook_post` of the last layer, before ablation, at every prompt position and
-            every fed-back token of prompts that have not ended.
-        text_only: Show it no BOS.
+        observe: Called with `hook_post` of the last layer, before ablation, at every prompt position
+            and every fed-back token of prompts that have not ended.
+        text_only: Hide BOS from `observe`.
 
     Returns:
         Tokens, texts and first-token readings in prompt order.
@@ -119,12 +118,12 @@ def decode_sets(
 ) -> Iterator[Batch]:
     """Decode prompts under the plain run and every ablation, one pass each.
 
-    Same signature as `ccm.decoding.shared.decode_sets`, with two liberties: every continuation is
-    decoded to its end, whatever `full` and `decided` say, and a batch takes the memory that it takes.
+    Arguments as for `ccm.decoding.shared.decode_sets`, but `full`, `decided` and `memory_budget` are
+    ignored: every continuation is decoded to its end, and batches do not adapt to the memory.
     """
     given = no_targets(len(prompts)) if targets is None else targets
     batches = list(equal_length_batches(prompts, BATCH_SIZE))
-    # Nothing is chosen by it, so no rounding is reckoned with.
+    # No token is chosen with it, so no tolerance is needed.
     screen = build_screen(model.last_layer, [PLAIN, *ablations], u=0.0) if at_last else None
     for indices in batches[shard[0] - 1 :: shard[1]]:
         if set(indices) <= set(done):
@@ -137,7 +136,7 @@ def decode_sets(
             max_new_tokens=max_new_tokens,
             keep_residual=keep_residual,
         )
-        # Any answer token of the plain run is one that was asked for, or one of its top tokens.
+        # The answer tokens of the plain run are among the targets and its top tokens.
         asked = torch.from_numpy(np.concatenate([plain.first.asked, plain.first.top_tokens], axis=1))
         sets = tqdm(ablations, desc="sets", unit="set", leave=False, disable=not ablations)
         runs = [
@@ -154,7 +153,7 @@ def decode_sets(
 
 
 def check(model: LoadedModel) -> None:
-    """Nothing to see to: the hooks were tried when the model was loaded (`ccm.models.trial`)."""
+    """Do nothing: the hooks were checked when the model was loaded (`ccm.models.trial`)."""
 
 
 @torch.inference_mode()
@@ -167,13 +166,13 @@ def read_last_positions(
     *,
     memory_budget: int | None = None,
 ) -> Iterator[_Result]:
-    """Run prompts up to their last positions; same signature as `shared.read_last_positions`.
+    """Run prompts up to their last positions; arguments as for `shared.read_last_positions`.
 
     Args:
         model: The model.
         prompts: Token ids, BOS included, ragged.
-        read: Is given a batch's prompts, their final residuals and their last-layer activations.
-        memory_budget: Not heeded: a batch takes what it takes.
+        read: Called with a batch's prompts, their final residuals and their last-layer activations.
+        memory_budget: Ignored; batches do not adapt to the memory.
 
     Yields:
         What `read` returns.
@@ -252,7 +251,7 @@ def _forward(
     live: Bool[Tensor, "prompt"],
     unseen: int = 0,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Run new tokens with the hook in place; logits after the last one."""
+    """Run new tokens with the hook in place; return the logits after the last one."""
     hook = _hook(model, ablation, observe, live, unseen)
     with ExitStack() as hooks:
         if hook is not None:
@@ -267,13 +266,13 @@ def _settled(
     tokens: Int[Tensor, "prompt position"],
     ablation: Ablation,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits in float64; where two of the n + 1 most likely tokens nearly tie, computed so as well.
+    """Cast logits to float64; recompute rows in float64 where the n + 1 top tokens nearly tie.
 
     Args:
         model: The model.
-        logits: As float32 gave them.
-        n: How many most likely tokens are asked for.
-        tokens: Every prompt with what followed it so far.
+        logits: In the model's dtype.
+        n: How many most likely tokens are wanted.
+        tokens: Each prompt and its continuation so far.
         ablation: The neuron set.
     """
     if model.dtype != torch.float32:
@@ -292,7 +291,7 @@ def _settled(
 def _hook(
     model: LoadedModel, ablation: Ablation, observe: Observer | None, live: Tensor, unseen: int = 0
 ) -> Any:
-    """Return the hook function for one batch, or None where there is nothing to do.
+    """Return the hook function for one batch, or None if there is nothing to do.
 
     The first `unseen` positions are not observed.
     """
@@ -315,7 +314,7 @@ def _replace(
     hook: Any,
 ) -> Tensor:
     """Show activations to the observer, and hold the neurons at their values."""
-    # A wrong shape would be broadcast without a word.
+    # A wrong shape would be broadcast silently.
     assert activations.shape[0] == len(live), activations.shape
     assert activations.shape[-1] == d_mlp, activations.shape
     if observe is not None:

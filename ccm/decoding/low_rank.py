@@ -1,4 +1,4 @@
-"""Ablated rows of logits by their low-rank form (paragraph 1 of `ccm.decoding.certificate`)."""
+"""Ablated logit rows in their low-rank form (paragraph 1 of `ccm.decoding.certificate`)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +12,12 @@ BLOCK = 128  # entries of a row
 def dense_changes(
     screen: Screen, nodes: Nodes, group: Group, part: slice
 ) -> tuple[Float[Tensor, "part k node"], Float[Tensor, "part node"]]:
-    """c_i and s' of some sets of a group at all nodes, as `changes` and `ablated_scale` of pairs.
+    """Compute c_i and s' of some sets at all nodes, as `changes` and `ablated_scale` do for pairs.
 
     Args:
-        screen: The plan.
-        nodes: Plain readings.
-        group: The group.
+        screen: The screen.
+        nodes: The nodes.
+        group: The group that the sets are of.
         part: Which sets, counted over all groups.
     """
     d = nodes.x.shape[1]
@@ -38,7 +38,7 @@ def tolerances(
     slots: Int[Tensor, "part k"],
     scale: Float[Tensor, "part node"],
 ) -> Float[Tensor, "part node"]:
-    """tau of some sets at all nodes, as `ccm.decoding.certificate.pair_tolerance` of pairs."""
+    """Compute tau of some sets at all nodes, as `certificate.pair_tolerance` does for pairs."""
     reach = (c.abs() * screen.reach[slots][..., None]).sum(1)
     lengths: Tensor = nodes.x.norm(dim=1) + reach * nodes.x.shape[1] ** 0.5
     return lengths * screen.noise / scale + screen.offset_noise
@@ -49,11 +49,11 @@ def best_and_lead(
 ) -> tuple[Int[Tensor, "*row"], Float[Tensor, "*row"]]:
     """Find each row's largest entry, and by how much it leads.
 
-    Over the blocks' largest first: that is read at the speed of memory, where `max` and `topk` over
+    The blocks' maxima come first: they are found at the speed of memory, whereas `max` and `topk` over
     whole rows take ten times as long on a CPU.
 
     Returns:
-        Its place, and its lead over the second: 0 for a tie, infinite where there is no second.
+        Its index, and its lead over the second: 0 for a tie, infinite if there is no second.
     """
     d_vocab = rows.shape[-1]
     whole = d_vocab // BLOCK * BLOCK
@@ -78,10 +78,10 @@ def low_rank_rows(
     scale: Float[Tensor, "group node"],
     P: Float[Tensor, "group k d_vocab"],
 ) -> Float[Tensor, "group node d_vocab"]:
-    """Ablated logit rows (paragraph 1), for groups of nodes that share a neuron set.
+    """Compute ablated logit rows (paragraph 1), for groups of nodes that share a neuron set.
 
     Args:
-        beta: From the plan.
+        beta: From the screen.
         sz: Plain rows times their scale, once for all groups or per group.
         c: Activation changes.
         scale: s' of each.

@@ -1,8 +1,8 @@
-"""What every neuron set makes of a node: its next token, and its first-token readings.
+"""The next token of every neuron set at a node, and its first-token readings.
 
-Choices whose lead is below the tolerance of `ccm.decoding.certificate` are left to a referee, which
-computes them in float64: so none depends on batch, kernel or device. (float32; in lower precision
-rounding moves x itself by more than a referee could repair, and near ties stand as they fall.)
+A choice whose lead is below the tolerance of `ccm.decoding.certificate` is left to a referee, which
+makes it in float64, so that none depends on batch, kernel or device. This holds in float32; in lower
+precision rounding moves x itself too far for a referee, and near ties are left as computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,26 +25,26 @@ from ccm.decoding.low_rank import best_and_lead, dense_changes, low_rank_rows, t
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 
-# Room that a GPU's lists begin with: pairs that are not certified, and pairs that need a whole row.
+# Initial room of a GPU's lists of pairs that are not certified, and of pairs that need a whole row.
 UNSURE, WHOLE = 1 << 12, 1 << 6
 
 
 @dataclass(frozen=True)
 class AtOnce:
-    """How much is worked on at once: what a CPU's caches hold, or what keeps a GPU busy."""
+    """How much is computed at once: what fits a CPU's caches, or keeps a GPU busy."""
 
-    tokens: int  # of one forward
+    tokens: int  # of one forward pass
     pairs: int  # (node, set) pairs
     row_bytes: int  # of logit rows
     d_vocab: int
 
     def rows(self, per_row: int) -> int:
-        """How many logit rows to hold, with `per_row` vectors of the vocabulary for each."""
+        """Return how many logit rows fit, at `per_row` vectors over the vocabulary for each."""
         return max(1, self.row_bytes // (4 * self.d_vocab * per_row))
 
 
 def at_once(model: LoadedModel) -> AtOnce:
-    """Sizes for a model's device; they change no result."""
+    """Return the sizes for a model's device; they change no result."""
     d_vocab = model.spec.d_vocab
     if model.device.type == "cuda":
         return AtOnce(1 << 12, pairs=1 << 20, row_bytes=1 << 28, d_vocab=d_vocab)
@@ -58,7 +58,7 @@ def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Referee:
-    """Settles near ties of one step, in float64 (`ccm.decoding.exact`)."""
+    """Settles the near ties of one step in float64 (`ccm.decoding.exact`)."""
 
     model: LoadedModel
     screen: Screen
@@ -66,7 +66,7 @@ class Referee:
     lists: BoundedLists
     work: Work
     sizes: AtOnce
-    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a, of a node
+    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a by node
 
     def rows(
         self,
@@ -75,13 +75,13 @@ class Referee:
         sets: Int[Tensor, "pair"],
         doubtful: Bool[Tensor, "pair"],
     ) -> Iterator[tuple[Int[Tensor, "near"], Float[Tensor, "near d_vocab"]]]:
-        """Yield the places of some doubtful pairs each, and their ablated logits.
+        """Yield the places of doubtful pairs, some at a time, and their ablated logits in float64.
 
         Args:
-            name: What `lists` calls the list of them.
+            name: Name of their list in `lists`.
             node: Node of each pair.
             sets: Set of each pair.
-            doubtful: Which ones; few, and at most steps none.
+            doubtful: Which pairs to settle; few, and at most steps none.
         """
         if self.model.dtype != torch.float32:
             return
@@ -102,7 +102,7 @@ class Referee:
             yield place, exact_logits(model, x + moved)
 
     def _run(self, nodes: Sequence[int]) -> None:
-        """Run the prefixes of nodes that were not asked for before."""
+        """Run the prefixes of those nodes that were not run before."""
         new = [i for i in nodes if i not in self.exact]
         prefixes = [self.prefix(i) for i in new]
         x, a = exact_last_positions(self.model, prefixes, self.sizes.tokens)
@@ -120,12 +120,12 @@ def choose(
 ) -> Int[Tensor, "pair"]:
     """Next token of every (node, set) pair: certified, shortlisted, by its whole row, or refereed.
 
-    The bounded lists "unsure", "whole" and "near" are of those that were not certified, those of them
-    that the shortlist did not settle, and the near ties among those.
+    The bounded lists are "unsure", the pairs that were not certified; "whole", those of them that the
+    shortlist did not settle; and "near", the near ties among the latter.
     """
     lists, sure = referee.lists, certified(screen, nodes)
     unsure = lists.places("unsure", ~sure.reshape(-1)[node * sure.shape[1] + sets], least=UNSURE)
-    # A place more than there are pairs, for what fills up lists.
+    # One place more than there are pairs, for the fillers of lists.
     chosen = nodes.likely[:, 0][_with_spare(node)]
     at, of = _with_spare(node)[unsure], _with_spare(sets)[unsure]
     proved, taus = list[Tensor](), list[Tensor]()
@@ -160,7 +160,7 @@ def choose(
 
 
 def _with_spare(values: Tensor) -> Tensor:
-    """Values with one more behind, for the places that fill up a list."""
+    """Append a spare value, for the fillers of lists."""
     return torch.cat([values, values[:1]])
 
 
@@ -175,12 +175,12 @@ def read_first_tokens(
 ) -> tuple[dict[str, Tensor], Int[Tensor, "node set"]]:
     """Read first-token entropies, log-probabilities and top tokens of every set, and its first token.
 
-    Every set needs its whole row here: low-rank, once, a few sets of a few nodes at a time. Its argmax
-    is the first token, and needs no certificate. The bounded lists have "first" in their names, those
-    of near ties "near".
+    Every set's whole row is computed here, in low-rank form, a few sets of a few nodes at a time. Its
+    argmax is the first token, so no certificate is needed. The names of the bounded lists contain
+    "first", those of near ties also "near".
 
     Returns:
-        What is read, named as in `Batch`, and the first tokens.
+        The readings, named as in `Batch`, and the first tokens.
     """
     n, n_sets, device = len(targets), len(screen.slots), targets.device
     everyone = torch.arange(n, device=device)
@@ -241,10 +241,10 @@ def read_first_tokens(
 def _all_rows(
     screen: Screen, nodes: Nodes, width: int, height: int
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "set node d_vocab"], Float[Tensor, "set node"]]]:
-    """Yield sets, nodes, their logit rows up to a constant each, and tau.
+    """Yield sets, nodes, their logit rows less a constant each, and tau.
 
-    The constant is the logit of the plain argmax: after it, no row's largest exp can vanish, and only
-    an ablation that lifts a token by 88 nats overflows.
+    The constant is the ablated logit of the plain argmax: with it, no row's largest exp can vanish, and
+    only an ablation that lifts another token 88 nats above it overflows.
     """
     top = nodes.likely[:, 0]
     sz_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.beta[top]
@@ -254,7 +254,7 @@ def _all_rows(
             tau = tolerances(screen, nodes, c, screen.slots[of], scale)
             P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
             lead = sz_top + (c * P[:, :, top]).sum(1) + beta_top * scale
-            # Taking a constant off a row is one more rank.
+            # Subtracting a constant from a row is one more rank.
             c = torch.cat([c, -lead[:, None]], dim=1).transpose(1, 2)
             P = torch.cat([P, torch.ones_like(P[:, :1])], dim=1)
             for at in slices(len(top), width):
@@ -274,7 +274,7 @@ def _tops(
     tau: Float[Tensor, "pair"],
     referee: Referee,
 ) -> Int[Tensor, "pair top"]:
-    """The most likely tokens of each row, near ties settled by the referee."""
+    """Find the most likely tokens of each row, near ties settled by the referee."""
     n = min(N_TOP + 1, rows.shape[1])
     tops = most_likely(rows, n)
     values = rows.gather(1, tops)

@@ -1,4 +1,4 @@
-"""Prompts through the transformer, once per distinct token prefix that prompts share.
+"""Prefill of prompts, in which a prefix that several prompts share runs once.
 
 The prompts of one fact begin with the same words. Those run once, and every prompt goes on from their
 keys and values.
@@ -16,26 +16,26 @@ from torch import Tensor
 from ccm.decoding.forward import RowCache
 from ccm.models.bridge import Tokens
 
-# Runs new tokens (row, position) against a cache, from given positions on or, if that is None, as many
-# as it holds; returns final residual and activations there. Last comes how many prompts each row stands
-# for, or None for one.
+# Runs new tokens (row, position) on a cache and returns their final residual and activations. The third
+# argument is each row's first new position, or None for the length of the cache; the fourth is how many
+# prompts each row stands for, or None for one.
 Forward = Callable[
     [Int[Tensor, "row position"], Any, Int[Tensor, "row"] | None, Int[Tensor, "row"] | None],
     tuple[Float[Tensor, "row read d_model"], Float[Tensor, "row read d_mlp"]],
 ]
 
-MAX_SHARERS = 16  # prompts that one prefix is shared by, which keeps planning linear in their number
+MAX_SHARERS = 16  # most prompts that share a prefix, so that planning is linear in their number
 
 
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[tuple[list[int], int]]:
     """Group prompts by the prefix they share.
 
     Of all ways to cut the sorted prompts into runs of at most `MAX_SHARERS`, each of which shares its
-    longest common prefix, this is the one that spares the most tokens. A prefix leaves every prompt its
-    last token. BOS alone is not worth sharing.
+    longest common prefix, this is the one that saves the most tokens. A prefix never includes a
+    prompt's last token. One token (BOS) is not worth sharing.
 
     Returns:
-        Groups: the prompts' indices and the length of their prefix, 0 where a prompt shares none.
+        Groups: the prompts' indices and the length of their prefix, 0 if a prompt shares none.
     """
     order = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
     common = [_common(prompts[i], prompts[j]) for i, j in pairwise(order)]
@@ -60,7 +60,7 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> list[tuple[list[int], int]]:
 
 
 def _common(a: Tokens, b: Tokens) -> int:
-    """Length of the common prefix of two prompts, less their last tokens."""
+    """Return the length of two prompts' common prefix, without their last tokens."""
     longest = min(len(a), len(b)) - 1
     return next((i for i in range(longest) if a[i] != b[i]), longest)
 
@@ -74,16 +74,16 @@ def prefill(
     device: torch.device,
     at_once: int,
 ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, "prompt d_mlp"]]:
-    """Run prompts through the transformer, shared prefixes first, without a single pad.
+    """Run prompts through the transformer, shared prefixes first, without padding.
 
     Args:
         prompts: Token ids, sorted by how many come after the prefix.
         shared: How many tokens of each prompt belong to its prefix.
-        begun: Takes the prefixes.
-        cache: Takes the prompts, all of which end where the longest ends; reserved.
+        begun: Cache for the prefixes.
+        cache: Cache for the prompts, all of which end where the longest ends; with room reserved.
         forward: Runs the transformer.
-        device: Where.
-        at_once: Tokens of one forward.
+        device: The model's device.
+        at_once: Most tokens of one forward pass.
 
     Returns:
         Final residual and last-layer activations at every prompt's last position.
@@ -106,7 +106,7 @@ def prefill(
         batch, before = prompts[rows], shared[rows]
         past, most = end - suffixes[rows.start], max(before)
         if most:
-            # A prompt without a prefix gets another's, behind the mask.
+            # A prompt without a prefix gets another's, which is masked.
             of = [row.get(tuple(p[:n]), 0) for p, n in zip(batch, before, strict=True)]
             slots = slice(longest - most, longest)
             cache.copy(begun, torch.tensor(of, device=device), slots, rows, past)
@@ -120,7 +120,7 @@ def prefill(
 
 
 def _batches(lengths: Sequence[int], at_once: int) -> Iterator[slice]:
-    """Consecutive rows of equal lengths, as many as `at_once` tokens allow."""
+    """Yield slices of consecutive rows of equal length, as many as `at_once` tokens allow."""
     start = 0
     for length, same in groupby(lengths):
         stop = start + len(list(same))

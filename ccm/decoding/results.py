@@ -1,4 +1,4 @@
-"""What any way of decoding gives back, and how prompts are put in batches without a single pad."""
+"""Results of decoding, the same for every engine, and how batches are joined."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,17 +18,18 @@ TIE = 1e-9  # of logits: float64 errs by less
 # Called with the last layer's `hook_post` of live positions, shape (rows, d_mlp), before ablation.
 Observer = Callable[[Float[Tensor, "rows d_mlp"]], None]
 
-# What to read at the last prompt positions of some prompts without ablation, besides their tokens: of
-# the prompts, the screen of all sets, and the positions as nodes of it. Arrays, kept with the batch.
+# Reads more in the plain run at last prompt positions. Called with the prompts' indices, the screen of
+# all sets, and the positions as nodes; the arrays that it returns are kept with the batch.
 AtLast = Callable[[Sequence[int], Screen, Nodes], Mapping[str, np.ndarray]]
 
-# Whether a prompt's text so far settles all that is asked of it, whatever follows: of prompt and text.
+# Called with a prompt's index and its continuation's text so far: whether that text settles all that
+# the caller wants to know, whatever follows.
 Decided = Callable[[int, str], bool]
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """What is read off the next-token distribution at each prompt's last position, nats, float64."""
+    """Readings of the next-token distribution at each prompt's last position, in nats, float64."""
 
     entropy: Float[np.ndarray, "prompt"]
     asked: Int[np.ndarray, "prompt target"]  # the tokens asked for
@@ -52,8 +53,8 @@ def read_first_token(
     targets: Int[Tensor, "prompt target"],
     residual: Float[Tensor, "prompt d_model"] | None = None,
 ) -> FirstToken:
-    """Reduce first-position logits to entropy, asked-for log-probabilities and the top tokens."""
-    # float64: the sum over 128k tokens keeps 1e-4 nats however it is ordered.
+    """Reduce logits at last prompt positions to entropy, targets' log-probabilities and top tokens."""
+    # float64: the sum over 128k tokens is good to 1e-4 nats in any order.
     log_probs = logits.double().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     top = most_likely(log_probs, min(N_TOP, log_probs.shape[1]))
@@ -68,8 +69,8 @@ def read_first_token(
 
 
 def most_likely(logits: Float[Tensor, "row d_vocab"], n: int = 1) -> Int[Tensor, "row n"]:
-    """The n most likely tokens of each row; what is no further apart than `TIE` by lowest id."""
-    # Again and again, because topk does not say which of two equal logits comes first.
+    """Find the n most likely tokens of each row; logits within `TIE` tie, and the lowest id wins."""
+    # One at a time, because topk does not say which of two equal logits comes first.
     rest, found = logits.clone(), list[Tensor]()
     for _ in range(n):
         tied = rest >= rest.amax(-1, keepdim=True) - TIE
@@ -104,12 +105,12 @@ def completions(
 
 
 def no_residuals(n: int) -> Float[np.ndarray, "prompt kept"]:
-    """Residuals for a caller who keeps none."""
+    """Return residuals without columns, for a caller that keeps none."""
     return np.zeros((n, 0), dtype=np.float32)
 
 
 def no_targets(n: int) -> Int[Tensor, "prompt target"]:
-    """Targets for a caller who asks for no log-probabilities."""
+    """Return targets without columns, for a caller that wants no log-probabilities."""
     return torch.zeros((n, 0), dtype=torch.long)
 
 
@@ -125,7 +126,7 @@ class Work:
     low_rank: int = 0  # such pairs that needed their whole row, by its low-rank form
     first_rows: int = 0  # rows for first tokens, their entropies and log-probabilities; low-rank, too
     full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
-    refereed: int = 0  # near ties settled alone
+    refereed: int = 0  # near ties settled in float64
     halved: int = 0  # batches that ran out of memory
     peak_bytes: int = 0  # CUDA only: the allocator's peak
 
@@ -136,7 +137,7 @@ class Work:
             setattr(self, f.name, max(mine, its) if f.name == "peak_bytes" else mine + its)
 
     def as_dict(self) -> dict[str, int]:
-        """For manifests."""
+        """Return the counts by name, for manifests."""
         return asdict(self)
 
 
@@ -144,10 +145,10 @@ class Work:
 class Batch:
     """Results of some prompts under all sets; set 0 is the plain run."""
 
-    prompts: Int[np.ndarray, "prompt"]  # which prompts
+    prompts: Int[np.ndarray, "prompt"]  # their indices
     leaves: tuple[tuple[int, ...], ...]  # distinct continuations, without the EOS that ended them
-    texts: tuple[str, ...]  # theirs
-    leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
+    texts: tuple[str, ...]  # of the leaves
+    leaf: Int[np.ndarray, "prompt set"]  # index of the leaf that each set chose
     entropy: Float[np.ndarray, "prompt set"]  # nats; of the next token at the last prompt position
     asked: Int[np.ndarray, "prompt target"]  # tokens asked for, then the plain run's top ones
     log_probs: Float[np.ndarray, "prompt set target"]
@@ -165,13 +166,13 @@ def batch_of(
     *,
     own_top: bool,
 ) -> Batch:
-    """Put the plain run and others of the same prompts together.
+    """Combine the plain run and the ablated runs of some prompts into a batch.
 
     Args:
-        indices: Which prompts.
+        indices: The prompts' indices.
         plain: Their continuations without ablation.
-        runs: Others; asked for the plain run's top tokens, too, after what it was asked for.
-        at_last: What was read at last prompt positions.
+        runs: Ablated runs, whose targets are the plain run's and then its top tokens.
+        at_last: What `AtLast` returned.
         own_top: Whether to keep the most likely tokens of every run, not only of the plain one.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -209,7 +210,7 @@ class Decoded:
     """Results of all prompts under all sets; set 0 is the plain run."""
 
     leaves: tuple[tuple[int, ...], ...]  # continuations, without the EOS that ended them
-    texts: tuple[str, ...]  # theirs
+    texts: tuple[str, ...]  # of the leaves
     leaf: Int[np.ndarray, "prompt set"]
     entropy: Float[np.ndarray, "prompt set"]
     asked: Int[np.ndarray, "prompt target"]
@@ -227,7 +228,7 @@ class Decoded:
         return np.fromiter(self.texts, dtype=object)
 
     def completions(self, index: int) -> Completions:
-        """One set's continuations; without top tokens and residuals where they were not read."""
+        """Return one set's continuations, without top tokens and residuals that were not read."""
         leaves = self.leaf[:, index]
         topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
         return Completions(
@@ -245,7 +246,7 @@ class Decoded:
 
 
 def merge(batches: Sequence[Batch]) -> Decoded:
-    """Put batches together in prompt order."""
+    """Join batches in prompt order."""
     order = np.argsort(np.concatenate([s.prompts for s in batches]))
     starts = np.cumsum([0, *(len(s.leaves) for s in batches[:-1])])
 

@@ -1,18 +1,17 @@
-"""The hot path: one greedy decode serves many prompts x many neuron sets.
+"""The shared engine: one greedy decode serves many prompts x many neuron sets.
 
 Ablating last-layer neurons changes no key and no value at any layer (Method 12). So each prompt is
-prefilled once, and words that prompts begin with in common once for all of them (`prefill`); at every
-step the next token of *all* sets follows from the final residual and the last activations
-(`certificate`, `next_token`); sets that choose the same token share a node of a prefix tree; and the
-transformer runs once per distinct node, on cache rows that stay where they are or are copied from the
-parent's (`engine`, `forward`). This module cuts the prompts into batches that fit the
-memory.
+prefilled once, and a prefix that several prompts share once for all of them (`prefill`); at every step
+the next token of *all* sets follows from the final residual and the last activations (`certificate`,
+`next_token`); sets that choose the same token share a node of a prefix tree; and the transformer runs
+once per distinct node, on cache rows that stay in place or are copied from the parent's (`engine`,
+`forward`). This module cuts the prompts into batches that fit the memory.
 
 Results do not depend on batches, kernels or devices. Rounding does, and could settle a near tie either
 way; so every choice whose lead is below the tolerance of `certificate` is made again in float64
 (`exact`). A choice above the tolerance is the same under any rounding, so tokens are the same alone, in
-any batch, in any order, at any memory budget and on any machine. (float32; in lower precision rounding
-moves x itself by more than could be repaired, and near ties stand as they fall.)
+any batch, in any order, at any memory budget and on any machine. This holds in float32; in lower
+precision rounding moves x itself too far to be repaired, and near ties are left as computed.
 """
 
 import gc
@@ -44,13 +43,13 @@ BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
 MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
-# Multiplications of a batch, some ten seconds on a CPU: progress is shown, and results are kept, after
-# each. An entry of a set's row counts as so many: of its neurons, its exponential and its comparisons.
+# Multiplications of a batch, about ten seconds on a CPU, because progress is shown and results are kept
+# after each batch; and what an entry of a set's logit row costs, in multiplications.
 MAX_WORK, PER_ENTRY = 5e11, 100
 
 
 def answered(prompt: int, text: str) -> bool:
-    """Whether an answer has ended, where nothing else is asked of it (Method 8)."""
+    """Return whether an answer has ended, that is, whether its text holds a splitter (Method 4)."""
     return SPLITTER.search(text) is not None
 
 
@@ -65,7 +64,7 @@ def decode(
     observe: Observer | None = None,
     text_only: bool = False,
 ) -> Completions:
-    """Decode under one neuron set; same signature as `ccm.decoding.hooked.decode`."""
+    """Decode under one neuron set; arguments as for `ccm.decoding.hooked.decode`."""
     sets = [ablation] if ablation.neurons else []
     shards = decode_sets(
         model,
@@ -108,30 +107,30 @@ def decode_sets(
         ablations: Neuron sets with their replacement values.
         targets: Tokens whose first-step log-probabilities are wanted, per prompt.
         max_new_tokens: At least 1; a continuation ends early at EOS.
-        full: For the plain run and each ablation, whether to decode all tokens. Where False, it ends
-            as soon as its text is decided.
-        decided: Whether the text of a prompt's continuation settles all that is asked of it, whatever
-            follows; by default, whether its answer has ended (Method 8).
+        full: For the plain run and each ablation, whether to decode to the end. Where False, decoding
+            stops as soon as the text is decided.
+        decided: Whether a continuation's text so far settles all that the caller wants to know; by
+            default, whether the answer has ended.
         own_top: Also read the most likely first tokens of every set, not only of the plain run.
-        keep_residual: Also give back the plain run's final residuals at last prompt positions.
-        at_last: Reads what else is wanted at last prompt positions; again with fewer prompts where
-            memory does not suffice.
+        keep_residual: Also return the plain run's final residuals at last prompt positions.
+        at_last: Reads more at last prompt positions; called again with fewer prompts if memory runs
+            out.
         memory_budget: Bytes a batch may use; by default a part of what is free. Never changes a
             result.
-        observe: Sees `hook_post` of the last layer at all positions of the plain run; needs
+        observe: Called with `hook_post` of the last layer at all positions of the plain run; needs
             `ablations` to be empty.
-        text_only: Show it no BOS.
+        text_only: Hide BOS from `observe`.
         work: Counts are added here.
-        done: Prompts whose batches are there already. Batches are cut as without them, so that what is
-            left is computed to the last bit as it would have been.
-        shard: (i, n): only every n-th batch, the i-th first. Batches are cut as without it.
+        done: Prompts that are decoded already. Batches are cut as if none were, so that the others are
+            computed bit for bit as without an interruption.
+        shard: (i, n): decode every n-th batch, from the i-th on. Batches are cut as for the whole run.
 
     Yields:
-        Batches; together they cover every prompt once, shorter prompts first as far as those that share
-        a prefix stay together.
+        Batches that together hold every prompt of the shard once: shorter prompts first, with prompts
+        that share a prefix kept together.
 
     Raises:
-        CcmError: a single prompt does not fit the memory there is.
+        CcmError: a single prompt does not fit the memory.
     """
     if observe is not None and ablations:
         raise ValueError("activations are observed in the plain run only")
@@ -170,10 +169,10 @@ def decode_sets(
 
 
 def check(model: LoadedModel) -> None:
-    """See that this engine computes the model at hand; once for a model.
+    """Check, once per model, that this engine computes it.
 
     Raises:
-        AssumptionBroken: it cannot run it, or gives other numbers than rounding explains.
+        AssumptionBroken: the engine cannot run the model, or differs by more than rounding explains.
     """
     check_shared(model)
 
@@ -192,18 +191,18 @@ def read_last_positions(
     Args:
         model: The model.
         prompts: Token ids, BOS included, ragged.
-        read: Is given a batch's prompts, their final residuals and their last-layer activations; called
-            again with fewer where its memory does not suffice.
-        memory_budget: As for `decode_sets`, and so the others.
+        read: Called with a batch's prompts, their final residuals and their last-layer activations;
+            called again with fewer prompts if memory runs out.
+        memory_budget: As for `decode_sets`.
 
     Yields:
         What `read` returns.
 
     Raises:
-        CcmError: a single prompt does not fit the memory there is.
+        CcmError: a single prompt does not fit the memory.
     """
     check_shared(model)
-    # Nothing is chosen, so no rounding is reckoned with.
+    # No token is chosen, so no tolerance is needed.
     screen = build_screen(model.last_layer, [PLAIN], u=0.0)
     engine = _engine(model, screen, memory_budget, max_new_tokens=1)
 
@@ -255,10 +254,10 @@ def _in_batches(
     shard: tuple[int, int] = (1, 1),
     work: Work | None = None,
 ) -> Iterator[_Result]:
-    """Run prompts one batch at a time, in halves where memory does not suffice.
+    """Run prompts one batch at a time; a batch that runs out of memory is halved.
 
-    `run` takes prompts, sorted by how many tokens come after the prefix they share, and that prefix's
-    lengths.
+    `run` takes the prompts' indices, sorted by how many tokens follow their shared prefix, and the
+    lengths of these prefixes.
     """
     device = engine.model.device
     shared, order = [0] * len(prompts), list[int]()
@@ -305,7 +304,7 @@ def _batches(
     budget: int,
     most: int,
 ) -> Iterator[list[int]]:
-    """Cut prompts, in order, into batches that the budget holds, of 1 to `most` prompts."""
+    """Cut prompts, in order, into batches of 1 to `most` prompts that fit the budget."""
     batch: list[int] = []
     used = 0
     for i in order:
@@ -320,11 +319,11 @@ def _batches(
 
 
 def _most(engine: Engine, prefilled: float) -> int:
-    """Prompts of a batch, so that it takes some seconds: a GPU is quick enough for any.
+    """Limit the prompts of a batch so that it takes seconds; a GPU is fast enough for any number.
 
     Args:
-        engine: What runs them.
-        prefilled: Tokens a prompt takes on average, shared prefixes counted once.
+        engine: The engine that runs them.
+        prefilled: Tokens prefilled per prompt on average, shared prefixes counted once.
     """
     if engine.model.device.type == "cuda":
         return MAX_BATCH
@@ -344,8 +343,8 @@ def _free(device: torch.device) -> None:
 def _provisional_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:
     """Mark tokens after which a text may still change.
 
-    Bytes of a fallback are read together with those that follow; and before a token without a text (a
-    special one, say) such a byte may stand unseen.
+    A byte-fallback token is decoded together with the bytes that follow it, and a token without text (a
+    special one, say) may come after such a byte.
     """
     if model.provisional_tokens is None:
         pieces = model.tokenizer.convert_ids_to_tokens(list(range(model.spec.d_vocab)))

@@ -1,8 +1,8 @@
-"""How far float32 moves logits from what exact arithmetic gives, measured on the device that runs it.
+"""The tolerance: how far float32 moves logits from exact arithmetic, measured on the device at hand.
 
-What a kernel does to a sum is known only once it has run. The decode must know by how much, because a
-choice that leads by less is made again in float64 (`ccm.decoding.exact`, and paragraph 6 of
-`ccm.decoding.certificate`). So some of the prompts that are to be decoded are run both ways first.
+How a kernel rounds is known only once it has run. The decode must know by how much, because a choice
+that leads by less is made again in float64 (`ccm.decoding.exact`, and paragraph 6 of
+`ccm.decoding.certificate`). So some of the prompts to be decoded first run in both precisions.
 """
 
 import math
@@ -24,34 +24,34 @@ from ccm.models.model import LoadedModel
 
 # u of `ccm.decoding.certificate`: at least this. Lower precisions round the final residual itself.
 LEAST = {torch.float32: 2.0**-23, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-ROOM = 10  # how many times the largest error met is reckoned with
-MOST = 1e-3  # beyond, float64 would have to settle nearly everything
-PROMPTS, LAST, POSITIONS = 8, 16, 64  # prompts, and positions of each, at once; positions in all
-LIKELY = 64  # tokens whose logits are compared with the likeliest's: no others nearly tie with it
-ROWS = 32  # of logits at once
+ROOM = 10  # the tolerance is this many times the largest error measured
+MOST = 1e-3  # largest error allowed; beyond it, float64 would have to settle nearly everything
+PROMPTS, LAST, POSITIONS = 8, 16, 64  # prompts of a measurement, positions of each; positions wanted
+LIKELY = 64  # tokens compared with the most likely one: no others nearly tie with it
+ROWS = 32  # logit rows at once
 
 
 @dataclass(frozen=True)
 class Float32Error:
-    """The largest error of a logit difference, as a part of M |x| / s + B."""
+    """The largest error of a logit difference, relative to M |x| / s + B."""
 
-    largest: float  # NaN where logits were no numbers
-    positions: int  # that were looked at
+    largest: float  # NaN if a logit was NaN
+    positions: int  # number of positions measured
 
     def joined(self, other: "Float32Error") -> "Float32Error":
-        """Of the positions of both."""
+        """Return the largest error over the positions of both."""
         largest = float(np.maximum(self.largest, other.largest))  # NaN if either is
         return Float32Error(largest, self.positions + other.positions)
 
 
 def tolerance(model: LoadedModel, prompts: Sequence[Tokens]) -> float:
-    """Relative rounding of logit differences to reckon with (u of `ccm.decoding.certificate`).
+    """Return the relative tolerance of logit differences (u of `ccm.decoding.certificate`).
 
-    In float32 it is `ROOM` times the largest that the model's own prompts showed so far; more of them
-    are measured until that is enough.
+    In float32 it is `ROOM` times the largest error that the model's prompts showed so far, and at least
+    `LEAST`; prompts are measured until `POSITIONS` positions are covered.
 
     Raises:
-        AssumptionBroken: this device rounds too coarsely for float32, or to no number at all.
+        AssumptionBroken: this device rounds too coarsely for float32, or logits are NaN.
     """
     if model.dtype != torch.float32:
         return LEAST[model.dtype]
@@ -78,8 +78,8 @@ def tolerance(model: LoadedModel, prompts: Sequence[Tokens]) -> float:
 def measure(model: LoadedModel, prompts: Sequence[Tokens]) -> Float32Error:
     """Run some prompts in float32 and in float64, and compare their logits.
 
-    In float32 they run together, and their last positions once more in a step of their own: a cache and
-    a batch, as the decode has them.
+    In float32 they run as one batch, and their last positions once more as a step on a KV cache, as in
+    the decode.
     """
     tokens = _some(prompts).to(model.device)
     n, length = tokens.shape
@@ -103,7 +103,7 @@ def measure(model: LoadedModel, prompts: Sequence[Tokens]) -> Float32Error:
 
 
 def _some(prompts: Sequence[Tokens]) -> Int[Tensor, "prompt position"]:
-    """Take some of the longer prompts, all cut to the length of the shortest of them."""
+    """Choose some of the longer prompts, all cut to the length of the shortest of them."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     longer = order[len(order) // 2 :]
     step = max(1, len(longer) // PROMPTS)
@@ -118,7 +118,7 @@ def _errors(
     x: Float[Tensor, "row d_model"],
     exact: Float[Tensor, "row d_model"],
 ) -> Iterator[Float[Tensor, ""]]:
-    """Yield the largest error of a likely token's lead, in units of tau_0 / u, of some rows each."""
+    """Yield the largest error of a likely token's lead, in units of tau_0 / u, some rows at a time."""
     unread = torch.zeros((len(x), model.spec.d_mlp), device=x.device)
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)

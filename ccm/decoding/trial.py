@@ -1,6 +1,6 @@
-"""Whether the shared engine computes the model at hand: tried once, before it is first used.
+"""Trial of the shared engine on a model, once, before it is first used.
 
-Held to the same truth, by the same tolerances, as the hooks (`ccm.models.trial`).
+It is held to the same reference, within the same tolerances, as the hooks (`ccm.models.trial`).
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from ccm.models.trial import ACTIVATIONS, FINAL, LOG_PROBS, Found, Trial, wrong
 
 
 def check_shared(model: LoadedModel) -> None:
-    """Hold the fast path to what transformers computes; once for a model.
+    """Compare the shared engine with transformers, once per model.
 
     Raises:
-        AssumptionBroken: it cannot run the model, or gives other numbers than rounding explains.
+        AssumptionBroken: the engine cannot run the model, or differs by more than rounding explains.
     """
     trial = model.trial
     if trial is None:
@@ -35,7 +35,7 @@ def check_shared(model: LoadedModel) -> None:
 
 
 def _tried(model: LoadedModel, trial: Trial) -> str:
-    """Try the fast path, then with the last MLP at all positions; why it fails, empty if it works."""
+    """Try the last MLP at last positions, then at all; return why it fails, or "" if it works."""
     for model.narrow in (True, False):
         why = _why_not(model, trial)
         if not why:
@@ -46,7 +46,7 @@ def _tried(model: LoadedModel, trial: Trial) -> str:
 def _why_not(model: LoadedModel, trial: Trial) -> str:
     try:
         return next(filter(None, (wrong(trial, found) for found in _by_body(model, trial))), "")
-    except Exception as error:  # modules that want more than their input raise what they like
+    except Exception as error:  # modules that need more than their input may raise anything
         if out_of_memory(error):
             raise
         return reason_of(error)
@@ -54,12 +54,12 @@ def _why_not(model: LoadedModel, trial: Trial) -> str:
 
 @torch.inference_mode()
 def _by_body(model: LoadedModel, trial: Trial) -> Iterator[Found]:
-    """As the shared engine does: all lengths in one cache, with shared prefixes or watching all."""
+    """Run the trial prompts in one cache, with shared prefixes, then reading all positions."""
     device, n = model.device, len(trial.prompts)
     lengths = [len(prompt) - 1 for prompt in trial.prompts]
     half = lengths[0] // 2
     for last_only, shared in ((True, [half, half, 0]), (False, [0, 0, 0])):
-        # Sorted by what comes after the prefix.
+        # Sorted by length after the prefix, as `prefill` needs them.
         order = sorted(range(n), key=lambda i: lengths[i] - shared[i])
         begun, cache = (RowCache(model.spec.n_layers) for _ in range(2))
         cache.reserve(n, max(lengths) + 1)
