@@ -24,13 +24,13 @@ from ccm.models.model import LoadedModel
 
 @dataclass(frozen=True)
 class Ablated:
-    """What was decoded of prompts under each neuron set."""
+    """What prompts gave under each neuron set."""
 
     tables: Mapping[str, pd.DataFrame]  # by set, the plain run first; a row per prompt, in their order
     sets: Mapping[str, tuple[int, ...]]
     statistics: ActivationStatistics  # that the replacement values were taken from
     tokens: Sequence[Sequence[int]]  # of every prompt, BOS included
-    engine: str  # what decoded them
+    engine: str  # that decoded them
     work: Work
 
     def table(self) -> pd.DataFrame:
@@ -55,23 +55,23 @@ def ablate(
 
     Args:
         model: The model.
-        prompts: Probing prompts; or texts, whose sources cannot be told.
+        prompts: Probing prompts; or bare texts, which have no sources.
         sets: Numbers of last-layer neurons by the name of their set.
         value: What replaces their activations.
         statistics: What the value is taken from; by default, of these prompts (Method 6).
-        protocol: Decides how sources and answer tokens are told.
+        protocol: Decides how sources and answer tokens are determined.
         engine: As for `ccm.decoding.engines.engine_for`.
         memory_budget: Bytes that a batch may use.
 
     Raises:
         BadInput: no prompt, a set with the name of the plain run, or neurons or statistics that do not
             fit the model.
-        AssumptionBroken: the engine does not compute this model.
+        AssumptionBroken: the engine cannot compute this model.
     """
     if not prompts:
         raise BadInput("no prompts. Give at least one.")
     if PLAIN.name in sets:
-        raise BadInput(f"a set is named {PLAIN.name!r}, as the run without any. Rename it.")
+        raise BadInput(f"a set is named {PLAIN.name!r}, as the plain run is. Rename it.")
     d_mlp = model.spec.d_mlp
     chosen = {name: check_neurons(tuple(n), d_mlp, f"set {name!r}") for name, n in sets.items()}
     chosen_engine = engine_for(engine, model)
@@ -115,7 +115,7 @@ def _tables(
     objects: Int[np.ndarray, "prompt object"],
     protocol: Protocol,
 ) -> list[pd.DataFrame]:
-    """One table per run; without sources where nothing is known of the prompts but their text."""
+    """Make one table per run, without sources if the prompts are bare texts."""
     if prompts:
         reader = CellReader(
             prompts,

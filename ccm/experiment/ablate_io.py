@@ -38,9 +38,9 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
     """Read probing prompts from a CSV with the released column names.
 
     Args:
-        path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are kept where they are.
-        d_vocab: Tokens of the model, if `TOKEN_COLUMNS` are needed and checked against it: only the
-            released token rule reads them (defect 7).
+        path: CSV, UTF-8, with `PROMPT_COLUMNS`; `OTHER_COLUMNS` are optional.
+        d_vocab: Number of tokens of the model, if `TOKEN_COLUMNS` are to be read and checked: only the
+            released token rule needs them (defect 7).
 
     Raises:
         BadInput: a missing column, an empty cell, a duplicate prompt, or a token id out of range.
@@ -146,7 +146,7 @@ def read_sets(path: Path, d_mlp: int) -> dict[str, tuple[int, ...]]:
     if not isinstance(data, dict) or not data:
         raise BadInput(f"{path}: not a list of neuron lists, nor an object of named ones.")
     if PLAIN.name in data:
-        raise BadInput(f"{path}: a set is named {PLAIN.name!r}, as the run without any. Rename it.")
+        raise BadInput(f"{path}: a set is named {PLAIN.name!r}, as the plain run is. Rename it.")
     for name, neurons in data.items():
         if not isinstance(neurons, list) or not all(type(i) is int for i in neurons):
             raise BadInput(f"{path}: set {name!r} is not a list of neuron numbers.")
@@ -160,7 +160,7 @@ def ablated_json(
     value: AblationValue,
     config: RunConfig,
 ) -> dict[str, Any]:
-    """Arrange what `ccm ablate` writes: what was run, and the results of every set."""
+    """Arrange the output of `ccm ablate`: what was run, and the results of every set."""
     return {
         "model": model.spec.name,
         "ablation_value": value.name,

@@ -15,26 +15,26 @@ from ccm.experiment.files import read_json, read_stamped, to_json
 from ccm.experiment.folder import BATCHES, MANIFEST
 from ccm.experiment.writing import remove_partial, write_atomically
 
-AT_LAST = "at_last."  # begins the names of what was read at last prompt positions
+AT_LAST = "at_last."  # begins the names of arrays that were read at last prompt positions
 
 
 class BatchStore:
     """Finished batches of a stage, kept until the stage's results are written.
 
-    Then they are removed, one by one. A stage whose results are all there must not read the batches: an
-    earlier start may have been stopped while it removed them.
+    Then they are removed, one by one. A stage whose results are all written must not read the batches:
+    an earlier start may have been stopped while it removed them.
     """
 
     def __init__(self, run: Path, stage: str = "ablations") -> None:
-        """Name the folder; nothing is made before the first batch."""
+        """Name the folder, which is created with the first batch."""
         self.run, self.stage = run, stage
         self.path = run / BATCHES / stage
 
     @cached_property
     def stamp(self) -> dict[str, str]:
-        """What is written into every batch: which run it belongs to (not which shard), and which stage.
+        """Metadata of every batch: which run (not which shard) and which stage it belongs to.
 
-        Under one key, because safetensors writes several in an order that changes.
+        It has one key, because safetensors writes several in an order that changes.
         """
         known = read_json(self.run / MANIFEST)["identity"] if (self.run / MANIFEST).is_file() else {}
         told = to_json({key: known[key] for key in sorted(known) if key != "shard"})
@@ -60,10 +60,10 @@ class BatchStore:
         )
 
     def read(self) -> list[Batch]:
-        """Read every batch that is there.
+        """Read all batches of the folder.
 
         Raises:
-            BadInput: one is damaged, of another run or of another stage, or two hold the same prompt.
+            BadInput: a batch is damaged or of another run or stage, or two hold the same prompt.
         """
         batches, held = list[Batch](), dict[int, Path]()
         for path in sorted(self.path.glob("batch_*.safetensors")):

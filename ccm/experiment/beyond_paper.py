@@ -17,13 +17,13 @@ from ccm.models.model import LoadedModel
 
 
 def rho_by_layer(model: LoadedModel, measures: NeuronMeasures) -> pd.DataFrame:
-    """Compute rho of every layer's MLP neurons, against the one null space of the unembedding.
+    """Compute rho of every layer's MLP neurons, with respect to the unembedding's null space.
 
     A layer whose MLP has no single output matrix is left out.
 
     Args:
         model: The model.
-        measures: Of its last layer, with the null space.
+        measures: Measures of its last layer, with the null space.
 
     Returns:
         A row per neuron: `layer` (from 0), `neuron_idx`, `rho` (NaN without output weight).
@@ -54,7 +54,7 @@ def draw_matched(
         folder: The run.
         n: How many sets.
         entropy_neurons: The set to match.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         Neurons of each set, by its name.
@@ -65,7 +65,7 @@ def draw_matched(
 
 
 def effect_tables(folder: RunFolder) -> list[Path]:
-    """Name the tables of effects: one of each ablation value's entropy set, and one of all sets."""
+    """List the tables of effects: one for each ablation value's entropy set, and one for all sets."""
     values = folder.manifest["identity"]["ablation_values"]
     return [*(folder.path / value / PROMPT_EFFECTS for value in values), folder.path / SET_EFFECTS]
 
@@ -73,11 +73,11 @@ def effect_tables(folder: RunFolder) -> list[Path]:
 def effects_reader(
     model: LoadedModel, n_prompts: int, planned: Mapping[str, Sequence[Ablation]]
 ) -> EffectsReader:
-    """Make what reads every ablation's effect on the first token's entropy while a run decodes.
+    """Make the reader of every ablation's effect on first-token entropy, for a run's decode.
 
     Args:
         model: The model.
-        n_prompts: Of the run.
+        n_prompts: Number of prompts of the run.
         planned: For each ablation value its sets, the entropy set first.
     """
     starts = np.cumsum([1, *map(len, planned.values())]).tolist()  # set 0 is the plain run
@@ -85,11 +85,11 @@ def effects_reader(
 
 
 def write_effects(folder: RunFolder, batches: Sequence[Batch]) -> None:
-    """Split every ablation's effect on the first token's entropy; tables that are there already stay.
+    """Write the tables of effects on first-token entropy; tables that exist are left as they are.
 
     Args:
         folder: The run.
-        batches: All of its decode.
+        batches: All batches of its decode.
     """
     *tables, of_sets = effect_tables(folder)
     found = join_effects([batch.at_last for batch in batches])

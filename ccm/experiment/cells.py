@@ -36,7 +36,7 @@ class CellReader:
         released: bool = False,
         counter_first: bool = False,
     ) -> None:
-        """Fix the tokens that log-probabilities are read at.
+        """Choose the tokens whose log-probabilities are read.
 
         Args:
             prompts: The probing prompts.
@@ -83,7 +83,7 @@ class CellReader:
 
 
 def decided_sources(prompts: Sequence[ProbingPrompt], protocol: Protocol) -> Decided:
-    """Make what tells, of a prompt and its text so far, whether its source is decided."""
+    """Make the function that tells whether a continuation's source is decided (`Decided`)."""
 
     def decided(prompt: int, text: str) -> bool:
         of = prompts[prompt]
@@ -105,15 +105,15 @@ def decode_stored(
     on_batch: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[Batch]:
-    """Decode with a progress bar and keep every finished batch; those kept already are read back.
+    """Decode with a progress bar and keep every finished batch; batches kept earlier are read back.
 
     Args:
-        engine: What decodes.
+        engine: The engine.
         model: The model.
         tokens: Prompts.
         ablations: Neuron sets with their values.
         store: Where finished batches are kept; None keeps none.
-        label: Of the progress bar.
+        label: Label of the progress bar.
         on_batch: Called after each batch.
         options: For the engine's `decode_sets`.
     """
@@ -135,13 +135,13 @@ def cells_step(folder: RunFolder, protocol: Protocol, prompts: Sequence[ProbingP
     paths = [folder.cell("", "plain")]
     for value in folder.manifest["identity"]["ablation_values"]:
         paths += [folder.cell(value, name) for name in folder.manifest["sets"]]
-    # Not read where all tables are there: an earlier start may have removed some batches.
+    # Not read if all tables exist: an earlier start may have removed some batches.
     if not all(path.is_file() for path in [*paths, *effect_tables(folder)]):
         batches = store.read()
         write_effects(folder, batches)
         decoded = merge(batches)
         runs = (decoded.completions(i) for i in range(len(paths)))
-        # What was asked for begins with the first tokens of both objects.
+        # The targets begin with the first tokens of both objects.
         write_cells(runs, paths, prompts, decoded.asked[:, :2], protocol)
     store.clear()
 
@@ -153,14 +153,14 @@ def write_cells(
     objects: Int[np.ndarray, "prompt 2"],
     protocol: Protocol,
 ) -> None:
-    """Write the table of every set that has none yet.
+    """Write the table of every set that has no table yet.
 
     Args:
         runs: Completions of each set, the plain run first.
         paths: Where each is written.
         prompts: The probing prompts.
         objects: First tokens of their counter- and parametric objects.
-        protocol: Decides how sources and answer tokens are told.
+        protocol: Decides how sources and answer tokens are determined.
     """
     reader: CellReader | None = None
     for path, done in zip(paths, runs, strict=True):

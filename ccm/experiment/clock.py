@@ -7,7 +7,7 @@ from typing import Literal
 
 from ccm.experiment.folder import RunFolder
 
-Per = Literal["run", "fact", "prompt"]  # what a stage is done once for
+Per = Literal["run", "fact", "prompt"]  # unit of a stage's work
 
 
 class Clock:
@@ -23,7 +23,7 @@ class Clock:
 
         Args:
             stage: Its name in the manifest.
-            per: What it is done once for.
+            per: Unit of its work.
             items: How many facts or prompts; 1 for a run.
         """
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from ccm.models.specs import DTYPES
 
 STATISTICS_FROM = ("own", "released")
 STATISTICS_POSITIONS = ("all", "text")
-# What `ccm rehearse` has of these options.
+# Those of these options that `ccm rehearse` has.
 REHEARSED = (
     *("model", "ablation_values", "controls", "matched_controls", "seed"),
     *("device", "dtype", "memory_budget"),
@@ -100,7 +100,7 @@ class RunConfig:
         least=0,
     )
     seed: int = option(
-        123, "of the random draws of controls", read=whole, least=0, most=2**32 - 1, always=True
+        123, "seed of the random draws of controls", read=whole, least=0, most=2**32 - 1, always=True
     )
     k: int | None = option(
         None, "entropy neurons to select (default: the model's)", "-k", read=whole, least=1
@@ -123,7 +123,7 @@ class RunConfig:
     engine: str = option(
         "auto",
         "shared: one decode for all sets; hooked: the slow reference, one pass per set; auto: shared, "
-        "or hooked where the model is none that it computes",
+        "or hooked for a model that it cannot compute",
         choices=("auto", "shared", "hooked"),
     )
     device_map: str | None = option(
@@ -158,7 +158,7 @@ class RunConfig:
         metavar="I/N",
         read=shard,
         shown=lambda value: "{}/{}".format(*value),
-        result=False,  # noted apart: shards of one run are one run
+        result=False,  # noted separately: all shards belong to one run
     )
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class RunConfig:
             raise BadInput(f"-k {self.k}: --neurons names them already. Drop one of the two.")
         values = self.ablation_values
         if len(values) > 1 and ALL in values:
-            raise BadInput(f"--ablation-value {joined(values)!r}: all are more than these. Drop one.")
+            raise BadInput(f"--ablation-value {joined(values)!r}: all includes the others. Drop one.")
         ablation_values(values)
         if self.shard is not None:
             i, n = self.shard

@@ -10,7 +10,7 @@ An ablation moves the final residual x to x', and with it the norm's scale s to 
 
 with (x'^ * gain) W_U = s z + sum_i c_i P_i, and beta the part that no scale touches (the norm's bias
 through W_U, and b_U). The split is that of Stolfo et al., *Confidence Regulation Neurons*
-(arXiv 2406.16254), section 3. With decoding it holds at the first token, which is where it is read.
+(arXiv 2406.16254), section 3. In decoding it holds at the first token, which is where it is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,10 +67,10 @@ def ablated_entropies(
     """Compute entropies of some sets at every node, nats: total, direct, norm only (Method 13).
 
     Args:
-        screen: The plan of all sets.
-        nodes: Plain readings at last prompt positions.
-        sizes: How many rows of logits to hold at once; changes results by rounding only.
-        sets: Which sets of the plan.
+        screen: The screen of all sets.
+        nodes: Last prompt positions.
+        sizes: How many logit rows to hold at once; changes results by rounding only.
+        sets: Which sets of the screen.
     """
     n = len(nodes.scale)
     found = torch.empty((sets.stop - sets.start, n, len(EFFECTS)), device=nodes.sz.device)
@@ -99,7 +99,7 @@ def ablated_entropies(
 
 
 def evenly_spaced(n: int, most: int) -> Int[np.ndarray, "chosen"]:
-    """At most `most` of the numbers 0..n-1, evenly spaced, first and last among them.
+    """Return at most `most` of the numbers 0..n-1, evenly spaced, first and last among them.
 
     >>> evenly_spaced(9, 3).tolist(), evenly_spaced(2, 3).tolist()
     ([0, 4, 8], [0, 1])
@@ -113,23 +113,23 @@ class EffectsReader:
     """Reads all sets' entropies at last prompt positions while prompts are decoded (Method 13)."""
 
     def __init__(self, sizes: AtOnce, n_prompts: int, own: Sequence[int], n_sets: int) -> None:
-        """Fix which sets are read where.
+        """Choose the prompts at which each set is read.
 
         Args:
-            sizes: How many rows of logits to hold at once; changes results by rounding only.
-            n_prompts: Of all prompts, no more than `SAMPLED`, evenly spaced, are those where other sets
-                are read.
-            own: Sets to read at every prompt, as places in the screen, ascending.
-            n_sets: Of the screen.
+            sizes: How many logit rows to hold at once; changes results by rounding only.
+            n_prompts: Number of prompts; the other sets are read at no more than `SAMPLED` of them,
+                evenly spaced.
+            own: Sets to read at every prompt, as indices in the screen, ascending.
+            n_sets: Number of sets of the screen.
         """
         self.sizes, self.sampled = sizes, evenly_spaced(n_prompts, SAMPLED)
         self.own = [slice(i, i + 1) for i in own]
-        # All that lies between them, but for the plain run, which is set 0.
+        # All sets between them, except the plain run, which is set 0.
         between = zip([0, *own], [*own, n_sets], strict=True)
         self.others = [slice(i + 1, j) for i, j in between if i + 1 < j]
 
     def __call__(self, indices: Sequence[int], screen: Screen, nodes: Nodes) -> dict[str, np.ndarray]:
-        """Read some prompts; as `ccm.decoding.results.AtLast` has it."""
+        """Read some prompts; arguments as for `ccm.decoding.results.AtLast`."""
         prompts = np.asarray(indices, dtype=np.int64)
         at = np.flatnonzero(np.isin(prompts, self.sampled))
         return {
@@ -149,7 +149,7 @@ class EffectsReader:
 
 
 def join_effects(parts: Sequence[Mapping[str, np.ndarray]]) -> Effects:
-    """Put together what an `EffectsReader` read, in the order of prompts and of sets."""
+    """Join what an `EffectsReader` read, in the order of prompts and of sets."""
 
     def joined(name: str, prompts: str) -> np.ndarray:
         order = np.argsort(np.concatenate([part[prompts] for part in parts]))
@@ -182,14 +182,14 @@ def measure_effects(
         own: Sets to read at every prompt.
         others: Sets to read at no more than `SAMPLED` prompts, evenly spaced.
         memory_budget: As for `ccm.decoding.shared.decode_sets`.
-        engine: What runs the prompts.
+        engine: The engine that runs the prompts.
 
     Returns:
         Entropies in the order of prompts and of sets.
     """
     sets = [*own, *others]
     reader = EffectsReader(at_once(model), len(prompts), range(1, 1 + len(own)), 1 + len(sets))
-    # Nothing is chosen here, so no rounding is reckoned with.
+    # No token is chosen, so no tolerance is needed.
     screen = build_screen(model.last_layer, [PLAIN, *sets], u=0.0)
 
     def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Facts and relations: read them, check them, and know where they come from.
+"""Files of facts and relations: where they are, how they are read and checked.
 
 A facts table has the columns of the released `pararel_statements.csv` (one row per fact), a relations
 table those of `relation_groups.xlsx` (one row per relation). The folders of the organism and of the
@@ -65,7 +65,7 @@ def read_text_table(
             table = pd.read_excel(path, dtype=str, keep_default_na=False)
         else:
             with warnings.catch_warnings():
-                # Where rows are longer than the header pandas warns, and would shift columns.
+                # pandas only warns of rows longer than the header, and shifts their columns.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 # "None" and "NA" are names like any other, so no cell is read as missing.
                 table = pd.read_csv(
@@ -157,7 +157,7 @@ def load_world() -> FactSet:
 
 
 def pararel_at_hand() -> bool:
-    """Return whether ParaRel can be read without a download: from `CCM_DATA_DIR`, or an earlier one."""
+    """Return whether ParaRel can be read without a download: from `CCM_DATA_DIR` or the cache."""
     return pararel_folder() is not None or all(_in_cache(file) for file in RELEASED)
 
 
@@ -176,7 +176,7 @@ def pararel_folder() -> Path | None:
     """Return the folder that `CCM_DATA_DIR` names, or None without it.
 
     Raises:
-        BadInput: the variable is set but one of the two files is not there, under neither name.
+        BadInput: the variable is set, but the folder lacks one of the two files.
     """
     value = os.environ.get(DATA_VARIABLE)
     if not value:
@@ -192,7 +192,7 @@ def pararel_folder() -> Path | None:
 
 
 def _found(folder: Path, file: ReleasedFile) -> list[Path]:
-    """Where a folder holds a released file: under none, one or both of its names."""
+    """List the paths of a released file in a folder: under none, one or both of its names."""
     return [path for name in (file.name, file.published_as) if (path := folder / name).is_file()]
 
 
@@ -217,7 +217,7 @@ def load_pararel() -> FactSet:
 
 
 def _checked(folder: Path, file: ReleasedFile) -> Path:
-    """Find a released file in a folder; where both names are there, the one that is it."""
+    """Find a released file in a folder, under whichever name has the right checksum."""
     sums = {path: _sha256(path) for path in _found(folder, file)}
     for path, found in sums.items():
         if found == file.sha256:
@@ -232,7 +232,7 @@ def _checked(folder: Path, file: ReleasedFile) -> Path:
 def _download(file: ReleasedFile) -> Path:
     """Fetch one released file into the user's cache, checked against its checksum.
 
-    Whatever lies in the cache under its name and is not it (half a file, another one) is fetched anew.
+    A file in the cache with another checksum (cut off, or another file) is downloaded again.
     """
     import pooch
 
@@ -255,7 +255,7 @@ def _download(file: ReleasedFile) -> Path:
     try:
         return Path(pooch.retrieve(url, known_hash=file.sha256, fname=file.name, path=cache))
     except Exception as error:  # pooch lets every kind of network error through
-        # requests repeats the address, and more; what is on a second line is nobody's next step.
+        # requests repeats the URL and adds more, none of which helps a user.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         if isinstance(error, ValueError) and "hash" in str(error):
             reason = f"what came is not the file with SHA-256 {file.sha256[:12]}...; a proxy's page?"

@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that is there twice, which JSON allows: its first value would be lost."""
+    """Refuse a duplicate key, which JSON allows: its first value would be lost."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -85,7 +85,7 @@ def write_statistics(path: Path, statistics: ActivationStatistics, positions: in
     Args:
         path: The file.
         statistics: What to write.
-        positions: How many token positions they were taken over; 0 where that is not known.
+        positions: How many token positions they were taken over; 0 if that is not known.
     """
     tensors = {name: np.ascontiguousarray(getattr(statistics, name)) for name in STATISTICS}
     tensors["n_positions"] = np.asarray([positions])

@@ -12,7 +12,7 @@ from ccm.experiment.files import read_json, to_json, write_json
 from ccm.experiment.locking import LOCK, check_still_locked, locked
 from ccm.experiment.writing import PARTIAL, remove_partial, try_writing
 
-FORMAT = 1  # of run folders; a folder of another is not read
+FORMAT = 1  # of run folders; a folder of another format is not read
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.parquet"
 MEASURES = "measures.parquet"
@@ -24,7 +24,7 @@ ACTIVATION_STATS = "activation_stats.safetensors"
 SCORES = "scores.json"
 SCORE_TABLE = "scores.parquet"
 BATCHES = "batches"
-# What a run makes before anything is decoded under an ablation.
+# Files that a run writes before anything is decoded under an ablation.
 FILES = (PROMPTS, MEASURES, SINGULAR_VALUES, RHO_BY_LAYER, ACTIVATION_STATS)
 
 
@@ -34,7 +34,7 @@ def check_folder(path: Path) -> None:
     Raises:
         BadInput: it is a file, or a folder that holds something else.
     """
-    # `os.path` says that a name too long for the file system is not there, where `Path` raises.
+    # For a name too long for the file system `os.path` says that it does not exist; `Path` raises.
     if os.path.exists(path) and not path.is_dir():
         raise BadInput(f"{path}: is a file. Give a folder with --out.")
     if os.path.isdir(path) and not (path / MANIFEST).is_file() and _names(path):
@@ -49,7 +49,7 @@ def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
         way_out: What to do if it holds no run, for the message.
 
     Raises:
-        BadInput: there is no manifest, or it is not a run's, or of another format.
+        BadInput: the manifest is missing, not a run's, or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
 
 
 def _names(path: Path) -> set[str]:
-    """Name what a folder holds, without locks and files that a killed process was writing."""
+    """List the names in a folder, without locks and files that a killed process was writing."""
     return {p.name for p in path.iterdir() if p.suffix != PARTIAL and not p.name.startswith(LOCK)}
 
 
@@ -83,7 +83,7 @@ def locked_for(out: Path) -> Iterator[None]:
     """
     folder = folder_to_lock(out)
     with locked(folder):
-        if (folder / MANIFEST).is_file():  # nobody else's files are there
+        if (folder / MANIFEST).is_file():  # then all files in it are a run's
             remove_partial(folder)
         yield
 
@@ -100,7 +100,7 @@ class RunFolder:
         """Open a new folder, or one that an earlier start of the same run left.
 
         Args:
-            path: The folder; made if it is not there.
+            path: The folder; made if it is missing.
             identity: Everything that a result depends on. A folder belongs to one identity.
 
         Raises:
@@ -116,7 +116,7 @@ class RunFolder:
             raise BadInput(f"{path}: cannot be written to ({reason}). Give another --out.") from error
 
     def _open(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Return the manifest that is there, or write a new one."""
+        """Return the folder's manifest, or write a new one."""
         path = self.path
         check_folder(path)
         fresh = {"format": FORMAT, "identity": identity, "timings_s": {}, "done": [], "complete": False}
@@ -125,12 +125,12 @@ class RunFolder:
             if _names(path) == {MANIFEST} and held["identity"] != identity:  # nothing to lose
                 held = fresh
             self._check_same(identity, held["identity"])
-            if held["complete"]:  # it may be where nobody can write
+            if held["complete"]:  # the folder may be read-only
                 return held
         else:
             held = fresh
-        # Whether the folder can be written to is found out before the work: everything that is done to
-        # files later is tried now, below the folder and, with the manifest, in it.
+        # A folder that cannot be written to is found before the work: everything that is done to files
+        # later is tried now, in a subfolder and, with the manifest, in the folder itself.
         remove_partial(path)
         trial = path / f".trial{PARTIAL}"
         try_writing(trial)
@@ -151,7 +151,7 @@ class RunFolder:
         """Write the manifest as it stands.
 
         Raises:
-            InUse: the folder is another process's now (see `ccm.experiment.locking`).
+            InUse: another process has taken the folder over (see `ccm.experiment.locking`).
         """
         check_still_locked(self.path)
         write_json(self.path / MANIFEST, self.manifest)
@@ -170,11 +170,11 @@ class RunFolder:
         self.save_manifest()
 
     def has(self, name: str) -> bool:
-        """Whether a file is there already."""
+        """Return whether the folder has a file."""
         return (self.path / name).is_file()
 
     def missing(self) -> list[Path]:
-        """List the files of a finished run that are not there, whatever the manifest says.
+        """List the files of a finished run that are missing, whatever the manifest says.
 
         A shard of a run has neither cells nor effects nor scores: only what every shard has counts.
         """

@@ -1,10 +1,10 @@
 """A lock on a run folder, against other processes here and on machines that share the file system.
 
 The lock is a file in the folder that its holder touches every few seconds (`filelock.SoftFileLease`).
-It needs no system call for locking, which shared file systems often lack. A holder on this machine is
-gone if its process is. A holder on another machine, whose processes cannot be seen, is gone if the file
-is not touched for a minute. A process that loses its lock in this way while it lives (on a machine that
-slept) finds out before it writes its manifest again, and stops.
+It needs no system call for locking, which shared file systems often lack. A holder on this machine
+counts as gone if its process has ended; a holder on another machine, whose processes cannot be seen, if
+it does not touch the file for a minute. A process that loses its lock in this way while it lives (on a
+machine that slept) notices before it writes its manifest again, and stops.
 """
 
 import errno
@@ -25,22 +25,22 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 from ccm.errors import CannotWrite, InUse
 from ccm.experiment.writing import write_atomically
 
-LOCK = ".lock"  # begins the names of all files of the lock
+LOCK = ".lock"  # begins the names of all lock files
 HOLDER = ".lock.holder"  # who holds it, for people
 TOUCHED = 5.0  # seconds from one touch to the next
-LEASE = 60.0  # seconds without a touch after which a holder is gone
-POLL = 0.2  # seconds between two looks at a lock that may be left over
-_held: dict[str, SoftFileLease] = {}  # what this process holds, by real path of the folder
+LEASE = 60.0  # seconds without a touch after which a holder counts as gone
+POLL = 0.2  # seconds between two looks at a lock that may be stale
+_held: dict[str, SoftFileLease] = {}  # locks of this process, by real path of the folder
 
 
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lock, as it signed."""
 
-    token: str  # of the lock that it signed for; an earlier holder's file has another
+    token: str  # of the lock that it signed for; an earlier holder's file has another token
     host: str
     pid: int
-    pids: int  # the host's namespace of process numbers: containers have their own
+    pids: int  # the PID namespace on that host: containers have their own
     started: float  # when the process began, seconds since 1970
     since: str
 
@@ -49,14 +49,14 @@ class Holder:
 
     @property
     def is_there(self) -> bool | None:
-        """Whether the process is at work; None if that cannot be seen from here."""
+        """Whether the process is running; None if that cannot be seen from here."""
         if (self.host, self.pids) != (socket.gethostname(), _pid_namespace()):
             return None
         try:
             process = psutil.Process(self.pid)
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return False
-            # Else another process has its number now, or the machine's clock was set.
+            # Otherwise another process has its number now, or the machine's clock was set.
             return True if abs(process.create_time() - self.started) < 2 else None
         except psutil.NoSuchProcess:
             return False
@@ -82,7 +82,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         InUse: another process is at work there.
-        CannotWrite: there is no room for the lock's file.
+        CannotWrite: there is no room for the lock file.
     """
     lease = _acquire(folder)
     if lease is None:
@@ -106,7 +106,7 @@ def refuse_if_locked(folder: Path) -> None:
     Raises:
         InUse: another process is.
     """
-    if os.path.exists(folder / LOCK):  # False, too, of a name that no file system takes
+    if os.path.exists(folder / LOCK):  # also False for a name that the file system does not allow
         with locked(folder):
             pass
 
@@ -120,7 +120,7 @@ def check_still_locked(folder: Path) -> None:
     lease = _held.get(os.path.realpath(folder))
     if lease is None or _is_ours(lease):
         return
-    time.sleep(POLL)  # who looks whether a lock is left over moves it aside for a moment
+    time.sleep(POLL)  # a process that checks whether a lock is stale moves it aside for a moment
     if not _is_ours(lease):
         who = _read_holder(folder)
         raise InUse(
@@ -147,7 +147,7 @@ def _acquire(folder: Path) -> SoftFileLease | None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CannotWrite(folder / LOCK, str(error.strerror)) from error
-        return None  # whoever opens the folder to write says what is wrong with it
+        return None  # writing to the folder will say what is wrong with it
     if not got:
         return None
     try:
@@ -173,22 +173,22 @@ def _sign(folder: Path, lease: SoftFileLease) -> None:
 
 
 def _try(lease: SoftFileLease) -> bool:
-    """Take a lock that is free, or whose holder the library knows to be gone."""
+    """Try to take a lock that is free, or whose holder the library knows to be gone."""
     try:
         lease.acquire(timeout=0)
     except (Timeout, LeaseSettingsMismatch):
         return False
     except PermissionError:
-        if os.path.exists(lease.lock_file):  # another user's
+        if os.path.exists(lease.lock_file):  # it is another user's
             return False
         raise
     return True
 
 
 def _wait_for(lease: SoftFileLease, folder: Path) -> bool:
-    """Watch a lock until it is clear whether its holder is at work (refuse) or gone (take over).
+    """Watch a lock until it is clear whether its holder is running (refuse) or gone (take over).
 
-    The library itself takes no lock over if the file system cannot exchange two names (NFS, Windows
+    The library itself takes over no lock if the file system cannot exchange two names (NFS, Windows
     shares), if the holder was killed before it signed, or if it is a zombie.
     """
     first, start, told = _look(lease), time.monotonic(), False
@@ -218,9 +218,9 @@ def _wait_for(lease: SoftFileLease, folder: Path) -> bool:
 
 
 def _look(lease: SoftFileLease) -> tuple[int, ...] | None:
-    """Read what changes with each touch of the lock's file; None if there is no file."""
+    """Read what changes with each touch of the lock file; None if there is no file."""
     try:
-        # Opened, because what a shared file system says without that may be a minute old.
+        # Opened, because a shared file system's cached attributes may be a minute old.
         with open(lease.lock_file, "rb") as stream:
             found = os.fstat(stream.fileno())
     except OSError:
@@ -229,7 +229,7 @@ def _look(lease: SoftFileLease) -> tuple[int, ...] | None:
 
 
 def _read_holder(folder: Path, lease: SoftFileLease | None = None) -> Holder | None:
-    """Read who signed; None if nobody did, or only for an earlier lock."""
+    """Read who holds a lock; None if nobody signed for it, or only for an earlier one."""
     with suppress(OSError, ValueError, TypeError):
         found = Holder(**json.loads((folder / HOLDER).read_text(encoding="utf-8")))
         if lease is None or (lease.owner is not None and lease.owner.token == found.token):

@@ -1,4 +1,4 @@
-"""Merge the shards of a run into the run in one piece."""
+"""Merge the shards of a run into one run folder."""
 
 import shutil
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ KEPT = (*NOTES, "weights", "special_tokens", "engine", "first_prompt_tokens")
 
 
 def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Merge the shards of a run into a run folder like that of a run in one piece, bit for bit.
+    """Merge the shards of a run into one run folder, bit for bit that of a run without shards.
 
     Args:
         folders: Folders of `ccm run --shard i/n`, all n of them, in any order.
@@ -40,8 +40,8 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         The scores.
 
     Raises:
-        BadInput: a shard that is missing, there twice, not finished, or of another run; prompts that
-            no shard decoded, or two did. Nothing is written then.
+        BadInput: a shard is missing, given twice, unfinished or of another run; or a prompt was decoded
+            by no shard or by two. Nothing is written then.
     """
     refuse_if_locked(out)
     manifests = [_manifest(folder) for folder in folders]
@@ -93,7 +93,7 @@ def _join(
     if errors:  # lower precisions measure none
         merged.note(float32_error=max(errors))
     store = BatchStore(merged.path)
-    store.clear()  # of an earlier start, or of a run in one piece that was not finished
+    store.clear()  # batches of an earlier start, or of an unfinished run without shards
     for source in stores:
         for batch in source.read():
             store.write(batch)
@@ -126,7 +126,7 @@ def _check_complete(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]
 
 
 def _check_alike(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Refuse shards of different runs, and those whose preparation came out differently."""
+    """Refuse shards of different runs, and shards whose preparation gave different results."""
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         pairs = [(key, manifest["identity"], first["identity"]) for key in first["identity"]]

@@ -21,13 +21,13 @@ class Option:
     flag: str
     default: Any
     read: Callable[[Any], Any] = str  # from the command line's text
-    shown: Callable[[Any], str] = str  # back to it
+    shown: Callable[[Any], str] = str  # back to the command line's text
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     least: int | float | None = None
     most: int | float | None = None
-    result: bool = True  # whether it is noted as it is in a run's identity
-    always: bool = False  # said by "run it again" even where it is the default
+    result: bool = True  # whether a run's identity contains its value
+    always: bool = False  # written in "run it again" commands even if it is the default
     switch: bool = False  # given without a value
     repeated: bool = False  # may be given several times
 
@@ -44,7 +44,7 @@ class Option:
         return bool(value == self.default)
 
     def value_of(self, given: Any) -> Any:
-        """Read a value that is text or a list, as the command line and a manifest have it.
+        """Read a value that is text or a list, as on the command line or in a manifest.
 
         Raises:
             BadInput: it cannot be read.
@@ -59,7 +59,7 @@ class Option:
         return tuple(given) if isinstance(given, list) else given
 
     def check(self, value: Any) -> None:
-        """Check a value, as far as that is possible without the model.
+        """Check a value as far as possible without the model.
 
         Raises:
             BadInput: it is not allowed.
@@ -70,7 +70,7 @@ class Option:
         kind = bool if self.switch else KINDS.get(self.read, object)
         if not isinstance(value, kind) or isinstance(value, bool) != self.switch or value == ():
             raise BadInput(
-                f"{name} {value!r}: not what {self.flag} stands for. RunConfig.read takes text, as the "
+                f"{name} {value!r}: not a value for {self.flag}. RunConfig.read takes text, as the "
                 "command line does."
             )
         if self.choices:
@@ -90,14 +90,14 @@ def option(default: Any, told: str | Callable[[], str], flag: str = "", **more: 
 
 
 def option_of(f: "dataclasses.Field[Any]") -> Option:
-    """Return the option of a configuration's field; its flag is its name unless it has another."""
+    """Return the option of a configuration's field; by default its flag is the field's name."""
     found: Option = f.metadata["option"]
     return found if found.flag else replace(found, flag="--" + f.name.replace("_", "-"))
 
 
 def whole(text: str) -> int:
     """Read a whole number."""
-    # Not so many digits that it takes long to read; and `int` alone would take 1_000, too.
+    # A limit, because long numbers are slow to read; and `int` alone would accept 1_000.
     if not re.fullmatch("-?[0-9]{1,40}", text.strip()):
         raise ValueError("not a whole number. Give one, like 100")
     return int(text)
@@ -160,7 +160,7 @@ def paths_of_models(entries: str | Iterable[str] | Mapping[str, str | Path]) -> 
     """Read `NAME=PATH` entries, or take folders and files by name.
 
     Raises:
-        BadInput: an entry without `=`, or a path where nothing is.
+        BadInput: an entry without `=`, or a path that does not exist.
     """
     if isinstance(entries, Mapping):
         entries = [f"{name}={path}" for name, path in entries.items()]
@@ -180,7 +180,7 @@ def joined(values: Sequence[object] | str) -> str:
     return values if isinstance(values, str) else ",".join(map(str, values))
 
 
-# What each reader makes of text.
+# The type that each reader returns.
 KINDS: Mapping[Callable[..., Any], Any] = {
     str: str,
     whole: int,

@@ -1,4 +1,4 @@
-"""A run's configuration held to its model, before any weights are loaded, and the run's identity."""
+"""A run's configuration, checked against its model before any weights are loaded; its identity."""
 
 import hashlib
 import logging
@@ -57,12 +57,12 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
 
     Args:
         config: What to run.
-        spec: Of a model without a checkpoint, for which no weights are looked for.
+        spec: Spec of a model without a checkpoint; no weights are looked for.
         facts: Used instead of those that the configuration names.
 
     Raises:
         BadInput: a name, number or file cannot be used.
-        NotAvailable: a device or data are not here.
+        NotAvailable: a device or data are not available.
     """
     protocol = PROTOCOLS[config.protocol]
     values = tuple(ablation_values(config.ablation_values))
@@ -121,10 +121,10 @@ def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:
 
 
 def find_model(config: RunConfig) -> ModelSpec:
-    """Find the model that a configuration names, and check what is here of its weights.
+    """Find the model that a configuration names, and check its weights as far as they are here.
 
     Raises:
-        BadInput: no such model, unusable weights, or a path for the name of a model that is not run.
+        BadInput: no such model, unusable weights, or a path given for a model that is not run.
         NotAvailable: a hub that cannot be reached, a model cache that cannot be written to.
     """
     for name in config.model_paths:
@@ -148,7 +148,7 @@ def _neurons(config: RunConfig, spec: ModelSpec) -> tuple[int, ...] | None:
 
 
 def _check_controls(controls: int, matched: int, k: int, d_mlp: int, protocol: Protocol) -> None:
-    """Check that so many distinct sets of either kind exist."""
+    """Check that enough distinct sets of either kind exist."""
     pool = d_mlp if protocol.controls_overlap else d_mlp - k
     plain = comb(pool, k) - int(protocol.controls_overlap)
     for what, n, of, exist in (
@@ -163,10 +163,10 @@ def _check_controls(controls: int, matched: int, k: int, d_mlp: int, protocol: P
 
 
 def _check_engine(config: RunConfig) -> None:
-    """Check that the engine can do what is asked of it, and the device of a device map."""
+    """Check that the engine supports the options given, and that a device map has its device."""
     for name in ("shard", "device_map"):
         value = getattr(config, name)
-        # `auto` falls back on one that takes less, and is refused then.
+        # `auto` may fall back on an engine that supports less; the run is refused then.
         takes = ENGINES["shared" if config.engine == AUTO else config.engine].TAKES
         if value is not None and name not in takes:
             able = [engine for engine in ENGINES if name in ENGINES[engine].TAKES]
@@ -183,7 +183,7 @@ def find_facts(name: str | None, spec: ModelSpec) -> FactSet:
 
     Args:
         name: `pararel`, `world`, a folder with facts.csv and relations.csv, or None.
-        spec: The model's. The published models were asked about ParaRel, so they are here, too.
+        spec: The model's spec. The published models get ParaRel, as in the paper.
 
     Raises:
         BadInput: no such folder, or files that hold no facts.
@@ -221,7 +221,7 @@ def identity(plan_: Plan, hashes: Mapping[str, str | None] | None = None) -> dic
 
     Args:
         plan_: What is run.
-        hashes: Of the model's files, if they are not a checkpoint's.
+        hashes: Hashes of the model's files; by default those of its checkpoint.
     """
     config = plan_.config
     facts = [asdict(f) for f in plan_.facts.facts] + [asdict(r) for r in plan_.facts.relations.values()]

@@ -1,4 +1,4 @@
-"""Facts -> probing prompts (Method 4): the model's own objects, filtered and contradicted."""
+"""From facts to probing prompts (Method 4): the model's own objects, filtered and contradicted."""
 
 import hashlib
 import logging
@@ -45,8 +45,8 @@ from ccm.models.model import LoadedModel
 _log = logging.getLogger(__name__)
 
 ANSWERS = "answers"  # the stage
-ROWS = 64  # of logits at once
-NEAR = 2e-3  # nats: some thirty times what float32 was seen to move two log-probabilities apart
+ROWS = 64  # logit rows at once
+NEAR = 2e-3  # nats: about thirty times the largest float32 error seen between two log-probabilities
 # Gives a model's answers to parametric prompts, with its final residuals.
 Ask = Callable[[LoadedModel, Sequence[Tokens]], Completions]
 
@@ -68,15 +68,15 @@ def build_prompts(
     engine: Engine = ENGINES["shared"],
     ask: Ask | None = None,
 ) -> PromptSet:
-    """Ask for every parametric object, filter, and contradict what is left (Method 4).
+    """Ask for every parametric object, filter the facts, and contradict those left (Method 4).
 
     Args:
         model: The model.
         facts: Facts and relations.
         template: A key of `ccm.method.prompts.TEMPLATES`.
         lower_case: Store objects in lower case (defect 11).
-        engine: What runs the model.
-        ask: Lets the model answer; by default `answers_of`.
+        engine: The engine that runs the model.
+        ask: Gets the model's answers; by default `answers_of`.
 
     Raises:
         BadInput: a prompt does not fit the model's context, or the filters leave no prompt.
@@ -139,10 +139,10 @@ def answers_of(
     store: BatchStore | None = None,
     memory_budget: int | None = None,
 ) -> Completions:
-    """Let the model answer, as far as its answers go, and keep its final residuals.
+    """Decode the model's answers, each until it ends, and keep final residuals.
 
     Args:
-        engine: What decodes.
+        engine: The engine.
         model: The model.
         tokens: Parametric prompts.
         store: Where finished batches are kept; None keeps none.
@@ -169,13 +169,13 @@ def first_log_probs(
     residuals: Float[np.ndarray, "prompt d_model"],
     asked_for: Sequence[Sequence[int]],
 ) -> list[list[float]]:
-    """Read log-probabilities of first tokens off final residuals, nats.
+    """Compute log-probabilities of first tokens from final residuals, nats.
 
-    The least likely are told apart as exact arithmetic tells them, because their order chooses the
-    counter-objects: where they nearly tie, the prompt is run again in float64 (`ccm.decoding.exact`).
+    The least likely tokens choose the counter-objects, so their order must be that of exact arithmetic:
+    where they nearly tie, the prompt is run again in float64 (`ccm.decoding.exact`).
 
     Args:
-        engine: What runs the model.
+        engine: The engine that runs the model.
         model: The model.
         tokens: Prompts.
         residuals: Their final residuals, float32.
@@ -202,14 +202,14 @@ def first_log_probs(
 
 def _gather(logits: Tensor, asked_for: Sequence[Sequence[int]]) -> list[list[float]]:
     rows = logits.double().log_softmax(-1)
-    # What is no further apart than that is a tie.
+    # Rounded, so that differences of float64's own rounding are ties.
     return [
         row[list(ids)].cpu().numpy().round(9).tolist() for row, ids in zip(rows, asked_for, strict=True)
     ]
 
 
 def _near(ids: Sequence[int], log_probs: Sequence[float]) -> bool:
-    """Whether float32 may have got the order of the least likely candidates wrong."""
+    """Return whether float32 may have got the order of the least likely candidates wrong."""
     of_token = dict(zip(ids[1:], log_probs[1:], strict=True))
     # The fact's own object may be among them, and is no candidate.
     lowest = np.sort([*of_token.values()])[: N_COUNTER_OBJECTS + 2]
@@ -244,7 +244,7 @@ def table_prompts(table: pd.DataFrame) -> list[ProbingPrompt]:
     return [ProbingPrompt(**f) for f in fields]
 
 
-# Takes a run's folder and its plan, and returns what lets the model answer.
+# Takes a run's folder and its plan, and returns the run's `Ask`.
 AskOf = Callable[[RunFolder, Plan], Ask]
 
 
@@ -260,7 +260,7 @@ def prompts_step(
         folder: The run.
         plan_: What is run.
         model: The model.
-        ask_of: Returns what lets the model answer.
+        ask_of: Returns what gets the model's answers.
     """
     if not folder.has(PROMPTS):
         split = split_objects([fact.object for fact in plan_.facts.facts])
@@ -293,7 +293,7 @@ def prompts_step(
 
 
 def ask_and_store(folder: RunFolder, plan_: Plan) -> Ask:
-    """Return what lets the model answer, and goes on where an earlier start of it stopped."""
+    """Return an `Ask` that keeps finished batches and resumes where an earlier start stopped."""
     store, budget = BatchStore(folder.path, ANSWERS), folder.manifest["memory_budget"]
 
     def ask(model: LoadedModel, tokens: Sequence[Tokens]) -> Completions:

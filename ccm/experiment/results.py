@@ -54,13 +54,13 @@ class RunResults:
 
     path: Path
     model: str  # the name by which it is known to the paper and to `MODELS`
-    name: str  # the name used in file names and data: the model's, unless several runs are of it
+    name: str  # the name used in file names and data: the model's, unless several runs share it
     display_name: str  # the name people read
     identity: Mapping[str, Any]  # what was run: dims, k, seed, protocol
     scores: Mapping[str, Any]  # scores.json
     measures: pd.DataFrame  # a row per last-layer neuron
     singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
-    statistics: ActivationStatistics  # as the ablation values were taken from them
+    statistics: ActivationStatistics  # from which replacement values were taken
     sigma: Float[np.ndarray, "d_mlp"]  # of the activations as measured, whatever the protocol
     prompts: pd.DataFrame  # a row per probing prompt
     plain: pd.DataFrame  # the plain run's cell
@@ -89,14 +89,14 @@ class RunResults:
 
     @cached_property
     def relation_groups(self) -> dict[str, str]:
-        """Group of every relation, those without a prompt too."""
+        """Group of every relation, including those without a prompt."""
         return dict(self.manifest["facts"]["relation_groups"])
 
     @cached_property
     def control_sources(self) -> dict[str, Int8[np.ndarray, "control prompt"]]:
-        """Sources under every control set by ablation value, as places in `SOURCES`.
+        """Sources under every control set by ablation value, as indices in `SOURCES`.
 
-        Read when first asked for, and from the cells no other column: they are the bulk of a run.
+        Read on first use, and only this column, because these cells are the bulk of a run.
 
         Raises:
             BadInput: a cell is missing, damaged, or of other prompts.
@@ -173,7 +173,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def source_codes(sources: pd.Series) -> Int8[np.ndarray, "prompt"]:
-    """Turn sources into their places in `SOURCES`; -1 for anything else."""
+    """Turn sources into their indices in `SOURCES`; -1 for anything else."""
     return pd.Index(SOURCES).get_indexer(pd.Index(sources)).astype(np.int8)
 
 
@@ -193,7 +193,7 @@ def _scores(path: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _statistics(path: Path, identity: Mapping[str, Any]) -> ActivationStatistics:
-    """Read the statistics, with sigma as the run's protocol had it (defect 3)."""
+    """Read the statistics, with sigma as the run's protocol took it (defect 3)."""
     statistics, positions = read_statistics(_present(path / ACTIVATION_STATS))
     if PROTOCOLS[identity["protocol"]].float16_sigma and identity["stats"] != "released":
         return float16_sigma(statistics, positions)

@@ -1,7 +1,7 @@
 """The whole experiment, read top to bottom: facts -> prompts -> neurons -> ablations -> scores.
 
-Every step writes its output to the run folder and reads it back where it is there already, so that a
-run that was killed goes on where it stopped and ends with the same bytes.
+Every step writes its output to the run folder, or reads it back if it is there already, so that a run
+that was killed goes on where it stopped and ends with the same bytes.
 """
 
 import os
@@ -59,7 +59,7 @@ from ccm.models.memory import check_memory, default_budget, needed_bytes
 from ccm.models.model import LoadedModel
 from ccm.models.weights import n_parameters, revision, unfinished, weight_files
 
-# --- the story ------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 def run(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def new_folder(config: RunConfig) -> Path:
     """Name a new run folder after the model, the ablation values and the time.
 
     Raises:
-        CcmError: the configuration cannot be run; then no folder is named.
+        CcmError: the configuration cannot be run.
     """
     make_plan(config)
     values = config.ablation_values
@@ -189,7 +189,7 @@ def decode_with(
         folder: The run.
         plan_: What is run.
         model: The model.
-        ask_of: Returns what lets the model answer; a rehearsal has one of its own.
+        ask_of: Returns what gets the model's answers; a rehearsal has its own.
         clock: Times every stage.
 
     Returns:
@@ -209,7 +209,7 @@ def decode_with(
         planned = plan_sets(plan_.values, sets, statistics, plan_.protocol)
         ablations_step(folder, plan_, model, prompts, tokens, planned)
         error = model.float32_error
-        if error is not None:  # lower precisions measure none, nor does reading what is there
+        if error is not None:  # lower precisions measure none, nor does a run that only reads back
             folder.note(float32_error=error.largest)
     return prompts
 
@@ -289,7 +289,7 @@ def statistics_step(
     if not folder.has(ACTIVATION_STATS):
         decode = engine_for(plan_.config.engine, model).decode
         budget = folder.manifest["memory_budget"]
-        # Beside what a batch takes.
+        # The rest of the budget is for batches.
         keep = budget // 4
         decode_ = partial(decode, memory_budget=budget - keep)
         text_only = plan_.config.stats_positions == "text"
@@ -357,7 +357,7 @@ def ablations_step(
         tokens,
         [a for a, _ in cells[1:]],
         targets=torch.from_numpy(objects),
-        # Of a control only the source is asked, which is known before its text ends.
+        # Only a control's source is needed, which is known before its text ends.
         full=[plan_.config.full_texts or kind_of(a.name) is None for a, _ in cells],
         decided=decided_sources(prompts, plan_.protocol),
         own_top=plan_.protocol.released_tokens,

@@ -107,7 +107,7 @@ def _of_set(
     for i, k in enumerate(SOURCES):
         total = int(counts[i].sum())
         for j, k2 in enumerate(SOURCES):
-            # Of a thousand controls, the intervals would take longer than all else.
+            # For a thousand controls, intervals would take longer than everything else.
             of = ratio(int(counts[i, j]), total) if own else _bare(int(counts[i, j]), total)
             yield Score.proportion(*key, "transition_score", of=of, source_from=k, source_to=k2)
             yield Score(*key, "entropy_difference", k, k2, value=change[k][k2])
@@ -124,7 +124,7 @@ def _of_set(
 
 
 def _bare(count: int, total: int) -> Ratio:
-    """A proportion without its interval."""
+    """Make a proportion without an interval."""
     return Ratio(count, total, 100 * count / total if total else None, None, None)
 
 
@@ -155,7 +155,7 @@ def scores_json(table: pd.DataFrame, manifest: Mapping[str, Any], n_prompts: int
 
 
 def _json_of_value(look: "_Table", value: str, sets: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The entropy set and both kinds of controls under one ablation value."""
+    """Arrange the entropy set and both kinds of controls under one ablation value."""
     own = (value, ENTROPY)
     controls, matched = ([n for n in sets if kind_of(n) == kind] for kind in (CONTROL, MATCHED))
     found = {
@@ -180,7 +180,7 @@ def _json_of_value(look: "_Table", value: str, sets: Mapping[str, Sequence[int]]
 
 
 def _rank(look: "_Table", value: str, others: Sequence[str]) -> dict[str, float | None]:
-    """Q-value and permutation p of the entropy set's GTS among that of other sets."""
+    """Compute Q and permutation p of the entropy set's GTS among that of other sets."""
     if not others:
         return {"q_value": None, "permutation_p": None}
 
@@ -200,7 +200,7 @@ def _rank(look: "_Table", value: str, others: Sequence[str]) -> dict[str, float 
 def _summary(
     look: "_Table", value: str, others: Sequence[str], sets: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """Summarise other sets, and hold the entropy set against them."""
+    """Summarise other sets, and compare the entropy set with them."""
 
     def over(quantity: str, *sources: str) -> ControlSummary:
         own, *rest = (_number(look.value(value, n, quantity, *sources)) for n in (ENTROPY, *others))

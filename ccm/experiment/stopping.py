@@ -1,7 +1,7 @@
-"""Signals that ask the command to stop: Ctrl-C, a batch system's SIGTERM, a terminal that goes away.
+"""Signals that ask the command to stop: Ctrl-C, a batch system's SIGTERM, a terminal that closes.
 
-All three end it in the same way: they are raised as `Stopped` in the main thread, so that half-written
-files are removed and one line is printed. Processes that draw figures end with it and print nothing.
+All three are raised as `Stopped` in the main thread, so that half-written files are removed and one
+line is printed. Worker processes, which draw figures, end with the command and print nothing.
 """
 
 import multiprocessing
@@ -22,14 +22,14 @@ from typing import Any, NoReturn, TypeVar
 
 from ccm.errors import NotAvailable
 
-# SIGHUP is not there on Windows.
+# Windows has no SIGHUP.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# What ends a worker; nobody else sends it, so that none ends before the parent knows why.
+# Ends a worker; nobody else sends it, so that none ends before the parent knows why.
 END_OF_WORKER = getattr(signal, "SIGUSR1", signal.SIGTERM)
 AGAIN_SECONDS = 0.05
 PATIENCE_SECONDS = 5.0  # for a worker to clean up
 BY_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
-SAME_SECONDS = 2.0  # a signal so soon after the first is the same, passed on by a parent, too
+SAME_SECONDS = 2.0  # a signal this soon after the first is the same one, also sent by a parent
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
     """A signal asked the command to stop."""
 
     def __init__(self, number: int) -> None:
-        """Note which one."""
+        """Note which signal it was."""
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.code = 128 + number  # as a shell gives it for a program that the signal ended
@@ -48,7 +48,7 @@ class _Again:
     """Handles exceptions that cannot be raised: a signal's are raised again a little later.
 
     A handler may run within a finalizer or a weak reference's callback, whose exceptions Python only
-    prints, with a traceback; then nothing would stop.
+    prints, with a traceback; the command would not stop.
     """
 
     def __init__(self, kind: type[BaseException], again: Callable[[], None]) -> None:
@@ -79,17 +79,17 @@ def _interrupt_main(number: int) -> None:
 
 
 class Stopping:
-    """Handlers of `SIGNALS`: the first is raised, and one that comes much later ends the program.
+    """Handlers of `SIGNALS`: the first signal is raised, and a much later one ends the program.
 
-    A signal that something else handles is left to it, and one that is ignored stays so, as `nohup`
-    wants it. In another thread than the main one there is nothing to install.
+    A signal that has another handler keeps it, and an ignored one stays ignored, as `nohup` wants.
+    Outside the main thread nothing is installed.
     """
 
     def __init__(self, last_words: Callable[[], None]) -> None:
         """Install nothing yet.
 
         Args:
-            last_words: Called before the program is ended where cleaning up takes too long.
+            last_words: Called before a second signal ends the program.
         """
         self.stopped: Stopped | None = None
         self._last_words = last_words
@@ -108,7 +108,7 @@ class Stopping:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put back the handlers that were there."""
+        """Restore the earlier handlers."""
         if not self._finished:
             self._ended = True
             for number, handler in self._before.items():
@@ -117,7 +117,7 @@ class Stopping:
                 sys.unraisablehook = sys.unraisablehook.before
 
     def finish(self) -> None:
-        """Keep the handlers to the end of the process, which a signal then ends silently."""
+        """Keep the handlers until the process ends; from now on a signal ends it silently."""
         self._finished = True
 
     def _again(self) -> None:
@@ -135,7 +135,7 @@ class Stopping:
             self.stopped, self._at = Stopped(number), time.monotonic()
             raise self.stopped
         if time.monotonic() - self._at > SAME_SECONDS:
-            # Raised, it would be a traceback out of whatever cleans up.
+            # Raised, it would print a traceback from whatever cleans up.
             self._last_words()
             os._exit(self.stopped.code)
 
@@ -162,16 +162,16 @@ def in_processes(
     try:
         with _signals_held():
             pool = ProcessPoolExecutor(processes, context, initializer=_begin_worker)
-            # Not `map`: what it does where one fails gets in the way of what the pool does itself.
+            # Not `map`: what it does when an item fails conflicts with what the pool itself does.
             futures = [pool.submit(_work, function, item) for item in items]
         for future in futures:
             yield future.result()
     except BaseException as error:
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)  # before a worker that ends is missed
+            pool.shutdown(wait=False, cancel_futures=True)  # before the pool misses a worker that ends
         _end(set(multiprocessing.active_children()) - others)
-        # A pool that was told not to wait forgets its thread, which at the end of the process would be
-        # woken through a pipe that it may just have closed.
+        # A pool that was told not to wait forgets its thread, which would be woken at the end of the
+        # process, through a pipe that it may just have closed.
         for thread in set(threading.enumerate()) - threads:
             thread.join(PATIENCE_SECONDS)
         if isinstance(error, BrokenProcessPool):
@@ -187,7 +187,7 @@ def in_processes(
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Block signals while workers start: they inherit the block, and would die with a traceback."""
+    """Block signals while workers start; they inherit the block, and die with no traceback."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -201,7 +201,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _end(workers: Iterable[BaseProcess]) -> None:
-    """End workers: asked first, so that they leave nothing half-written."""
+    """End workers; each is asked first, so that it leaves nothing half-written."""
     for worker in workers:
         with suppress(OSError):  # gone already
             os.kill(worker.pid or 0, END_OF_WORKER)
@@ -234,7 +234,7 @@ def _end_with_parent() -> None:
 
 
 def _work(function: Callable[[_In], _Out], item: _In) -> _Out:
-    """Do one item. What `_end_worker` raises ends the process; the pool would keep it."""
+    """Process one item; end the process if `_end_worker` raised, because the pool would go on."""
     try:
         return function(item)
     except SystemExit:

@@ -1,8 +1,8 @@
-"""A run for each of some choices, one option changed at a time; what they share is computed once.
+"""A run for each of several choices, one option changed at a time; common steps are computed once.
 
 Prompts do not depend on how neurons are chosen, nor statistics on how many controls are drawn. So
 where two runs of a sweep agree on everything that a step's output depends on, the second takes it from
-the first. What a step does *not* depend on is listed here; any other option counts, a new one too.
+the first. Options that a step does *not* depend on are listed here; all others count, new ones too.
 """
 
 import re
@@ -22,9 +22,9 @@ from ccm.experiment.run import hold_folder, run
 from ccm.experiment.writing import write_atomically
 
 BASE = "base"
-# Values of these are read from text that holds commas, or say where and not what.
+# These cannot be varied: their text may hold commas, or they say where to run and not what.
 FIXED = ("model_paths", "ablation_values", "neurons", "shard", "memory_budget", "device_map")
-# Options of the identity that the probing prompts do not depend on, and those that statistics add.
+# Entries of a run's identity on which its prompts, and its statistics, do not depend.
 NOT_OF_PROMPTS = frozenset(
     {
         *("ablation_values", "controls", "matched_controls", "seed", "k", "min_rho", "null_space_dims"),
@@ -32,7 +32,7 @@ NOT_OF_PROMPTS = frozenset(
     }
 )
 NOT_OF_STATISTICS = NOT_OF_PROMPTS - {"stats", "stats_positions", "statistics_sha256"}
-# What the manifest says of the prompts.
+# Entries of the manifest about the prompts.
 NOTES = ("facts", "prompts", "nested_objects", "prompts_sha256")
 
 
@@ -50,7 +50,7 @@ def choices(base: RunConfig, varied: Mapping[str, Sequence[str]]) -> list[Choice
     """List the runs of a sweep: the base, then each option with each of its values.
 
     Args:
-        base: What all runs have, but for one option.
+        base: The configuration that each run changes in one option.
         varied: Values of options, as on the command line.
 
     Raises:
@@ -80,16 +80,16 @@ def sweep(
     A value that is the base's own is left out.
 
     Args:
-        base: What all runs have, but for one option.
+        base: The configuration that each run changes in one option.
         varied: As for `choices`.
         out: The folder.
 
     Yields:
-        Each choice when its run is finished, and its folder; or why it could not be run, which only the
-            model's own numbers may have told.
+        Each choice with its folder once its run is finished; or with the error, if only the model's own
+            numbers showed that it cannot be run.
 
     Raises:
-        CcmError: a choice that cannot be run, as far as that is seen before the first.
+        CcmError: a choice cannot be run, and that is known before the first run.
     """
     planned = [(choice, make_plan(choice.config)) for choice in choices(base, varied)]
     known = [identity(plan_) for _, plan_ in planned]
@@ -114,7 +114,7 @@ def sweep(
 
 
 def take_over(folder: RunFolder, donor: Path) -> None:
-    """Copy what a finished run made that this one would make again, unless it is there."""
+    """Copy the files that a finished run made and this one would make again, unless they exist."""
     other = read_manifest(donor, "Run the sweep in a new folder.")
     mine, its = folder.manifest["identity"], other["identity"]
     differing = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
@@ -136,7 +136,7 @@ def read_varied(given: Sequence[str]) -> dict[str, list[str]]:
     {'k': ['4', '6'], 'null_space_dims': ['7']}
 
     Raises:
-        BadInput: no option, or no value.
+        BadInput: an entry without an option or a value.
     """
     found = dict[str, Any]()
     for text in given:

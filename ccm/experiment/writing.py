@@ -12,23 +12,23 @@ from pathlib import Path
 from ccm.errors import CannotWrite, system_error
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
-NAME_KEPT = 40  # characters of a file's name in its partial one: the longest name has no room for more
-# What `fsync` says where bytes were lost. Anything else says that the file system knows no `fsync`.
+NAME_KEPT = 40  # characters of a file's name kept in its partial name, which may not get too long
+# Errors of `fsync` that mean lost bytes; any other means that the file system has no `fsync`.
 LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file and rename over it, so that no reader ever finds half of one.
+    """Write beside the file and rename over it, so that no reader ever finds half a file.
 
     Args:
         path: The file; its folder is made where it is missing.
         write: Writes to the path it is given, which is not `path`.
 
     Raises:
-        CannotWrite: a full disk, a quota, rights: whatever the system refuses, however the library that
-            writes tells it. What was there before is still there.
+        CannotWrite: the system refused (full disk, quota, permissions), however the library that writes
+            reports it. An earlier file is left as it was.
     """
-    # Named before it is made: a signal may come between any two lines, and must find what to remove.
+    # Named before it is made: a signal may come between any two lines, and clean-up needs the name.
     written = path.parent / f".{path.name[:NAME_KEPT]}.{secrets.token_hex(4)}{PARTIAL}"
     try:
         try:
@@ -49,10 +49,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Make a new file readable for the group, and put its bytes on the disk before its name.
+    """Make a new file readable for others, and flush its bytes to disk before it is renamed.
 
-    Else a machine that crashes after a rename could leave an empty file. Some file systems (of buckets,
-    of Windows shares) refuse one or the other, and hold results all the same.
+    Otherwise a crash after the rename could leave an empty file. Some file systems (of buckets, of
+    Windows shares) refuse one or the other, yet store results all the same.
     """
     with suppress(OSError):
         path.chmod(0o644)  # some writers' 0600 would hide results from the group
@@ -70,7 +70,7 @@ def _settle(path: Path) -> None:
 
 
 def _reason(error: BaseException, path: Path) -> str | None:
-    """What the system refused, in its words; None where the error is no refusal of the system's."""
+    """Return what the system refused, in its words; None if the error is not the system's."""
     refused = system_error(error)
     if refused is None:
         return None
@@ -80,11 +80,11 @@ def _reason(error: BaseException, path: Path) -> str | None:
 
 
 def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
-    """Write one thing in several formats.
+    """Write a file in several formats.
 
     Args:
         stem: The path without its suffix; it may hold dots.
-        writers: By suffix, what writes to the path it is given.
+        writers: By suffix, the function that writes to the path it is given.
 
     Returns:
         The paths, in the order of `writers`.
@@ -96,7 +96,7 @@ def write_formats(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -
 
 
 def try_writing(folder: Path) -> None:
-    """Try now everything that writing results will do in a folder minutes or days later.
+    """Try, in advance, everything that writing results to a folder will do.
 
     A file is written, overwritten and removed, as `write_atomically` does it. The folder is made if it
     is missing, and stays; nothing else does.
@@ -108,7 +108,7 @@ def try_writing(folder: Path) -> None:
     try:
         for text in ("first", "over it"):
             write_atomically(trial, partial(Path.write_text, data=text))
-    finally:  # also where a signal arrives
+    finally:  # also if a signal arrives
         try:
             trial.unlink(missing_ok=True)
         except OSError as error:

@@ -1,1 +1,1 @@
-"""What will a run cost on this machine? A run on a model with random weights, each stage timed."""
+"""Rehearsals: what a run costs on this machine, timed stage by stage on random weights."""

@@ -28,7 +28,7 @@ class Profiler(Clock):
         """Start with no stages.
 
         Args:
-            device: Its work is waited for, and its memory is measured.
+            device: Device whose work is waited for, and whose memory is measured.
             folder: The run whose manifest gets the times, too; None writes no manifest.
             say: Called with a line of text when a stage begins.
         """
@@ -37,10 +37,10 @@ class Profiler(Clock):
 
     @property
     def memory(self) -> str:
-        """Say what the peaks of memory count."""
+        """Describe what the memory peaks count."""
         if self.device.type == "cuda":
             return "allocated on the GPU (torch.cuda.max_memory_allocated, reset before each stage)"
-        return f"resident memory of the process, looked at every {1000 * SAMPLE_SECONDS:.0f} ms"
+        return f"resident memory of the process, sampled every {1000 * SAMPLE_SECONDS:.0f} ms"
 
     @contextmanager
     def __call__(self, stage: str, per: Per = "run", items: int = 1) -> Iterator[None]:
@@ -63,7 +63,7 @@ class Profiler(Clock):
             torch.cuda.synchronize(self.device)
 
     def _start(self) -> Callable[[], int]:
-        """Start to watch memory; the returned function stops that and returns the peak in bytes."""
+        """Start watching memory; the returned function stops that and returns the peak in bytes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -16,18 +16,19 @@ class Stage:
 
     name: str
     seconds: float  # as measured
-    peak_bytes: int  # highest while it ran; of what, `Rehearsal.memory` says
-    per: Per  # what it is done once for
+    peak_bytes: int  # highest while it ran, of the memory that `Rehearsal.memory` describes
+    per: Per  # unit of its work
     items: int  # facts or prompts it was measured on; 1 for a run
-    few_items: int = 0  # those of the smaller run; 0 where there is none, and all of the time grows
+    few_items: int = 0  # those of the smaller run; 0 if there is none: then all of the time grows
     few_seconds: float = 0.0
     in_run: bool = True  # False: for comparison only, no part of `ccm run`
-    most: int | None = None  # items that a run does it for at most; None: for all
+    most: int | None = None  # most items that a run does it for; None: all
 
     def beside(self, few: "Stage") -> "Stage":
         """Add what the smaller run measured for the same stage.
 
-        If a stage is done once, the longer time counts. A smaller run of as many items tells nothing.
+        If a stage is done once per run, the longer time counts. A smaller run of as many items is
+        ignored.
         """
         if self.per == "run":
             return max(few, self, key=lambda stage: stage.seconds)
@@ -37,7 +38,7 @@ class Stage:
 
     @property
     def per_item(self) -> float:
-        """Seconds for each further fact or prompt; neither these nor the fixed seconds are below 0.
+        """Seconds per additional fact or prompt; neither these nor the fixed seconds are below 0.
 
         >>> Stage("decode", 5.0, 0, "prompt", items=10, few_items=5, few_seconds=3.0).per_item
         0.4

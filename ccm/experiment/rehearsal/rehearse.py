@@ -114,7 +114,7 @@ def choose_facts(facts: FactSet, n_prompts: int) -> FactSet:
 
 
 def _evenly(things: Sequence[Any], n: int) -> list[Any]:
-    """Choose n things evenly, or all if there are fewer."""
+    """Choose n evenly spaced things, or all if there are fewer."""
     at = np.linspace(0, len(things) - 1, max(0, min(n, len(things)))).round().astype(int)
     return [things[i] for i in at]
 
@@ -172,7 +172,7 @@ def rehearse(
     with tempfile.TemporaryDirectory() as scratch:
         out = config.keep or Path(scratch) / "run"
         with _held(plan_, out) as folder:
-            # The report of what is kept says how to do it again.
+            # The report of a run that is kept says how to repeat the rehearsal.
             tokenizer = None if config.tokenizer is None else str(config.tokenizer)
             own = {"prompts": config.prompts, "tokenizer": tokenizer, "hooked": config.hooked}
             folder.note(rehearsal=own)
@@ -181,7 +181,7 @@ def rehearse(
                 model = build(
                     run.model, hf_config, plan_.device, dtype, tokenizer=config.tokenizer, seed=run.seed
                 )
-                # One answer, so that what is set up at first use is not counted again for every prompt.
+                # One answer first, so that what is set up on first use is not counted per prompt.
                 decode(model, [[model.bos or 0]])
             before = dict[str, Stage]()
             # Twice, and the shorter times count: what only a first run pays for would hide growth.
@@ -254,8 +254,8 @@ def _run(
 
     Returns:
         The prompts' tokens, and the stages by name. While a run decodes, it measures effects: of the
-        entropy sets at every prompt, of all other sets at `SAMPLED` prompts at most, however many there
-        are. So these are measured once more, alone, and the rest of the time is what all prompts take.
+        entropy sets at every prompt, of all other sets at `SAMPLED` prompts at most. The latter are
+        measured once more, alone, and their time is subtracted: the rest grows with the prompts.
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
     engine = name_of(engine_for(plan_.config.engine, model))
@@ -280,7 +280,7 @@ def _run(
 def _plain_passes(
     folder: RunFolder, model: LoadedModel, tokens: Sequence[Tokens], clock: Profiler, *, hooked: bool
 ) -> dict[str, dict[str, int]]:
-    """Decode without any ablation, for comparison; returns the work of each engine."""
+    """Decode without any ablation, for comparison; return the work of each engine."""
     works, budget = dict[str, dict[str, int]](), folder.manifest["memory_budget"]
     for name in ("shared", "hooked") if hooked else ("shared",):
         stage, work = f"plain pass, {name} engine", Work()
