@@ -62,14 +62,14 @@ def tolerance(model: LoadedModel, prompts: Sequence[Tokens]) -> float:
         model.float32_error = error
     if not math.isfinite(error.largest):
         raise AssumptionBroken(
-            f"{model.spec.name}: refused, of some prompts the shared engine's logits are no numbers on "
-            f"{model.device}. Check its weights, or use --engine hooked."
+            f"{model.spec.name}: refused, the shared engine's logits are no numbers for some prompts "
+            f"on {model.device}. Check its weights, or use --engine hooked."
         )
     if error.largest > MOST:
         raise AssumptionBroken(
-            f"{model.spec.name}: refused, its logits are off by {error.largest:.1e} of what they are "
-            f"made of on {model.device}. Allowed: {MOST:.0e}. Unset what lowers the precision of "
-            "products, or use another device."
+            f"{model.spec.name}: refused, its logits have a relative error of {error.largest:.1e} on "
+            f"{model.device}. Allowed: {MOST:.0e}. Unset what lowers the precision of matrix products, "
+            "or use another device."
         )
     return max(LEAST[model.dtype], ROOM * error.largest)
 

@@ -96,7 +96,7 @@ def test_a_larger_tolerance_costs_work_and_changes_no_result() -> None:
 def test_too_large_an_error_is_refused() -> None:
     model = toy()
     model.float32_error = Float32Error(5e-3, POSITIONS)
-    with pytest.raises(AssumptionBroken, match=r"off by 5\.0e-03 of what .*Allowed: 1e-03"):
+    with pytest.raises(AssumptionBroken, match=r"relative error of 5\.0e-03 .*Allowed: 1e-03"):
         list(decode_sets(model, [[0, 1]], []))
 
 
