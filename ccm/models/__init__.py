@@ -1,6 +1,6 @@
-"""What is run, and where does it come from?
+"""The models that are run, and where their weights come from.
 
-In: a name, a folder, or a model in memory. Out: a model that is loaded, checked and held to what
-transformers computes.
+In: a name, a folder, or a model in memory. Out: a loaded model, checked against what transformers
+computes.
 May import `method` and `errors`.
 """

@@ -25,8 +25,8 @@ def check_parts(model: LoadedModel) -> None:
 def check_assumptions(model: LoadedModel) -> None:
     """Refuse a model in which ablating last-layer neurons changes more than its final residual.
 
-    What needs it: LogitVar, rho and effects by their definition, and the shared engine. Hooks do not:
-    they ablate whatever comes after.
+    LogitVar, rho and effects need this by their definition, and so does the shared engine. Hooks do
+    not: they ablate whatever comes after.
 
     Raises:
         AssumptionBroken: `broken_assumption` found something.
@@ -34,7 +34,7 @@ def check_assumptions(model: LoadedModel) -> None:
     if model.broken_assumption:
         raise AssumptionBroken(
             f"{model.spec.name}: refused, {model.broken_assumption}. So LogitVar, rho and the effects "
-            "of a run say nothing of it. `ccm ablate` runs it, by hooks."
+            "of a run would be meaningless. `ccm ablate` runs it, by hooks."
         )
 
 
@@ -42,8 +42,8 @@ def broken_assumption(model: LoadedModel, rtol: float = 2e-3) -> str:
     """Find what an ablation of last-layer neurons changes besides the final residual.
 
     Method 12 assumes that logits = norm(x) W_U + b_U, with x the final residual, and that changing
-    neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens. So a
-    post-norm, a soft cap, a second head, a scaled unembedding or a mixture of experts is found
+    neuron i's activation by d moves x by exactly d W_out[i]. Both are measured on two tokens, so that a
+    post-norm, a soft cap, a second head, a scaled unembedding or a mixture of experts is found,
     whatever the library calls it.
 
     Args:
@@ -79,7 +79,7 @@ def broken_assumption(model: LoadedModel, rtol: float = 2e-3) -> str:
         x = seen[residual][0].float()
         if not (torch.isfinite(logits).all() and torch.isfinite(x).all()):
             raise AssumptionBroken(f"{name}: refused, its logits are not finite. Check its weights.")
-        # As large as the residual itself, or a change of its size would drown in the margin.
+        # As large as the residual itself; a smaller change would be lost in the tolerance.
         moves = model.W_out[neurons].float().sum(0)
         push_by = _span(x) / _span(moves)
         with model.bridge.hooks(fwd_hooks=[(model.hook_post, push), (residual, keep)]):

@@ -1,4 +1,4 @@
-"""One forward of a model through its TransformerLens bridge: unpadded batches, a cache, next logits."""
+"""Forward passes through a TransformerLens bridge: unpadded batches, a cache, next logits."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ FINAL_RESIDUAL = "ln_final.hook_in"
 def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
     """Yield prompt indices in batches whose prompts have one length, so that nothing is padded.
 
-    Pads are the commonest silent error of this field; without them no mask can be wrong.
+    Padding is the most common silent error of this field; without it no mask can be wrong.
 
     Args:
         prompts: Token ids of every prompt.
-        batch_size: At most so many prompts per batch.
+        batch_size: Most prompts per batch.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, tokens in enumerate(prompts):
@@ -33,7 +33,7 @@ def equal_length_batches(prompts: Sequence[Tokens], batch_size: int) -> Iterator
 
 
 def new_cache(model: LoadedModel) -> Any:
-    """Make an empty cache. The configuration tells it which layers of a hybrid keep something else."""
+    """Make an empty cache; the configuration tells it which layers of a hybrid keep other states."""
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache(config=model.bridge.original_model.config)
@@ -47,7 +47,7 @@ def next_logits(
     Args:
         model: The model.
         tokens: What comes after the cached positions, without pads.
-        cache: Of `new_cache`; the new positions are added to it.
+        cache: From `new_cache`; the new positions are added to it.
     """
     seen = cache.get_seq_length() + tokens.shape[1]
     logits: Tensor = model.bridge(

@@ -1,7 +1,7 @@
-"""Folders that are made once per machine and shared by every process on it: the model cache.
+"""The model cache: folders that are made once per machine and shared by every process on it.
 
-A folder is made beside its place and moved there whole. While one process makes it, others wait for it;
-a process that was killed leaves a partial folder, which the next one removes before it starts clean.
+A folder is made beside its final place and moved there whole. While one process makes it, others wait;
+a killed process leaves a partial folder, which the next one removes before it starts.
 """
 
 import errno
@@ -21,20 +21,20 @@ _log = logging.getLogger(__name__)
 
 
 def models_cache() -> Path:
-    """Folder of what is made of models: in the user's cache, which `XDG_CACHE_HOME` moves on Linux."""
+    """Return the model cache's folder, in the user's cache, which `XDG_CACHE_HOME` moves on Linux."""
     import platformdirs
 
     return platformdirs.user_cache_path("ccm") / "models"
 
 
 def made_once(name: str, make: Callable[[Path], object], *, needed: int, anew: bool = False) -> Path:
-    """Return a folder of the cache, made first where it is not there.
+    """Return a folder of the cache, which is made first if it is missing.
 
     Args:
-        name: Of the folder; it says what is in it, so that another content has another name.
+        name: Of the folder; it identifies the content, so that other content has another name.
         make: Fills the empty folder it is given.
-        needed: Bytes that takes, to be refused before it is begun.
-        anew: Make it again, because what is there is damaged.
+        needed: Bytes that the folder takes, which are checked before it is begun.
+        anew: Make it again, because the existing one is damaged.
 
     Raises:
         NotAvailable: the cache cannot be written to, or has too little room.
@@ -45,11 +45,11 @@ def made_once(name: str, make: Callable[[Path], object], *, needed: int, anew: b
         return target
     try:
         with _alone(cache, name):
-            if not target.is_dir() or anew:  # else another process made it while this one waited
+            if not target.is_dir() or anew:  # otherwise another process made it meanwhile
                 _make(target, make, needed)
     except CcmError:
         raise
-    except Exception as error:  # some libraries have errors of their own for what the system refuses
+    except Exception as error:  # some libraries raise their own errors for what the system refuses
         refused = system_error(error)
         if refused is None:
             raise
@@ -68,7 +68,7 @@ def _wants(needed: int) -> str:
 
 @contextmanager
 def _alone(cache: Path, name: str) -> Iterator[None]:
-    """Keep other processes out, or wait for the one that is at it."""
+    """Keep other processes out, or wait for the one that is making the folder."""
     from filelock import FileLock, Timeout
 
     cache.mkdir(parents=True, exist_ok=True)

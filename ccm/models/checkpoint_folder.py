@@ -1,8 +1,8 @@
-"""What a checkpoint folder holds, judged by its files alone: no tensor is read, no library is asked.
+"""Checks and hashes of a checkpoint folder's files, without reading a tensor or loading a library.
 
-The files that transformers would load are checked and hashed: `model.safetensors` where there is one,
-else the shards that the index names. Files that it would load only with other packages installed, or
-after a person agreed (adapters, code), are refused or left out.
+The files that transformers would load are checked and hashed: `model.safetensors` if there is one, else
+the shards that the index names. Files that it would load only with other packages installed, or with a
+person's consent (adapters, code), are refused or left out.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def weight_files_of(folder: Path) -> list[Path]:
-    """List the weight files that transformers loads from a folder, whether they are there or not."""
+    """List the weight files that transformers loads from a folder, whether they exist or not."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> Path:
         The folder.
 
     Raises:
-        BadInput: no configuration, no weights that are read, an adapter, or a file that is no JSON.
+        BadInput: no configuration, no weights in safetensors, an adapter, or a file that is not JSON.
     """
     adapter = (folder / ADAPTER).is_file()
     if not (folder / CONFIG).is_file():
@@ -103,8 +103,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file of a checkpoint.
 
     Raises:
-        BadInput: not an object in JSON. The message says so where the file is empty, or a pointer of
-            git-lfs.
+        BadInput: not a JSON object. The message says so if the file is empty or a git-lfs pointer.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +115,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def advice(path: Path) -> str:
-    """Say what to do about a file that cannot be read as what its name says."""
+    """Say what to do about a file that is not what its name says."""
     try:
         with path.open("rb") as stream:
             start = stream.read(len(LFS))
@@ -142,7 +141,7 @@ def hashes(folder: Path) -> dict[str, str | None]:
 
     Returns:
         Hashes of the weights, config.json, the tokenizer's files (with their names) and the generation
-        config, as a run's identity names them; None where there is no generation config.
+        config, by their keys in a run's identity; None if there is no generation config.
     """
     tokenizer = hashlib.sha256()
     for name in sorted(TOKENIZER_FILES):

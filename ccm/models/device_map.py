@@ -1,4 +1,4 @@
-"""Spread a model that fits no single device over several; every layer stays where it is put."""
+"""Spreading a model that fits no single device over several; every layer stays where it is put."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def spread_over_devices(
     """Spread a loaded model's body over several devices, layer by layer, as a copy of its weights.
 
     Args:
-        model: On the CPU; its bridge and its own matrices stay there until they are asked for.
+        model: On the CPU; its bridge and the matrices it caches stay there until they are used.
         max_memory: Bytes of weights allowed on each device, GPUs by number; by default
             `bytes_by_device`.
         folder: Where layers go that fit on no device; None refuses a model that has such layers.
@@ -25,7 +25,7 @@ def spread_over_devices(
         The model, whose `device` is that of its final norm: residuals and activations end there.
 
     Raises:
-        NotAvailable: it does not fit.
+        NotAvailable: the model does not fit.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import offload_state_dict
@@ -46,11 +46,11 @@ def spread_over_devices(
     if folder is not None:
         offload_state_dict(str(folder), body.state_dict())
     dispatch_model(body, places, offload_dir=None if folder is None else str(folder))
-    # Read before: placing it may have left an empty shell.
+    # Read off the map, because a module that was moved to disk has no device of its own.
     last = places[max((name for name in places if _is_above(name, model, body)), key=len)]
     model.device = torch.device("cpu" if last == "disk" else last)
     for name in ("final_norm", "W_U", "b_U", "W_out"):
-        model.__dict__.pop(name, None)  # cached where they were
+        model.__dict__.pop(name, None)  # cached on the earlier device
     model.float32_error = None
     if model.trial is not None:
         model.trial.shared = None

@@ -1,4 +1,4 @@
-"""From the names of devices and dtypes to torch's own."""
+"""Devices and dtypes of torch by their names."""
 
 import torch
 
@@ -7,11 +7,11 @@ from ccm.models.specs import DTYPES
 
 
 def device_for(name: str) -> torch.device:
-    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device that is there.
+    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into an existing device.
 
     Raises:
         BadInput: not a device name.
-        NotAvailable: CUDA asked for where there is none.
+        NotAvailable: there is no such CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

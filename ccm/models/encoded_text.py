@@ -1,4 +1,4 @@
-"""What a text becomes before it is run: tokens, BOS in front, and where an answer begins."""
+"""The encoding of a text before it is run: its tokens, BOS in front, and where an answer begins."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from ccm.models.tokenizer import Bos, SpecialTokens, read_tokenizer, special_tok
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as a model is given it."""
+    """A text as it is given to a model."""
 
     special: SpecialTokens
     ids: tuple[int, ...]  # BOS included
-    pieces: tuple[str, ...]  # as the vocabulary writes them
-    texts: tuple[str, ...]  # as they read
+    pieces: tuple[str, ...]  # of the ids, as the vocabulary writes them
+    texts: tuple[str, ...]  # of the ids, decoded
     answer: tuple[tuple[int, str], ...]  # the answer's tokens, with their texts
-    merged: int  # last tokens of the text that an answer would change
-    plain: tuple[int, ...] | str  # by transformers' own tokenizer, or why there is none
+    merged: int  # how many last tokens of the text an answer would change
+    plain: tuple[int, ...] | str  # ids by transformers' own tokenizer, or why it fails
 
 
 def encode_text(
@@ -30,9 +30,9 @@ def encode_text(
 
     Args:
         spec: The model.
-        folder: Of its checkpoint.
+        folder: Its checkpoint folder.
         text: The text.
-        answer: What may follow it, after a space, its own or the text's.
+        answer: What may follow the text; a space is put between them unless the text ends in one.
         bos: As for `ccm.models.load.load`.
 
     Raises:
@@ -61,7 +61,7 @@ def encode_text(
 
 
 def _by_transformers(folder: Path, text: str) -> tuple[int, ...] | str:
-    """Encode as transformers does by itself, special tokens and all."""
+    """Encode as transformers does by default, including special tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -69,5 +69,5 @@ def _by_transformers(folder: Path, text: str) -> tuple[int, ...] | str:
             str(folder), local_files_only=True, trust_remote_code=False
         )
         return tuple(tokenizer(text)["input_ids"])
-    except Exception as error:  # the library raises what it likes
+    except Exception as error:  # the library may raise anything
         return reason_of(error)

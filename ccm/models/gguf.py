@@ -1,8 +1,8 @@
 """GGUF files: what one holds, and the checkpoint folder that is made of it, once.
 
-transformers reads the file and dequantizes every tensor to float32; what it would leave out in silence
-(tensors without a place, scaled rotary embeddings) is refused. The folder is one like any other, so
-that nothing after it knows of GGUF.
+transformers reads the file and dequantizes every tensor to float32; what it would silently leave out
+(tensors without a place, scaled rotary embeddings) is refused. The folder is an ordinary checkpoint
+folder, so that no later step needs to know of GGUF.
 """
 
 import json
@@ -21,7 +21,7 @@ from ccm.errors import BadInput, a_few, reason_of
 from ccm.models.cache import made_once, models_cache
 from ccm.models.checkpoint_folder import advice, hash_of, read_object
 
-CONVERTED = "converted.json"  # in the folder: of what, and how
+CONVERTED = "converted.json"  # in the folder: what it was made of, and how
 MAGIC = b"GGUF"
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _log = logging.getLogger(__name__)
@@ -32,17 +32,17 @@ class GgufHeader:
     """What a GGUF file says of itself."""
 
     architecture: str
-    types: dict[str, str]  # by kind of tensor, `attn_q` say: its quantization type, several with commas
+    types: dict[str, str]  # quantization types, joined by commas, by kind of tensor (`attn_q`, say)
     n_parameters: int
-    tokenizer: str  # how its tokenizer splits text into words, by llama.cpp's name for it
+    tokenizer: str  # llama.cpp's name of how its tokenizer splits text into words
 
 
 def checkpoint_of(path: Path, *, anew: bool = False) -> Path:
-    """Return the checkpoint folder of a GGUF file, made in the model cache where it is not there.
+    """Return the checkpoint folder of a GGUF file, which is made in the model cache if missing.
 
     Args:
         path: The file.
-        anew: Make it again, because what is there is damaged.
+        anew: Make it again, because the existing one is damaged.
 
     Raises:
         BadInput: no GGUF file, a damaged one, a part of one, or one that cannot be read without loss.
@@ -63,21 +63,21 @@ def checkpoint_of(path: Path, *, anew: bool = False) -> Path:
 
 
 def converted_folder(digest: str) -> Path:
-    """Where the checkpoint of a GGUF file is, or would be, by the file's SHA-256."""
+    """Return the path of a GGUF file's checkpoint, made or not, from the file's SHA-256."""
     return models_cache() / f"gguf-{digest[:16]}"
 
 
 def conversion(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint folder was converted from, for manifests; None where it was not."""
+    """Return what a checkpoint folder was converted from, for manifests; None if it was not."""
     path = folder / CONVERTED
     return read_object(path) if path.is_file() else None
 
 
 def _check_start(path: Path) -> None:
-    """See that a file is a GGUF file, whole and not one of several parts.
+    """Check that a file is a GGUF file, and not one of several parts.
 
     Raises:
-        BadInput: it is not.
+        BadInput: it is not, or is one of several parts.
     """
     try:
         with path.open("rb") as stream:
@@ -101,11 +101,11 @@ def _check_start(path: Path) -> None:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read what a GGUF file holds, without its numbers.
+    """Read what a GGUF file holds, except the weights themselves.
 
     Raises:
-        BadInput: cut off, damaged, of an architecture that transformers does not read, with another
-            number of tokens than its tokenizer, or with what would be left out in silence.
+        BadInput: cut off, damaged, of an architecture that transformers does not read, with fewer
+            tokens than its tokenizer, or with scaled rotary embeddings, which would be left out.
     """
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -113,7 +113,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         reader = GGUFReader(path)
         architecture = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # whatever the library stumbles over
+    except Exception as error:  # the library may raise anything
         raise BadInput(
             f"{path}: cut off or damaged ({reason_of(error)}). Download it again."
         ) from error
@@ -161,13 +161,13 @@ def _check_rotary(path: Path, reader: Any, architecture: str) -> None:
     if factors or scaling not in (None, "none"):
         raise BadInput(
             f"{path}: scaled rotary embeddings ({factors[0] if factors else scaling}), which "
-            "transformers leaves out when it reads GGUF: all numbers would be others. Give the "
+            "transformers leaves out when it reads GGUF: all results would differ. Give the "
             "original checkpoint folder."
         )
 
 
 def _check_all_have_a_place(path: Path, header: GgufHeader, config: Any) -> None:
-    """See that transformers' model has as many numbers as the file: it would leave the others out."""
+    """Check that transformers' model has as many parameters as the file: it would drop the others."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -187,8 +187,8 @@ def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
 
     Args:
         path: The file.
-        header: Of it.
-        digest: SHA-256 of it.
+        header: Its header.
+        digest: Its SHA-256.
         folder: An empty folder.
 
     Raises:
@@ -199,12 +199,12 @@ def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    # By itself in a folder: transformers would read what lies beside it, too.
+    # Alone in a folder, because transformers would also read what lies beside it.
     with tempfile.TemporaryDirectory(prefix="ccm-gguf-") as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
         options: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
         try:
-            # First without its numbers, which take long to read.
+            # First without the weights, which take long to read.
             _check_all_have_a_place(
                 path, header, AutoConfig.from_pretrained(alone, trust_remote_code=False, **options)
             )
@@ -223,19 +223,19 @@ def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
                 raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
         except BadInput:
             raise
-        except Exception as error:  # whatever the library stumbles over
+        except Exception as error:  # the library may raise anything
             raise BadInput(
                 f"{path}: transformers cannot read it (architecture {header.architecture!r}; "
                 f"{reason_of(error)}). Give the original checkpoint folder."
             ) from error
-    # A model that says it is quantized is not saved; this one is not any more.
+    # A model whose configuration says that it is quantized cannot be saved; this one no longer is.
     config = model.config
     del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    config._name_or_path = ""  # where it happened to lie
+    config._name_or_path = ""  # the temporary folder
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     made = {

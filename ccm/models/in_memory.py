@@ -1,8 +1,8 @@
 """Models that are in memory already: a transformers model, or a TransformerLens bridge around one.
 
-A bridge replaces modules of the model that it is given, and gradients must be off. So the caller's
-model is not run itself, but a second one around the same tensors: no weight is copied, and nothing
-that the caller holds is changed.
+A bridge replaces modules of the model that it is given, and gradients must be off. So not the caller's
+model is run but a second one around the same tensors: no weight is copied, and nothing that the caller
+holds is changed.
 """
 
 import copy
@@ -18,11 +18,11 @@ from ccm.models.tokenizer import Bos
 from ccm.models.trial import plain_log_probs, trial_prompts
 
 WRAPPED = "._original_component"  # how a bridge names the module that it wraps
-MOST = 1e-2  # nats; rounding is far below, and folded or edited weights are far above
+MOST = 1e-2  # nats; rounding gives far less, and folded or edited weights far more
 
 
 def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own") -> LoadedModel:
-    """Make a `LoadedModel` of a model in memory, which itself stays as it is.
+    """Make a `LoadedModel` of a model in memory, which is not changed.
 
     Args:
         model: A causal language model of transformers, or a TransformerBridge around one.
@@ -31,7 +31,7 @@ def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own"
         bos: As for `ccm.models.load.load`.
 
     Raises:
-        BadInput: another object, no tokenizer, or weights on several devices or of several dtypes.
+        BadInput: not a model, no tokenizer, or weights on several devices or of several dtypes.
         AssumptionBroken: the bridge does not compute the model that it wraps, or the model is not what
             the method assumes.
     """
@@ -47,7 +47,7 @@ def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own"
     plain = _shared_copy(model) if bridge is None else _unwrapped(bridge)
     kinds = {(p.device, p.dtype) for p in plain.parameters()}
     if len(kinds) != 1:
-        raise BadInput(f"the model's weights lie on, or are of, {sorted(map(str, kinds))}. Use one.")
+        raise BadInput(f"weights of several devices or dtypes: {sorted(map(str, kinds))}. Use one.")
     ((device, dtype),) = kinds
     check_precision(device, dtype)
     if bridge is not None:
@@ -61,7 +61,7 @@ def _spec(plain: Any, name: str) -> ModelSpec:
 
 
 def _shared_copy(model: Any) -> Any:
-    """New modules around the same numbers, without gradients."""
+    """Make new modules around the same tensors, without gradients."""
     shared: dict[int, Any] = {}
     for tensor in model.parameters():
         shared[id(tensor)] = torch.nn.Parameter(tensor.detach(), requires_grad=False)
@@ -70,7 +70,7 @@ def _shared_copy(model: Any) -> Any:
 
 
 def _unwrapped(bridge: Any) -> Any:
-    """The plain model that a bridge was made of, around the same numbers."""
+    """Rebuild the plain model that a bridge was made of, around the same tensors."""
     from accelerate import init_empty_weights
 
     original = bridge.original_model
@@ -92,7 +92,7 @@ def _unwrapped(bridge: Any) -> Any:
 
 
 def _check_bridge(bridge: Any, plain: Any, tokenizer: Any, device: torch.device) -> None:
-    """Check that a bridge still computes the model it wraps: its weights may be folded, or edited.
+    """Check that a bridge still computes the model it wraps: its weights may be folded or edited.
 
     Raises:
         AssumptionBroken: its log-probabilities differ.

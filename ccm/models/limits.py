@@ -1,4 +1,4 @@
-"""What this process may use of the machine: the limits of its container or batch job, not the host's.
+"""Limits on this process's memory and CPUs: those of its container or batch job, not the host's.
 
 Linux keeps them in control groups, of which there are two versions, and a machine may have both at
 once. A limit holds for a group and all groups below it. So every group is read, from the process's own
@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path("/")  # below it lie /proc and /sys
 NONE = 1 << 62  # bytes: version 1 writes "no limit" as a number above this
-PERIOD = 100_000  # microseconds, the kernel's own where a quota names none
+PERIOD = 100_000  # microseconds, the kernel's default if a quota names no period
 # By version: files of the limits, of the memory in use, and counters of cached pages of files.
 _MEMORY: Mapping[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
@@ -25,7 +25,7 @@ _MEMORY: Mapping[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
 
 
 def cores(root: Path | None = None) -> int:
-    """Count the CPUs that this process may use: those it may run on, and no more than its quota.
+    """Count the CPUs that this process may use: those it may run on, but no more than its quota.
 
     Args:
         root: The folder that holds /proc and /sys; None: the machine's.
@@ -49,13 +49,13 @@ def cpu_quota(root: Path | None = None) -> float | None:
             quota = _text(group / "cpu.cfs_quota_us") or ""
             period = _text(group / "cpu.cfs_period_us") or ""
         microseconds = _number(quota)
-        if microseconds:  # "max" and -1 are no numbers here, and a quota of 0 cannot be
+        if microseconds:  # `_number` gives None for "max" and -1, and a quota cannot be 0
             quotas.append(microseconds / (_number(period) or PERIOD))
     return min(quotas, default=None)
 
 
 def memory_left(root: Path | None = None) -> int | None:
-    """Bytes that this process may still take; None where no limit is set.
+    """Return the bytes that this process may still allocate; None if no limit is set.
 
     For a control group, that is its limit less its working set: the memory in use, without the cached
     pages of files, which the kernel gives up before it refuses memory. For the process, it is what
@@ -72,7 +72,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     for version, group in _groups(root, "memory"):
         limits, used, given_up = _MEMORY[version]
         counters = _counters(group / "memory.stat")
-        # Version 1 tells of limits of groups above those that a container sees.
+        # Version 1 also reports limits of groups above those that a container sees.
         found = [_number(_text(group / name)) for name in limits]
         found.append(counters.get("hierarchical_memory_limit"))
         limit = min((n for n in found if n is not None and n < NONE), default=None)
@@ -84,7 +84,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _left_of_process() -> Iterator[int]:
-    """What the process's own limits leave of address space and of data."""
+    """Yield the bytes that the process's own limits leave of address space and of data."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -119,8 +119,8 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
         top = root / _unescaped(fields[4]).lstrip("/")
         group = own.get("" if version == "cgroup2" else controller, PurePosixPath("/"))
         mounted = PurePosixPath(_unescaped(fields[3]))
-        # Where the file system shows another part of the tree than the process is in, as in a
-        # container without a namespace of its own, its top is all that can be known.
+        # If the file system shows another part of the tree than the process's, as in a container
+        # without a namespace of its own, only its top can be read.
         inside = group.is_relative_to(mounted) and ".." not in group.parts
         folder = top / group.relative_to(mounted) if inside else top
         yield version, folder
@@ -130,7 +130,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
 
 
 def _own_groups(root: Path) -> dict[str, PurePosixPath]:
-    """Read the process's group by controller; the group of version 2 is under the name ""."""
+    """Read the process's groups by controller; the group of version 2 has the key ""."""
     found = dict[str, PurePosixPath]()
     for line in _lines(root / "proc/self/cgroup"):
         _, first, rest = line.partition(":")
@@ -141,7 +141,7 @@ def _own_groups(root: Path) -> dict[str, PurePosixPath]:
 
 
 def _unescaped(path: str) -> str:
-    r"""Undo how mountinfo writes blanks.
+    r"""Undo mountinfo's escapes of blanks and backslashes.
 
     >>> _unescaped(r"/my\040groups")
     '/my groups'
@@ -163,7 +163,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(text: str | None) -> int | None:
-    """Read a number of at most 20 digits; anything else, such as `max`, is none."""
+    """Read a number of at most 20 digits; return None for anything else, such as `max`."""
     good = text is not None and text.isascii() and text.isdecimal() and len(text) <= 20
     return int(text) if good and text else None
 

@@ -1,4 +1,4 @@
-"""How a checkpoint becomes something the rest can run.
+"""Loading a checkpoint into a `LoadedModel`.
 
 `load` boots a TransformerLens bridge without weight processing: logits are then the checkpoint's own,
 and the folded and centred matrices of Method 5 follow by formula (`ccm.method.neurons`).
@@ -40,20 +40,20 @@ def load(
     dtype: str | torch.dtype = "float32",
     bos: Bos = "own",
 ) -> LoadedModel:
-    """Load a model's weights and tokenizer, and try whether hooks compute what transformers does.
+    """Load a model's weights and tokenizer, and check that hooks compute what transformers does.
 
     Args:
         spec: A row of `MODELS`, or `spec_for(folder)`.
         device: Where to run.
         dtype: Of weights and activations; norms, logits and softmax are float32 anyway.
-        bos: What stands before every prompt, where it is not to be the tokenizer's own BOS token.
+        bos: What stands before every prompt; by default the tokenizer's own BOS token.
 
     Raises:
-        NotAvailable: the weights are not here and cannot be had (not downloaded, gated, offline), or
-            do not fit the device.
-        BadInput: weights or a tokenizer that are damaged or another model's, a folder that
+        NotAvailable: the weights are not here and cannot be downloaded (gated, offline), or do not fit
+            the device.
+        BadInput: weights or a tokenizer that are damaged or another model's, or a folder that
             TransformerLens cannot load.
-        AssumptionBroken: it has no last MLP to ablate, or the hooks compute another model.
+        AssumptionBroken: the model has no last MLP to ablate, or the hooks compute another model.
     """
     device = device_for(device) if isinstance(device, str) else device
     dtype = dtype_for(dtype) if isinstance(dtype, str) else dtype
@@ -61,19 +61,19 @@ def load(
     if unfinished(spec):
         download(spec)
     spec = check_weights(spec)
-    # Of the hub's models, the cached snapshot: nothing to ask the network for.
+    # For a hub model, the cached snapshot, so that nothing asks the network.
     source = str(folder_of(spec))
     # First, because weights take minutes to read.
     tokenizer = read_tokenizer(Path(source), spec.d_vocab)
     needed = weight_bytes(spec, n_parameters(weight_files(spec)), dtype)
     for place in dict.fromkeys(
         (torch.device("cpu"), device)
-    ):  # read into the CPU's memory, and moved from there
+    ):  # weights are read into the CPU's memory, and moved from there
         check_memory(spec.name, needed, place, dtype)
     loaded = _read_weights(spec, source, device, dtype)
     model = assemble(spec, loaded, tokenizer, device, dtype, source=source, bos=bos)
     if model.spec.d_mlp != spec.d_mlp:
-        # Sets and numbers were checked against it.
+        # Neuron sets were checked against the spec's.
         raise AssumptionBroken(
             f"{spec.name}: refused, its last MLP has {model.spec.d_mlp} neurons, and by its "
             f"config.json {spec.d_mlp}. Give the config.json that belongs to the weights."
@@ -89,10 +89,10 @@ def load(
 
 
 def check_precision(device: torch.device, dtype: torch.dtype) -> None:
-    """See that float32 products on a GPU are float32's: TF32 keeps ten bits of 23.
+    """Check that float32 products on a GPU are not in TF32, which keeps ten bits of 23.
 
-    The tolerance of the shared decode's certificate, and with it that no result depends on the batch,
-    rests on them.
+    The tolerance of the shared decode's certificate rests on float32 products, and so does the promise
+    that no result depends on the batch.
 
     Raises:
         BadInput: TF32 is switched on.
@@ -100,7 +100,7 @@ def check_precision(device: torch.device, dtype: torch.dtype) -> None:
     override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer names for it, which its older ones do not know
+    except RuntimeError:  # it was set by torch's newer interface, which the older one cannot read
         precision = "set by fp32_precision"
     if (device.type, dtype) == ("cuda", torch.float32) and (precision, override) != ("highest", "0"):
         raise BadInput(
@@ -120,21 +120,21 @@ def assemble(
     source: str,
     bos: Bos = "own",
 ) -> LoadedModel:
-    """Make what the rest runs of a transformers model and its tokenizer, without copying a weight.
+    """Make a `LoadedModel` of a transformers model and its tokenizer, without copying a weight.
 
     Args:
-        spec: What the model is called; its dimensions are read off the model.
-        loaded: A causal language model of transformers on its device, in its dtype; taken over.
+        spec: Names of the model; its dimensions are read off the model itself.
+        loaded: A causal language model of transformers on its device, in its dtype; it is changed.
         tokenizer: Its fast tokenizer; the bridge gets a copy, because it changes what it is given.
         device: Where the weights are.
-        dtype: Theirs.
+        dtype: Their dtype.
         source: Where they came from, for messages; nothing is read from there.
         bos: As for `load`.
 
     Raises:
-        BadInput, NotAvailable: TransformerLens does not know the architecture; a special token that the
-            model does not have.
-        AssumptionBroken: it has no last MLP to ablate, or the hooks compute another model.
+        BadInput, NotAvailable: TransformerLens does not know the architecture, or a special token is
+            none of the model's.
+        AssumptionBroken: the model has no last MLP to ablate, or the hooks compute another model.
     """
     prompts, truth = _truth(spec, loaded, tokenizer, device, dtype)
     bridge, twin, names = _boot(spec, loaded, tokenizer, source, device, dtype)
@@ -152,10 +152,10 @@ def assemble(
             spec,
             n_layers=int(bridge.cfg.n_layers),
             d_model=int(bridge.cfg.d_model),
-            d_mlp=_inputs(twin.get_submodule(names["mlp_out"])),  # not every configuration says it
+            d_mlp=_inputs(twin.get_submodule(names["mlp_out"])),  # not every configuration has it
             d_vocab=int(bridge.cfg.d_vocab),
         ),
-        bridge=bridge.requires_grad_(False),  # again: it made parameters of its own
+        bridge=bridge.requires_grad_(False),  # again, because it made parameters of its own
         body=twin.base_model,
         mlp=twin.get_submodule(names["mlp"]),
         mlp_out=twin.get_submodule(names["mlp_out"]),
@@ -176,7 +176,7 @@ def assemble(
 
 
 def _inputs(linear: Any) -> int:
-    """How many numbers a linear map takes; transformers' Conv1D (GPT-2) stores [in, out]."""
+    """Return a linear map's input size; transformers' Conv1D (GPT-2) stores [in, out]."""
     return int(linear.weight.shape[0 if type(linear).__name__ == "Conv1D" else 1])
 
 
@@ -188,7 +188,7 @@ def _truth(
     prompts = trial_prompts(tokenizer, loaded.config, d_vocab)
     try:
         return prompts, plain_log_probs(loaded.eval(), prompts, device)
-    except Exception as error:  # the library raises what it likes
+    except Exception as error:  # the library may raise anything
         if out_of_memory(error):
             raise
         raise AssumptionBroken(
@@ -198,7 +198,7 @@ def _truth(
 
 
 def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Read a checkpoint's weights, once and all of them, into a transformers model on the device."""
+    """Read all of a checkpoint's weights into a transformers model on the device."""
     import warnings
 
     from transformers import AutoModelForCausalLM
@@ -206,7 +206,7 @@ def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: tor
 
     hf_logging.disable_progress_bar()
     with warnings.catch_warnings():
-        # Deprecations inside the libraries are nothing a user can act on.
+        # A user can do nothing about deprecations inside the libraries.
         warnings.simplefilter("ignore")
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -245,13 +245,14 @@ def _boot(
     """Make a bridge and a plain twin of a loaded model that share every weight.
 
     Returns:
-        The bridge, the twin, and the twin's names of the last down-projection and the final norm.
+        The bridge, the twin, and the twin's names of the last MLP, its down-projection and the final
+        norm.
     """
     import copy
     import warnings
 
     with warnings.catch_warnings():
-        # Deprecations inside the libraries are nothing a user can act on.
+        # A user can do nothing about deprecations inside the libraries.
         warnings.simplefilter("ignore")
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -263,10 +264,10 @@ def _boot(
             twin = copy.deepcopy(loaded, shared)
             _fuse_gelu(twin)
             names = {id(module): name for name, module in loaded.named_modules()}
-            # By which the bridge finds its own name for it; a configuration may name another, or none.
+            # The bridge looks the architecture up by this; a configuration may name another, or none.
             loaded.config.architectures = [type(loaded).__name__]
             own = copy.deepcopy(tokenizer)
-            # Or the bridge would read the tokenizer again by itself, and ask whether to trust its code.
+            # Otherwise the bridge would read the tokenizer again, and ask whether to trust its code.
             own.init_kwargs["add_bos_token"] = True
             bridge = TransformerBridge.boot_transformers(
                 source,
@@ -296,7 +297,7 @@ def _boot(
 
 
 def _fuse_gelu(model: Any) -> None:
-    """Replace GPT-2's GELU, which is written out in seven operations, by the same one fused."""
+    """Replace GPT-2's GELU, written out in seven operations, by the same function in one."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "NewGELUActivation":
             parent, _, child = name.rpartition(".")

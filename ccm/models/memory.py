@@ -10,14 +10,14 @@ from ccm.models import limits
 from ccm.models.specs import FAMILIES, ModelSpec
 
 GIB = 1 << 30
-MOST_TO_PLAN_WITH = 4 * GIB  # more would make no step faster: that much keeps any processor busy
+MOST_TO_PLAN_WITH = 4 * GIB  # keeps any processor busy; more would make no step faster
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of a device, bytes.
 
-    On a GPU, memory that torch holds ready for reuse counts as free. On the CPU, it is no more than the
-    limit of a container or batch job leaves (see `ccm.models.limits`).
+    On a GPU, memory that torch holds ready for reuse counts as free. On the CPU, it is no more than
+    what the limit of a container or batch job leaves (see `ccm.models.limits`).
     """
     if device.type == "cuda":
         ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -41,8 +41,8 @@ def default_budget(device: torch.device) -> int:
 def bytes_by_device() -> dict[int | str, int]:
     """Return how many bytes of weights fit on each GPU, by its number, and on the CPU.
 
-    That is the free memory; on a GPU less a quarter of it, 8 GiB at most, which is left for caches,
-    rows of logits and the measures.
+    That is the free memory; on a GPU less a quarter of it, 8 GiB at most, which is left for KV caches,
+    logit rows and the measures.
     """
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     found: dict[int | str, int] = {"cpu": free_bytes(torch.device("cpu"))}
@@ -59,7 +59,7 @@ def weight_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
 
     Args:
         spec: The model.
-        parameters: How many it has, tied ones once.
+        parameters: Their number, tied ones counted once.
         dtype: Of its weights.
     """
     split = 3 * spec.d_model * (spec.d_model + 1) * spec.n_layers
@@ -76,7 +76,7 @@ def needed_bytes(spec: ModelSpec, parameters: int, dtype: torch.dtype) -> int:
 
     Args:
         spec: The model.
-        parameters: How many it has, tied ones once.
+        parameters: Their number, tied ones counted once.
         dtype: Of its weights.
     """
     unembedding = 4 * spec.d_vocab * spec.d_model
@@ -97,7 +97,7 @@ def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtyp
         NotAvailable: more bytes are needed than are free.
     """
     if needed > free_bytes(device):
-        gc.collect()  # a model before this one may be held by cycles only
+        gc.collect()  # an earlier model may be held by reference cycles only
     free = free_bytes(device)
     if needed > free:
         ways = ["--dtype bfloat16"] if dtype == torch.float32 else []

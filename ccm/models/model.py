@@ -30,8 +30,8 @@ class LoadedModel:
     """A checkpoint that is ready to run, and the stored weights that the method reads."""
 
     spec: ModelSpec
-    bridge: Any  # transformer_lens TransformerBridge: hooks, the reference path
-    body: Any  # the same weights as a plain transformers model without its head: the fast path
+    bridge: Any  # transformer_lens TransformerBridge, for the hooked engine
+    body: Any  # the same weights as a plain transformers model without its head, for the shared engine
     mlp: Any  # `body`'s last MLP
     mlp_out: Any  # `body`'s last down-projection; its input is `hook_post`
     norm: Any  # `body`'s final norm; its input is the final residual
@@ -45,9 +45,9 @@ class LoadedModel:
     special_tokens: Mapping[str, Any] = field(default_factory=dict)  # where BOS and EOS were found
     provisional_tokens: Bool[Tensor, "d_vocab"] | None = None  # filled by `decoding.shared`
     float32_error: Any = None  # filled by `decoding.tolerance`
-    trial: Any = None  # a `Trial` of `ccm.models.trial`: what the shared engine is held to
-    narrow: bool = True  # whether the last MLP can be run at some positions; by `decoding.trial`
-    broken_assumption: str = ""  # of `ccm.models.assumptions`: what only hooks ablate rightly
+    trial: Any = None  # a `Trial` of `ccm.models.trial`, which the shared engine is compared with
+    narrow: bool = True  # whether the last MLP can run at some positions only; set by `decoding.trial`
+    broken_assumption: str = ""  # found by `ccm.models.assumptions`: why only hooks ablate it correctly
 
     @property
     def hook_post(self) -> str:
@@ -72,7 +72,7 @@ class LoadedModel:
         )
 
     def logits(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:
-        """Logits of final residuals, in float32."""
+        """Compute the logits of final residuals, in float32."""
         found: Tensor = self.final_norm(x.float()) @ self.W_U.float() + self.b_U
         return found
 
@@ -89,7 +89,7 @@ class LoadedModel:
 
     @cached_property
     def b_U(self) -> Float[Tensor, "d_vocab"]:
-        """The unembedding's own bias, float32; zeros where the model has none."""
+        """The unembedding's own bias, float32; zeros if the model has none."""
         bias: Tensor | None = self._head.bias
         if bias is None:
             return torch.zeros(self.W_U.shape[1], device=self.device)
@@ -109,7 +109,7 @@ class LoadedModel:
             layer: Its number, from 0.
 
         Raises:
-            AttributeError: the layer's MLP has no one output matrix (experts).
+            AttributeError: the layer's MLP has no single output matrix (experts).
         """
         module = self.bridge.blocks[layer].mlp.out.original_component
         weight: Tensor = module.weight.detach().to(self.device)
@@ -122,10 +122,10 @@ class LoadedModel:
 
     @property
     def chat(self) -> Chat | None:
-        """The tokenizer's own markup of a conversation; None where it has no chat template.
+        """The tokenizer's own markup of a conversation; None if it has no chat template.
 
         The template is rendered by transformers, in Jinja's sandbox. A BOS token that it puts in front
-        is taken off: `encode` puts it there.
+        is removed, because `encode` adds it.
 
         Raises:
             BadInput: a template that writes today's date, so that prompts would change every day.
@@ -136,7 +136,7 @@ class LoadedModel:
         if "strftime_now" in str(template):
             raise BadInput(
                 f"--template own: the chat template of {self.spec.name} writes today's date, so "
-                "tomorrow's prompts would be others. Use --template instruction."
+                "tomorrow's prompts would differ. Use --template instruction."
             )
         return self._in_own_markup
 
@@ -145,7 +145,7 @@ class LoadedModel:
             text: str = self.tokenizer.apply_chat_template(
                 list(turns), tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # the template may refuse what it likes
+        except Exception as error:  # a template may raise anything
             raise BadInput(
                 f"--template own: the chat template of {self.spec.name} cannot be used "
                 f"({reason_of(error)}). Use --template instruction."
@@ -173,7 +173,7 @@ class LoadedModel:
         return self._known(ids, text)
 
     def _known(self, ids: list[int], text: str) -> list[int]:
-        """Check that the model has all tokens: some are added to a tokenizer alone."""
+        """Check that the model has all tokens, because a tokenizer may have more."""
         if max(ids) >= self.spec.d_vocab:
             raise BadInput(
                 f"{text[:40]!r}: holds token {max(ids)} of the tokenizer, but {self.spec.name} has "
@@ -190,9 +190,9 @@ class LoadedModel:
         )
 
     def decode_all(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of several continuations, each as `decode` gives it."""
+        """Turn several continuations into text, each as `decode` does."""
         if not tokens:
-            return []  # transformers takes none for one that is empty
+            return []  # transformers takes an empty list for one empty continuation
         return self.tokenizer.batch_decode(  # type: ignore[no-any-return]
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -200,8 +200,8 @@ class LoadedModel:
     def first_token(self, answer: str) -> int:
         """Return the id of the first token of `answer` when it follows a space (Method 9).
 
-        The answer is encoded after a word, whose tokens are then removed. So neither a BOS that
-        `encode` adds nor a token that is a bare space can be mistaken for it (defect 7).
+        The answer is encoded after a word, whose tokens are then removed. So neither a BOS that the
+        tokenizer adds nor a token that is a bare space can be mistaken for it (defect 7).
 
         Raises:
             BadInput: the answer has no token of its own, or one that the model does not have.

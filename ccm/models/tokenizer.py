@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as tokenizer.json has it, and its BOS and EOS tokens.
+"""A checkpoint's tokenizer, read from tokenizer.json as it is, and its BOS and EOS tokens.
 
 transformers rebuilds a tokenizer by the class that a configuration names, and loses what that class
 does not know (a pre-tokenizer that splits digits, say). Here tokenizer.json is taken as it is.
@@ -31,7 +31,7 @@ def parse_bos(text: str) -> Bos:
     ('none', 50256)
 
     Raises:
-        BadInput: something else.
+        BadInput: none of these.
     """
     if text == "own":
         return "own"
@@ -51,7 +51,7 @@ def check_tokenizer_files(folder: Path, option: str = "") -> None:
         option: The option that named it, for the message.
 
     Raises:
-        BadInput: it holds none; transformers would make up an empty one.
+        BadInput: it holds none; transformers would make an empty one.
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise BadInput(
@@ -69,15 +69,15 @@ def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
 
     Args:
         folder: The checkpoint folder.
-        d_vocab: Tokens of the model.
+        d_vocab: Number of tokens of the model.
         option: The option that named the folder, for messages.
 
     Returns:
         A tokenizer of transformers.
 
     Raises:
-        BadInput: there is no tokenizer; or it cannot be read, needs code of its own, encodes otherwise
-            than tokenizer.json alone does, or has more tokens than the model.
+        BadInput: there is no tokenizer; or it cannot be read, needs code of its own, encodes
+            differently than tokenizer.json alone, or has more tokens than the model.
     """
     what = _called(folder, option)
     check_tokenizer_files(folder, option)
@@ -86,14 +86,14 @@ def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
         read_object(whole)
     try:
         found = _read_whole(folder) if whole.is_file() else _read_by_class(folder)
-    except Exception as error:  # the libraries raise what they like
+    except Exception as error:  # the libraries may raise anything
         reason = " ".join(str(error).split())[:120]
         hint = advice(whole) if whole.is_file() else "Save it with tokenizer.save_pretrained."
         raise BadInput(
             f"{what}: its tokenizer cannot be read ({type(error).__name__}: {reason}). {hint}"
         ) from error
     backend = getattr(found, "backend_tokenizer", None)
-    # Tokens that were added without a row in the model do no harm until a text holds one.
+    # Added tokens without a row in the model do no harm until a text holds one.
     vocab = found.get_vocab() if backend is None else backend.get_vocab(with_added_tokens=False)
     largest = max(vocab.values(), default=-1)
     if largest < 0:
@@ -131,7 +131,7 @@ def _read_by_class(folder: Path) -> Any:
 
 
 class _quiet:  # noqa: N801
-    """Silence what transformers logs about tokenizers, which no reader can act on."""
+    """Silences what transformers logs about tokenizers, which a user can do nothing about."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf_logging
@@ -172,7 +172,7 @@ class SpecialTokens:
     notes: tuple[str, ...] = ()  # where the places disagree, for people
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a run's manifest says of them."""
+        """Return the entries of a run's manifest."""
         return {
             "bos": {"id": self.bos, "from": self.bos_from},
             "eos": [{"id": id_, "from": list(places)} for id_, places in self.eos.items()],
@@ -197,7 +197,7 @@ def special_tokens(
         bos: What to take as BOS.
 
     Raises:
-        BadInput: an id that is no token of the model.
+        BadInput: an id is not a token of the model.
     """
     first, bos_from, notes = _bos(name, tokenizer, config, bos)
     named = {

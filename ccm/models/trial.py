@@ -1,20 +1,20 @@
-"""Whether each way to run a model computes that model: tried on three short prompts.
+"""Trial of each way to run a model, on three short prompts: does it compute that model?
 
-The hooks of TransformerLens are the reference for everything else, and the fast path calls
+The hooks of TransformerLens are the reference for everything else, and the shared engine calls
 transformers' modules with fewer arguments than usual. Either may get a model wrong (another scale of
 ALiBi, positions that a cache has lost) and then silently gives the numbers of another model. So both
-are compared with transformers' own forward, by measurement and not by a list of names.
+are compared with transformers' own forward pass, by measurement and not by a list of names.
 
-1. The truth is the forward of the model as it was loaded, before anything was wrapped around it: each
-   prompt alone, no cache. Two prompts have the same first half and are long enough for positions to
-   matter; one is short.
-2. The hooks are tried when a model is loaded, as `ccm.decoding.hooked` runs them. The fast path is
-   tried when the shared engine is asked for, as `ccm.decoding.engine` runs it: prompts of different
-   lengths in one cache, their common prefix shared, the last token in a step of its own.
-3. Two correct ways differ by rounding. How much is allowed is measured on the model at hand: every
-   module's output is moved, up or down at random, by a few roundings (`ROUNDINGS`), and the change of
-   the results is the margin. So a model that amplifies rounding gets a larger margin, and no margin is
-   a number that some processor happened to give. Lower precision gets a larger margin and hides more.
+1. The truth is the forward pass of the model as it was loaded, before anything was wrapped around it:
+   each prompt alone, no cache. Two prompts have the same first half and are long enough for positions
+   to matter; one is short.
+2. The hooks are tried when a model is loaded, as `ccm.decoding.hooked` runs them. The shared engine is
+   tried when it is first needed, as `ccm.decoding.engine` runs the model: prompts of different lengths
+   in one cache, their common prefix shared, the last token in a step of its own.
+3. Two correct ways differ by rounding. The tolerance is measured on the model at hand: every module's
+   output is moved, up or down at random, by a few roundings (`ROUNDINGS`), and the change of the
+   results is the tolerance. So a model that amplifies rounding gets a larger one, and none is a number
+   that some processor happened to give. Lower precision gets a larger one and hides more.
 """
 
 import math
@@ -34,33 +34,33 @@ from ccm.models.memory import out_of_memory
 from ccm.models.model import LoadedModel
 
 LONG, SHORT = 24, 4  # tokens of the prompts
-# By how many machine epsilons a module's output is moved. A float32 product is a float32 sum: of 10^4
-# terms in 16 lanes, some 600 roundings one after another, which as a random walk are 25 half-epsilons.
-# In lower precision sums are float32's and their result is rounded: two ways differ by one epsilon.
+# By how many machine epsilons a module's output is moved. A float32 product is summed in float32: 10^4
+# terms in 16 lanes are some 600 roundings in a row, which as a random walk are 25 half-epsilons. In
+# lower precision, sums are in float32 and their result is rounded: two ways differ by one epsilon.
 ROUNDINGS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 LOG_PROBS, FINAL, ACTIVATIONS = "log-probabilities", "final residuals", "last-layer activations"
 
-# What running gives, by its name: a row for each position, one prompt after another.
+# Results of running the prompts, by name: a row for each position, one prompt after another.
 Readings = Mapping[str, Float[Tensor, "row size"]]
 Found = Mapping[str, tuple[Int[Tensor, "some"], Float[Tensor, "some size"]]]  # at some of the rows
 
 
 @dataclass
 class Trial:
-    """What transformers' own forward gave, and how far rounding may move it."""
+    """The results of transformers' own forward pass, and how far rounding may move them."""
 
     prompts: tuple[tuple[int, ...], ...]
     plain: Readings  # at every position
-    allowed: Mapping[str, float]  # largest distance, by what is read
-    shared: str | None = None  # why the fast path cannot run the model, empty if it can; None: untried
+    allowed: Mapping[str, float]  # largest distance, by name of the result
+    shared: str | None = None  # why the shared engine cannot run the model; "": it can; None: untried
 
     def first_row(self, prompt: int) -> int:
-        """Row of a prompt's first position."""
+        """Return the row of a prompt's first position."""
         return sum(map(len, self.prompts[:prompt]))
 
 
 def ordinary_tokens(tokenizer: Any, d_vocab: int) -> Int[np.ndarray, "token"]:
-    """List the tokens that a text may hold: no special ones, and none that only the model has."""
+    """List the tokens that a text may hold: neither special ones nor ones that only the model has."""
     n = min(len(tokenizer), d_vocab) if hasattr(tokenizer, "__len__") else d_vocab
     found = np.setdiff1d(np.arange(n), list(getattr(tokenizer, "all_special_ids", ())))
     return found if len(found) else np.arange(d_vocab)
@@ -103,7 +103,7 @@ def _log_probs(plain: Any, prompt: Tokens, device: torch.device) -> Float[Tensor
 
 
 def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) -> Readings:
-    """Run the prompts as `plain_log_probs` does, and read what the fast path reads off the modules."""
+    """Run the prompts as `plain_log_probs` does, and read the modules that the shared engine reads."""
     seen: dict[str, Tensor] = {}  # at a module's last call
 
     def keep(name: str) -> Callable[..., None]:
@@ -136,7 +136,7 @@ def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) ->
 
 @contextmanager
 def _moved(plain: Any, by: float) -> Iterator[None]:
-    """Move every innermost module's output, within the block, by this part of itself, up or down."""
+    """Move every innermost module's output, within the block, by a fraction of itself, up or down."""
     draw = torch.Generator().manual_seed(0)
 
     def move(module: Any, inputs: Any, output: Any) -> Any:
@@ -160,16 +160,16 @@ def _moved(plain: Any, by: float) -> Iterator[None]:
 def check_hooks(
     model: LoadedModel, twin: Any, prompts: Sequence[Tokens], truth: Float[Tensor, "row d_vocab"]
 ) -> Trial:
-    """Check that the hooks, and the modules that the fast path runs, compute what transformers does.
+    """Check that hooks, and the modules that the shared engine runs, compute what transformers does.
 
     Args:
         model: The model.
-        twin: The transformers model, head and all, that `model.body` belongs to.
-        prompts: The trial's.
-        truth: `plain_log_probs` of them, from before the bridge was made.
+        twin: The transformers model, including its head, that `model.body` belongs to.
+        prompts: The trial's prompts.
+        truth: Their `plain_log_probs`, from before the bridge was made.
 
     Returns:
-        What the fast path is compared with later.
+        The results that the shared engine is compared with later.
 
     Raises:
         AssumptionBroken: the hooks cannot run the model, or their numbers differ by more than rounding.
@@ -193,14 +193,14 @@ def check_hooks(
         )
     try:
         found = _by_hooks(model, trial)
-    except Exception as error:  # the libraries raise what they like
+    except Exception as error:  # the libraries may raise anything
         if out_of_memory(error):
             raise
         way_out = "" if model.dtype == torch.float32 else " Use --dtype float32."
         raise AssumptionBroken(
             f"{refused} the hooks of TransformerLens cannot run it ({reason_of(error)}).{way_out}"
         ) from error
-    # The twin, too: making the bridge may have changed the weights that both share.
+    # The twin is checked, too: making the bridge may have changed the weights that both share.
     every = torch.arange(len(truth), device=truth.device)
     different = wrong(trial, {LOG_PROBS: (every, plain[LOG_PROBS])}) or wrong(trial, found)
     if different:
@@ -213,7 +213,7 @@ def check_hooks(
 
 
 def _by_hooks(model: LoadedModel, trial: Trial) -> Found:
-    """Run the prompts as `decoding.hooked` does: equal lengths together, the last token in a step."""
+    """Run the prompts as `decoding.hooked` does: equal lengths together, the last token as a step."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -252,7 +252,7 @@ def _distance(what: str, found: Tensor, wanted: Tensor) -> float:
 
 
 def wrong(trial: Trial, found: Found) -> str:
-    """Say what differs from transformers' own forward by more than rounding; empty if nothing does."""
+    """Say what differs from transformers' own pass by more than rounding; empty if nothing does."""
     for what, (rows, values) in found.items():
         wanted, most = trial.plain[what], trial.allowed[what]
         shape = (len(rows), wanted.shape[1])

@@ -1,4 +1,4 @@
-"""Where a model's weights are, whether they are whole and the right ones, and which ones they are.
+"""A model's weight files: where they are, whether they are whole and the right ones, their hashes.
 
 Nothing here reads a tensor or touches the network; all of it is done before any long work.
 """
@@ -32,7 +32,7 @@ DIMENSIONS = ("architecture", "n_layers", "d_model", "d_mlp", "d_vocab")
 
 
 def folder_of(spec: ModelSpec) -> Path | None:
-    """Return the folder of a model's files, its own or one in a cache; None where there is none."""
+    """Return the folder of a model's files, its own or one in a cache; None if there is none."""
     if spec.folder is not None:
         return spec.folder
     if spec.wheel is not None:
@@ -48,15 +48,15 @@ def folder_of(spec: ModelSpec) -> Path | None:
 
 
 def weight_files(spec: ModelSpec) -> list[Path]:
-    """List the weight files of a model that are loaded, without touching the network."""
+    """List the weight files that loading a model reads, without touching the network."""
     folder = folder_of(spec)
     return [] if folder is None else weight_files_of(folder)
 
 
 def unfinished(spec: ModelSpec) -> list[str]:
-    """Name the files that a download still has to bring, or to bring again: none for a folder.
+    """List the files that must still be downloaded, or downloaded again: none for a folder.
 
-    Weights that the index names, at their full size; the configuration; a tokenizer.
+    A whole model has all weights that its index names, at full size, a configuration and a tokenizer.
     """
     if spec.folder is not None:
         return []
@@ -71,7 +71,7 @@ def unfinished(spec: ModelSpec) -> list[str]:
 
 
 def damaged(spec: ModelSpec) -> list[str]:
-    """Name the weight files of a model that are there, but not whole."""
+    """List the weight files of a model that exist but are not whole."""
     found = []
     for path in weight_files(spec):
         try:
@@ -86,11 +86,11 @@ def check_weights(spec: ModelSpec) -> ModelSpec:
     """Check the weights that are here: every file whole, and of the architecture the name promises.
 
     Returns:
-        The spec; that of the folder itself, where other dimensions are allowed for trying things out.
+        The spec; that of the folder itself if other dimensions are allowed, for experiments.
 
     Raises:
-        BadInput: a file that is missing, cut off or no safetensors; a folder that is no checkpoint of
-            one model with its tokenizer; another model's weights.
+        BadInput: a file is missing, cut off or not safetensors; the folder is not a checkpoint of one
+            model with its tokenizer; or the weights are another model's.
     """
     folder = folder_of(spec)
     if folder is None or unfinished(spec):
@@ -106,7 +106,7 @@ def check_weights(spec: ModelSpec) -> ModelSpec:
 def n_parameters(files: Sequence[Path]) -> int:
     """Count the parameters in safetensors files by their headers; tied ones are stored once.
 
-    Older files hold masks, too, which are not counted: of no floating-point numbers, or 1 x 1 x n x n.
+    Older files also hold masks, which are not counted: not floating-point, or 1 x 1 x n x n.
 
     Raises:
         BadInput: see `check_weights`.
@@ -117,7 +117,7 @@ def n_parameters(files: Sequence[Path]) -> int:
 
 
 def _check_whole(path: Path) -> Mapping[str, Any]:
-    """Hold a file's size to what its own header says, and return the header's tensors."""
+    """Check a file's size against its own header, and return the header's tensors."""
     if not path.is_file():
         raise BadInput(f"{path}: missing, though the index names it. Fetch it, too.")
     size = path.stat().st_size
@@ -139,7 +139,7 @@ def _check_whole(path: Path) -> Mapping[str, Any]:
 
 
 def _check_architecture(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """Hold a named model's config to the table."""
+    """Check a named model's configuration against `MODELS`."""
     if spec.name not in MODELS:
         return spec
     found = spec_of_folder(spec.name, folder)
@@ -165,7 +165,7 @@ def _check_architecture(spec: ModelSpec, folder: Path) -> ModelSpec:
 
 
 def revision(spec: ModelSpec) -> str | None:
-    """Commit of the weights where the hub's cache says it, else None."""
+    """Return the commit of the weights if the hub's cache names it, else None."""
     files = weight_files(spec)
     if spec.folder is not None or not files or files[0].parent.parent.name != "snapshots":
         return None
@@ -173,13 +173,13 @@ def revision(spec: ModelSpec) -> str | None:
 
 
 def file_hashes(spec: ModelSpec) -> dict[str, str | None]:
-    """SHA-256 of all files of a model that a result depends on (`checkpoint_folder.hashes`)."""
+    """Compute SHA-256 of a model's files that a result depends on (`checkpoint_folder.hashes`)."""
     folder = folder_of(spec)
     return {} if folder is None else hashes(folder)
 
 
 def unused_parameters(files: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """Of tensors that a model has no place for, those that are parameters.
+    """List those tensors without a place in the model that are parameters.
 
     Older checkpoints also hold what can be computed: masks, and frequencies of rotary embeddings.
     """

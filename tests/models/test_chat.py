@@ -90,7 +90,7 @@ def test_a_bos_of_the_templates_is_not_a_second_one(bos: Any, tmp_path: Path) ->
 
 REFUSED = {
     "{{ strftime_now('%d %b %Y') }}" + CHATML: (
-        "writes today's date, so tomorrow's prompts would be others"
+        "writes today's date, so tomorrow's prompts would differ"
     ),
     "{{ raise_exception('Roles must alternate') }}": "cannot be used (TemplateError: Roles must",
     "{% if %}": "cannot be used (TemplateSyntaxError: Expected an expression",
