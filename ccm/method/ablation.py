@@ -1,4 +1,4 @@
-"""Neuron sets, and what their neurons are replaced by (Method 7)."""
+"""Neuron sets, and the constants that replace their activations (Method 7)."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ class Ablation:
 
 
 PLAIN = Ablation(name="plain", neurons=(), values=())
-BITS = 11  # of replacement values: what float16 holds, as the released statistics do
+BITS = 11  # significant bits of replacement values, as in float16 and in the released statistics
 CONTROL, MATCHED = "control", "matched"  # kinds of sets that the entropy set is compared with
 _NUMBERED = re.compile(rf"({CONTROL}|{MATCHED})_\d{{3,}}")
 
@@ -44,7 +44,7 @@ def numbered(kind: str, sets: Iterable[Sequence[int]]) -> dict[str, tuple[int, .
 
 
 def kind_of(name: str) -> str | None:
-    """`CONTROL` or `MATCHED` for a set that `numbered` named; None for any other.
+    """Return `CONTROL` or `MATCHED` for a set that `numbered` named, None for any other.
 
     >>> kind_of("control_007"), kind_of("entropy"), kind_of("controls of mine")
     ('control', None, None)
@@ -68,8 +68,8 @@ def plan(
         neurons: Last-layer neurons; their order and duplicates do not matter.
         value: Which constant replaces their activations.
         statistics: Of the activations, from which the constant is taken.
-        rounded: Round values to `BITS` significant bits. Machines sum statistics in other orders; what
-            is left of them then is the same number, but for one in some ten thousand.
+        rounded: Round values to `BITS` significant bits. Machines sum statistics in different orders;
+            after rounding, all but about one value in ten thousand agree.
 
     Returns:
         The set with its distinct neurons in ascending order.
@@ -93,7 +93,7 @@ def plan(
 
 
 def round_to_bits(values: Float[np.ndarray, "value"], bits: int = BITS) -> Float[np.ndarray, "value"]:
-    """Round numbers to so many significant bits, halves to even.
+    """Round numbers to a number of significant bits, halves to even.
 
     >>> round_to_bits(np.array([1 / 3, -2049.0, 0.0])).tolist()
     [0.333251953125, -2048.0, 0.0]

@@ -1,7 +1,7 @@
-"""What replaces the activations of ablated neurons: one row per ablation value (Method 7).
+"""The constants that replace ablated neurons' activations: one row per ablation value (Method 7).
 
 The command line, figures and tables are derived from the rows, and a test holds the documentation to
-them. No NumPy here, because the help of the command line lists the names.
+them. NumPy is not imported, because the help of the command line lists the names.
 """
 
 from collections.abc import Callable, Sequence

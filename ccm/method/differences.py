@@ -1,7 +1,7 @@
-"""Differences between two runs: exact tests, and intervals that know which prompts belong together.
+"""Differences between two runs: exact tests, and intervals that respect which prompts belong together.
 
 The three probing prompts of a fact share its subject, its relation and the model's own answer, so they
-are no three independent observations. Intervals are bootstrapped over facts (Cameron, Gelbach & Miller
+are not three independent observations. Intervals are bootstrapped over facts (Cameron, Gelbach & Miller
 2008, section 2, pairs cluster bootstrap). Exact tests take prompts as independent, as McNemar's does.
 """
 
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p of McNemar's test: how often one run alone has what the other has not.
+    """Compute McNemar's exact two-sided p from how many prompts have a property in one run only.
 
     >>> mcnemar(0, 0), mcnemar(0, 6)
     (1.0, 0.03125)
@@ -27,7 +27,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def fisher(first: int, of_first: int, second: int, of_second: int) -> float:
-    """Exact two-sided p of two proportions of different prompts (Fisher).
+    """Compute Fisher's exact two-sided p for two proportions of different prompts.
 
     >>> round(fisher(0, 10, 5, 10), 4)
     0.0325
@@ -37,7 +37,7 @@ def fisher(first: int, of_first: int, second: int, of_second: int) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p for as many tests as there are (Holm 1979): none of them is more often wrong than one.
+    """Adjust p-values for multiple tests (Holm 1979), which controls the family-wise error rate.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -51,7 +51,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Clusters:
-    """Prompts by the fact they are of, and how often each fact is drawn in each resample."""
+    """The fact of every prompt, and how often each fact is drawn in each resample."""
 
     of: Int[np.ndarray, "prompt"]
     draws: Int[np.ndarray, "resample cluster"]
@@ -59,7 +59,7 @@ class Clusters:
     def means(
         self, values: Float[np.ndarray, "prompt quantity"]
     ) -> Float[np.ndarray, "resample quantity"]:
-        """Mean of every quantity over the prompts of each resample."""
+        """Compute the mean of every quantity over the prompts of each resample."""
         n = self.draws.shape[1]
         sums = np.stack([np.bincount(self.of, column, n) for column in values.T], axis=1)
         sizes = np.bincount(self.of, minlength=n)
@@ -67,12 +67,12 @@ class Clusters:
 
 
 def clusters(facts: Sequence[Hashable], seed: int = SEED, resamples: int = RESAMPLES) -> Clusters:
-    """Draw facts with replacement, as many as there are, again and again.
+    """Draw as many facts as there are, with replacement, for every resample.
 
     Args:
         facts: The fact of every prompt.
-        seed: Of the draws; two samples that are drawn apart need two.
-        resamples: How often.
+        seed: Seed of the draws; independent samples need different seeds.
+        resamples: Number of resamples.
     """
     places = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
     random, n = np.random.default_rng(seed), len(places)
@@ -83,7 +83,7 @@ def clusters(facts: Sequence[Hashable], seed: int = SEED, resamples: int = RESAM
 def interval(
     means: Float[np.ndarray, "resample quantity"],
 ) -> tuple[Float[np.ndarray, "quantity"], Float[np.ndarray, "quantity"]]:
-    """Percentile interval (95 %) of every quantity."""
+    """Compute the percentile interval (95 %) of every quantity."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return low, high

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ccm.errors import BadInput
 
-VOCAB_COLUMNS = 8192  # columns of the unembedding that are worked on at once
+VOCAB_COLUMNS = 8192  # columns of the unembedding that are processed at once
 NEAREST = 20  # neurons that an entropy neuron's matched controls are drawn from; see matched_controls
 
 
 @dataclass(frozen=True)
 class FinalNorm:
-    """The norm between the last residual stream and the unembedding, in float32.
+    """The norm between the final residual stream and the unembedding, in float32.
 
     LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias; RMSNorm: no mean, no bias.
     """
@@ -68,9 +68,9 @@ def processed_W_U(
 ) -> Float[Tensor, "d_model d_vocab"]:
     """Fold the final norm's gain into W_U and centre it (Method 2), in float32.
 
-    LayerNorm takes the mean of its input away, so W_U's mean over d_model says nothing and goes too;
-    with RMSNorm it stays. A constant added to a row of logits says nothing under either: W_U's mean
-    over the vocabulary goes in both cases.
+    LayerNorm removes the mean of its input, so W_U's mean over d_model has no effect and is removed
+    too; with RMSNorm it stays. A constant added to a logit row has no effect under either norm, so
+    W_U's mean over the vocabulary is always removed.
     """
     W_U = W_U.float() * norm.gain[:, None]
     # In place from here on: a second copy may be gigabytes.
@@ -95,7 +95,7 @@ def spectrum(
 
     They come from the float64 Gram matrix W_U W_U^T, summed over chunks of the vocabulary: one pass,
     and memory for d_model^2 numbers. The Gram matrix squares the condition number, which float64
-    bears: a singular value of 1e-4 of the largest still has eight digits.
+    allows: a singular value of 1e-4 of the largest still has eight digits.
     """
     gram = torch.zeros((W_U.shape[0], W_U.shape[0]), dtype=torch.float64, device=W_U.device)
     for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1):
@@ -138,7 +138,7 @@ def measure(
         W_U: Unembedding as stored.
         W_out: Output weights of the layer's MLP as stored.
         norm: The final norm.
-        null_space_dims: How many of the lowest singular directions of W_U make V0.
+        null_space_dims: How many of the lowest singular directions of W_U make up V0.
 
     Raises:
         BadInput: `null_space_dims` outside 1..d_model.
@@ -192,8 +192,8 @@ def select(measures: NeuronMeasures, k: int, min_rho: float) -> tuple[int, ...]:
     """Choose entropy neurons: of those whose rho is at least `min_rho`, the k of lowest LogitVar.
 
     Args:
-        measures: Of the last layer. A neuron without output weight has no rho (NaN) and is never
-            chosen.
+        measures: Measures of the last layer. A neuron without output weight has no rho (NaN) and is
+            never chosen.
         k: How many to choose.
         min_rho: The lowest rho allowed, 0 to 1.
 
@@ -258,9 +258,9 @@ def match_plane(
     """Place neurons by (log norm, log sigma), in standard deviations of all others (Method 13).
 
     Args:
-        norm: Of each neuron's processed output weight, weight units.
+        norm: Norm of each neuron's processed output weight, weight units.
         sigma: Standard deviation of its activation.
-        entropy_neurons: Left out of the others.
+        entropy_neurons: Neurons left out of the others.
 
     Returns:
         Places of all neurons, which may be infinite or NaN; and the numbers of the others whose place
@@ -288,17 +288,17 @@ def matched_controls(
     Every entropy neuron is replaced by one of its nearest other neurons in (log norm, log sigma), both
     standardised over the neurons that may be drawn.
 
-    1. Twenty, because two sets then share one neuron in twenty by chance, so that a hundred sets say
-       nearly as much as a hundred independent ones; and because twenty are still near: 0.7 % of a layer
-       of 3,072. Fewer would match better and repeat themselves. Where twenty do not make 2 n distinct
-       sets (k = 1, or k near 20), every neuron gets as many as do.
-    2. A neuron without output weight, or one that never moves, changes nothing when it is ablated, so
-       it is no control. An entropy neuron of that kind has no logarithm: it is placed where the least
-       of the others is, and one of infinite sigma (defect 3) where the largest is.
+    1. The nearest twenty, because two sets then share one neuron in twenty by chance, so that a hundred
+       sets say nearly as much as a hundred independent ones; and because twenty are still near: 0.7 %
+       of a layer of 3,072. Fewer would match better but repeat themselves. If twenty do not make 2 n
+       distinct sets (k = 1, or k near 20), as many are used as do.
+    2. A neuron without output weight, or with a constant activation, changes nothing when it is
+       ablated, so it is never drawn. An entropy neuron of that kind has no finite logarithm: it is
+       placed at the least of the others, and one of infinite sigma (defect 3) at the largest.
 
     Args:
         n: How many sets.
-        norm: Of each neuron's processed output weight, weight units.
+        norm: Norm of each neuron's processed output weight, weight units.
         sigma: Standard deviation of its activation.
         entropy_neurons: The set to match; order and duplicates do not matter.
         seed: For `np.random.RandomState`, whose stream is frozen.

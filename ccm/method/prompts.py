@@ -1,7 +1,7 @@
-"""The only prompt templates, and the pure steps from the model's answers to probing prompts.
+"""The prompt templates, and the pure steps from the model's answers to probing prompts.
 
 Method 4: ask for the parametric object, filter, choose counter-objects, build the prompts.
-Nothing here runs a model; `ccm.experiment.run` passes the model's answers in.
+Nothing here runs a model; `ccm.experiment.probing` passes the model's answers in.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 from ccm.errors import a_few, listed
 from ccm.method.facts import Fact, Relation
 
-# An answer ends where the first of these stands (Method 4.2); `\n` both as a newline and spelled out.
+# An answer ends at the first of these (Method 4.2); `\n` both as a newline and spelled out.
 SPLITTER = re.compile(r'"|\.|\n|\\n|,|\(|\[|\]|\<')
 HOLDS_SPLITTER = 'the object holds one of " . , ( [ ] < or a line break, where every answer ends'
 MAX_SIMILARITY = 0.8  # Jaro-Winkler, from which subject and object count as the same name
@@ -31,12 +31,12 @@ def answer_object(text: str) -> str:
 
 
 def same_name(name: str) -> str:
-    """Key under which two spellings are the same object: case-folded and stripped."""
+    """Return a name stripped and in lower case; two spellings with one result are the same object."""
     return name.strip().lower()
 
 
 def holds_splitter(name: str) -> bool:
-    """Whether no answer can name an object, because every answer ends before the splitter in it.
+    """Return whether an object holds a splitter, before which every answer that names it ends.
 
     >>> holds_splitter("St. Louis"), holds_splitter("Saint Louis")
     (True, False)
@@ -48,8 +48,8 @@ def holds_splitter(name: str) -> bool:
 class SplitObjects:
     """Objects that no answer can name: they are never recalled, and never matched."""
 
-    count: int  # facts or prompts whose object is one
-    of: int  # facts or prompts
+    count: int  # facts or prompts with such an object
+    of: int  # all facts or prompts
     names: tuple[str, ...]  # distinct, in the first spelling of each
 
 
@@ -63,7 +63,7 @@ def split_objects(names: Sequence[str]) -> SplitObjects:
 
 
 def never_recalled(found: Mapping[str, Any]) -> str:
-    """Which facts no answer can recall (`ccm.method.prompts.SplitObjects`)."""
+    """Say which facts no answer can recall (`SplitObjects` as a mapping)."""
     return (
         f"{found['count']:,} of {found['of']:,} facts can never be recalled, since {HOLDS_SPLITTER}: "
         f"{a_few(found['names'])}"
@@ -71,7 +71,7 @@ def never_recalled(found: Mapping[str, Any]) -> str:
 
 
 def never_matched(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which prompts name an object that no answer can match (`SplitObjects` by column)."""
+    """Say which prompts name an object that no answer can match (`SplitObjects` by column)."""
     some = [
         f"{column} of {found['count']:,} of {found['of']:,} prompts ({a_few(found['names'])})"
         for column, found in columns.items()
@@ -133,7 +133,7 @@ TEMPLATES: Mapping[str, Callable[..., str]] = {
     OWN: _own,
     "llama2": _llama2,
 }
-TEMPLATE_ALIASES = {"chat": "llama2"}  # what it was called before
+TEMPLATE_ALIASES = {"chat": "llama2"}  # its earlier name
 
 
 def parametric_prompt(template: str, fact: Fact, relation: Relation, chat: Chat | None = None) -> str:
@@ -144,7 +144,7 @@ def parametric_prompt(template: str, fact: Fact, relation: Relation, chat: Chat 
             that of the other four models, `own` the same question in the tokenizer's own markup.
         fact: The fact.
         relation: Its relation.
-        chat: The tokenizer's markup; None where it has none, and `own` is `instruction` then.
+        chat: The tokenizer's markup; None if it has none: `own` is then `instruction`.
     """
     if template != OWN:
         return TEMPLATES[template](fact, relation)
@@ -174,9 +174,9 @@ class ParametricAnswer:
 def filter_subject_object(answers: Sequence[ParametricAnswer]) -> list[ParametricAnswer]:
     """Drop facts whose subject and parametric object share a name (Method 4.3a).
 
-    One contains the other, case-folded, or their Jaro-Winkler similarity is >= 0.8. The subject
-    enters that as written and the object in lower case, as released: which rows stay depends on it.
-    An empty parametric object is contained in every subject, so it goes too.
+    One contains the other, in lower case, or their Jaro-Winkler similarity is >= 0.8. For the latter
+    the subject is as written and the object in lower case, as in the released code, because which rows
+    stay depends on it. An empty parametric object is contained in every subject, so it is dropped too.
     """
     from rapidfuzz.distance import JaroWinkler
 
@@ -209,7 +209,7 @@ def filter_relation_groups(
 
     Order matters: a dropped fact no longer counts for those after it. Instead of comparing each fact
     with all others, the kept facts are counted by (name, group) and by name, and a dropped fact is
-    taken off again: a name occurs elsewhere when its total exceeds its count in the own group.
+    subtracted again: a name occurs elsewhere if its total exceeds its count in the fact's own group.
     """
     group = {name: r.group for name, r in relations.items()}
     in_group: Counter[tuple[str, str, str]] = Counter()

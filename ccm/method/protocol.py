@@ -1,4 +1,4 @@
-"""Which of the released code's behaviours a run follows (docs: defects)."""
+"""Which of the released code's behaviours a run follows (docs/defects.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

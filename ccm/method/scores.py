@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 class Ratio:
     """A proportion: its count and total, and its exact (Clopper-Pearson) 95 % interval, percent.
 
-    With nothing to divide by, `percent`, `low` and `high` are None: an empty row is not 0/0.
+    If `total` is 0, `percent`, `low` and `high` are None.
     """
 
     count: int
@@ -56,7 +56,7 @@ def _transitions(before: Sequence[Source], after: Sequence[Source]) -> Int[np.nd
 
 
 def transition_scores(counts: Int[np.ndarray, "3 3"]) -> Float[np.ndarray, "3 3"]:
-    """TS(K, K2): counts in percent of their row's total; NaN in a row without prompts."""
+    """Compute TS(K, K2): counts in percent of their row's total; NaN in a row without prompts."""
     totals = counts.sum(1, keepdims=True)
     scores = np.full(counts.shape, np.nan)
     np.divide(100.0 * counts, totals, out=scores, where=totals > 0)
@@ -64,7 +64,7 @@ def transition_scores(counts: Int[np.ndarray, "3 3"]) -> Float[np.ndarray, "3 3"
 
 
 def global_transition_score(counts: Int[np.ndarray, "3 3"]) -> Ratio:
-    """GTS: the proportion of prompts whose source changed."""
+    """Compute GTS, the proportion of prompts whose source changed."""
     total = int(counts.sum())
     return ratio(total - int(np.trace(counts)), total)
 
@@ -72,7 +72,7 @@ def global_transition_score(counts: Int[np.ndarray, "3 3"]) -> Ratio:
 def conversion_ratio(
     counts: Int[np.ndarray, "3 3"], source: Source, *, released: bool = False
 ) -> Ratio:
-    """CR(K): among prompts that were not K, the proportion that is K afterwards.
+    """Compute CR(K): among prompts that were not K, the proportion that is K afterwards.
 
     Args:
         counts: Transition counts.
@@ -87,7 +87,7 @@ def conversion_ratio(
 
 
 def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
-    """Q: 100 - percentile rank of the entropy set among the controls, by what left sources unchanged.
+    """Compute Q: 100 - percentile rank of the entropy set among the controls, by unchanged sources.
 
     Args:
         invariant: Proportion of prompts whose source the entropy set did not change, 0 to 1.

@@ -1,6 +1,6 @@
 """Which knowledge a completion shows (CK, PK, ND), and the log-ratios between them.
 
-Method 8 (source) and section 9 (tokens and ratios).
+Method 8 (source) and Method 9 (tokens and ratios).
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def knowledge_source(
     """Classify a continuation (Method 8): CK or PK if its first words are that object's, else ND.
 
     A continuation may begin with both objects, where one object begins the other. Then the object of
-    more words counts, and CK where the two have the same words. The published rule asks for CK first,
-    so that "New York City" is never PK beside a counter-object "New York".
+    more words counts, and CK if the two have the same words. The published rule tests for CK first, so
+    that "New York City" is never PK beside a counter-object "New York".
 
     >>> knowledge_source(" Italy. Paris", counter_object="Italy", parametric_object="France")
     'CK'
@@ -103,14 +103,14 @@ def is_decided(
 
 
 def _may_begin(begun: str, object_: str) -> tuple[bool, ...]:
-    """Whether answers that begin so begin with an object: all, none, or some (paragraph 3)."""
+    """Return whether answers with this beginning begin with an object: one value, or both."""
     if object_ and begun.startswith(f"{object_} "):
         return (True,)
     return (True, False) if object_.startswith(begun) or begun.rstrip() == object_ else (False,)
 
 
 def _source(ck: bool, pk: bool, counter: str, parametric: str, counter_first: bool) -> Source:
-    """Source of an answer that begins with these of the two objects."""
+    """Return the source of an answer, by which of the two objects it begins with."""
     if ck and pk:
         longer = parametric.count(" ") > counter.count(" ")
         return "PK" if longer and not counter_first else "CK"
@@ -129,15 +129,15 @@ def knowledge_sources(
     ]
 
 
-NESTED_PAIRS = 20  # at most so many pairs are named
+NESTED_PAIRS = 20  # most pairs that are named
 
 
 @dataclass(frozen=True)
 class NestedObjects:
-    """Prompts of which one object begins the other: an answer may name both (Method 8)."""
+    """Prompts with one object that begins the other: an answer may name both (Method 8)."""
 
     prompts: int
-    counter_begins: int  # of them, where the counter-object is the shorter: only there rules differ
+    counter_begins: int  # those whose counter-object is the shorter: only there the two rules differ
     pairs: tuple[tuple[str, str], ...]  # (CK, PK), distinct, the first `NESTED_PAIRS`
 
 
