@@ -1,4 +1,4 @@
-"""What each subcommand does: a few calls into the package, imported only when it is needed."""
+"""The subcommands: each is a few calls into the package, imported only when needed."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ from ccm.models.limits import cores
 if TYPE_CHECKING:
     from ccm.models.specs import ModelSpec
 
-THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many
+THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user sets their number
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ def read_neurons(text: str) -> tuple[int, ...]:
     """Read `--neurons 1,2,3` of a command that does not take `published`.
 
     Raises:
-        BadInput: something between the commas is no neuron number.
+        BadInput: something between the commas is not a neuron number.
     """
     try:
         return neuron_numbers(text)
@@ -41,8 +41,8 @@ def _limit_threads() -> None:
     """Lower torch's number of threads to the CPUs that this process may use.
 
     torch counts the machine's CPUs, and more threads than a container's quota only wait for each
-    other. Done here and not in the Python API: the number belongs to the whole process, and there
-    the process is the caller's.
+    other. The Python API does not do this: the number holds for the whole process, which is the
+    caller's there.
     """
     import torch
 
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         refuse_if_locked(options.out)
     if options.report and config.shard is not None:
         raise BadInput("--report: a shard of a run has no scores. Merge all, then `ccm report`.")
-    # Only now, because they take seconds.
+    # Imported only now, because that takes seconds.
     from ccm.cli.console import summary
     from ccm.experiment.run import new_folder, run_shard
 
@@ -105,7 +105,7 @@ def sweep(options: argparse.Namespace) -> None:
         paths = write_sweep(table, options.out)
         print(markdown(table), *(f"table: {path}" for path in paths), sep="\n")
     if failed:
-        raise BadInput(f"{', '.join(failed)}: could not be run, as was said. The others were.")
+        raise BadInput(f"{', '.join(failed)}: could not be run (see above). The others were.")
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def models(options: argparse.Namespace) -> None:
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Bring a model's weights here, so that nothing has to be downloaded later."""
+    """Download a model's weights, so that nothing has to be downloaded later."""
     spec, folder = _fetched(RunConfig.read(model=options.model, **given_options(options)))
     print(f"{spec.name}: {folder}")
 
@@ -150,7 +150,7 @@ def _fetched(config: RunConfig) -> "tuple[ModelSpec, Path]":
 
 
 def tokens(options: argparse.Namespace) -> None:
-    """Show what a text becomes before it is run."""
+    """Show the tokens of a text, as a run encodes it."""
     config = RunConfig.read(**given_options(options))
 
     from ccm.cli.console import tokens_table
@@ -184,7 +184,7 @@ def prompts(options: argparse.Namespace) -> None:
     if split.count:
         _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, config.dtype, plan.bos)
-    check_assumptions(model)  # which reading log-probabilities off final residuals rests on
+    check_assumptions(model)  # because log-probabilities are computed from final residuals
     engine = engine_for(config.engine, model)
     built = build_prompts(
         model,
@@ -248,7 +248,7 @@ def ablate(options: argparse.Namespace) -> None:
     split = ablate_io.split_columns(prompts)
     if any(found.count for found in split.values()):
         found = never_matched({name: vars(found) for name, found in split.items()})
-        _log.warning(f"{options.prompts}: {found}. Give what comes before it to match that.")
+        _log.warning(f"{options.prompts}: {found}. Give only what comes before it as the object.")
     statistics = check_statistics(ablate_io.read_statistics_npz(options.stats), spec.d_mlp)
     if options.sets is not None:
         sets = ablate_io.read_sets(options.sets, spec.d_mlp)

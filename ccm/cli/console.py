@@ -51,7 +51,7 @@ def summary(scores: Mapping[str, Any]) -> str:
 
 
 def tokens_table(model: str, encoded: EncodedText) -> str:
-    """List a text's tokens, one a line: its position, its id, its piece and how that reads."""
+    """List a text's tokens, one per line: position, id, piece and text."""
     special, n = encoded.special, len(encoded.ids)
     ends = ", ".join(f"{i} ({', '.join(places)})" for i, places in special.eos.items()) or "no token"
     lines = [f"{model}: {n} tokens; an answer ends at {ends}", ""]
@@ -69,7 +69,7 @@ def tokens_table(model: str, encoded: EncodedText) -> str:
             f"answer: {said}; where first tokens are compared, {encoded.answer[0][0]} stands for it",
         ]
     if encoded.merged:
-        lines.append(f"the last {encoded.merged} tokens of the text would be others before that answer")
+        lines.append(f"the last {encoded.merged} tokens of the text would change before that answer")
     return "\n".join([*lines, "", _by_transformers(encoded)])
 
 
@@ -89,7 +89,7 @@ def models_table(paths: Mapping[str, Path]) -> str:
     """List the known models: whether their weights are here, where, and how big they are.
 
     Args:
-        paths: Folders of named models, as `--model-path` gives them.
+        paths: Folders of named models, from `--model-path`.
     """
     lines = [f"{'model':26s}{'weights':10s}{'size':>10s}  where"]
     for name in [*MODELS, *(n for n in paths if n not in MODELS)]:

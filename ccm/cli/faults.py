@@ -1,4 +1,4 @@
-"""Errors that nobody foresaw: the traceback goes to a file, and the user reads one line."""
+"""Unforeseen errors: the traceback goes to a file, and the user reads one line."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What the subcommands that read finished runs do: draw, report, compare; no model is loaded."""
+"""The subcommands that read finished runs: draw, report, compare; no model is loaded."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -63,9 +63,9 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _folder_of(options: argparse.Namespace, below: str) -> Path:
-    """Return the output folder for finished runs; of one run, by default, in its own folder."""
+    """Return the output folder for finished runs; for one run the default is in its own folder."""
     if options.out is None and len(options.runs) > 1:
-        raise BadInput(f"{len(options.runs)} runs: no folder is theirs alone. Give one with --out.")
+        raise BadInput(f"{len(options.runs)} runs: no default folder for several. Give one with --out.")
     return Path(options.runs[0] / below if options.out is None else options.out)
 
 

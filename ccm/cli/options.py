@@ -19,12 +19,12 @@ def add_options(
 ) -> None:
     """Add options of a run to a command.
 
-    An option that is not given is not in the namespace, so that defaults are in `RunConfig` alone.
+    An option that is not given is not in the namespace, so that only `RunConfig` holds defaults.
 
     Args:
         command: Its parser.
         names: Which fields of `RunConfig`; none means all.
-        changed: By option, fields of `Option` that this command has another way: `default`, `told`.
+        changed: By option, fields of `Option` that differ for this command: `default`, `told`.
     """
     known = {f.name: option_of(f) for f in fields(config.RunConfig)}
     for name in names or known:
@@ -47,7 +47,7 @@ def _add(command: argparse.ArgumentParser, name: str, option: Option) -> None:
     if option.metavar is not None:
         more["metavar"] = option.metavar
     more["action"] = "append" if option.repeated else "store"
-    # A model is always named: the one that comes with the package is for the first look.
+    # A model must be named: the one that comes with the package is for a first look only.
     command.add_argument(option.flag, required=name == "model", **more)
 
 
@@ -64,7 +64,7 @@ def rehearse_options(command: argparse.ArgumentParser) -> None:
         changed={
             "model": {"told": "one of the five published models"},
             "ablation_values": {"default": ("all",)},
-            "seed": {"told": "of weights and controls"},
+            "seed": {"told": "seed of weights and controls"},
             "device": {"default": "auto"},
         },
     )
@@ -73,12 +73,12 @@ def rehearse_options(command: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="with tokenizer.json (default: a stand-in whose prompts are about as long)",
+        help="folder with tokenizer.json (default: a stand-in whose prompts are about as long)",
     )
     command.add_argument(
         "--hooked", action="store_true", help="time a plain pass with TransformerLens hooks, too"
     )
     command.add_argument("--out", type=Path, help="JSON file to write")
     command.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep what such a run leaves behind (random results)"
+        "--keep", type=Path, metavar="DIR", help="keep the run folder here (its results are random)"
     )

@@ -1,4 +1,4 @@
-"""Where a command writes: checked before any long work, because results come minutes later."""
+"""Checks of where a command writes, before any long work: results come minutes later."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def new_file(path: Path) -> Path:
     """
     try:
         there = path.exists()
-    except OSError as error:  # a name that the file system does not take
+    except OSError as error:  # a name that the file system does not allow
         raise BadInput(f"--out {path}: {error.strerror}. Give another file.") from error
     if there:
         raise BadInput(f"--out {path}: exists already. Nothing was written; give another file.")
@@ -25,7 +25,7 @@ def new_file(path: Path) -> Path:
 
 
 def check_writing(folder: Path, trouble: str, other: str) -> None:
-    """Check that a folder, made if it is missing, can be written to: results come minutes later.
+    """Check that a folder, made if it is missing, can be written to.
 
     Args:
         folder: The folder.

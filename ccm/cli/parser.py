@@ -1,8 +1,9 @@
 """The command line: thin, every subcommand a few calls into the package.
 
-Exit codes: 0 done; 1 a fault of ccm itself (one line on stderr says where its traceback is); 2 what
-cannot be used, or done here (one line, no traceback); 129, 130 and 143 stopped by SIGHUP, SIGINT and
-SIGTERM; 141 nobody reads what is printed, as behind `| head`. `--debug` shows any traceback.
+Exit codes: 0 done; 1 a fault of ccm itself (one line on stderr says where its traceback is); 2 input
+that cannot be used, or work that cannot be done here (one line, no traceback); 129, 130 and 143 stopped
+by SIGHUP, SIGINT and SIGTERM; 141 the reader of the output is gone, as with `| head`. `--debug` shows
+any traceback.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: The arguments; None takes those of this process, which then does nothing else.
+        arguments: The arguments; None takes those of this process, which then must do nothing else.
     """
     alone = arguments is None
     given = sys.argv[1:] if arguments is None else arguments
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BaseException as error:
             if _debug(options):
                 _write("".join(traceback.format_exception(error)))
-            # A step that was interrupted may have made another error of it.
+            # A step that was interrupted may have turned the signal into another error.
             return _end(stopping.stopped or error, options, given)
         finally:
             if alone:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(given: Sequence[str], options: argparse.Namespace) -> None:
-    """Parse the arguments and do what they say."""
+    """Parse the arguments and run the subcommand."""
     parser().parse_args(given, options)
     _check_not_empty(given)
     notes = _Notes()
@@ -74,7 +75,7 @@ def _do(given: Sequence[str], options: argparse.Namespace) -> None:
     finally:
         logging.getLogger(PROGRAM).removeHandler(notes)
     if sys.stdout is not None:
-        sys.stdout.flush()  # a reader that went away is found here, and not when the process ends
+        sys.stdout.flush()  # a reader that is gone is noticed here, not when the process ends
 
 
 class _Notes(logging.Handler):
@@ -99,7 +100,7 @@ def _end(error: BaseException, options: argparse.Namespace, given: Sequence[str]
         ways = _less_memory(options)
         _say(f"out of memory ({reason}); {_resumes(options)}. {ways}.", below_bar=True)
         return 2
-    if isinstance(error, OSError):  # a full disk, a folder that went away
+    if isinstance(error, OSError):  # a full disk, a folder that was removed
         _say(f"{error}. Nothing half-written is left.")
         return 2
     if isinstance(error, ImportError) and not str(error.name).startswith("ccm"):
@@ -155,7 +156,7 @@ def _say(line: str, *, below_bar: bool = False) -> None:
 
 
 def _write(text: str) -> None:
-    """Write to stderr, and never fail at it: a terminal may be gone."""
+    """Write to stderr, and never fail: the terminal may be gone."""
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -178,7 +179,7 @@ def _less_memory(options: argparse.Namespace) -> str:
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:
-    """Refuse `--out ""`, most often a shell variable that is not set: no option means that."""
+    """Refuse empty values like `--out ""`, most often from a shell variable that is not set."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument == "" or (argument.startswith("--") and argument.endswith("=")):
             name = argument.rstrip("=") or before
@@ -240,8 +241,8 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--to",
         choices=("paper", "run"),
-        help="what a run is held against (default: the paper where it printed numbers of every model "
-        "and each is given once, else two runs each other)",
+        help="what to compare with (default: the paper if it printed numbers of every model and each "
+        "is given once, else two runs with each other)",
     )
     compare.add_argument("--out", type=Path, help="folder to write (default, of one run: RUN)")
     compare.set_defaults(run=finished.compare)
@@ -250,13 +251,13 @@ def parser() -> argparse.ArgumentParser:
     add_options(models, "model_paths")
     models.set_defaults(run=subcommands.models)
 
-    fetch = commands.add_parser("fetch", help="bring a model's weights here, before they are needed")
+    fetch = commands.add_parser("fetch", help="download a model's weights before they are needed")
     fetch.add_argument("model", metavar="MODEL", help="as --model of the other commands")
     add_options(fetch, "model_paths", "revision")
     fetch.set_defaults(run=subcommands.fetch)
 
-    tokens = commands.add_parser("tokens", help="what a text becomes before it is run")
-    tokens.add_argument("text", metavar="TEXT", help="as a prompt")
+    tokens = commands.add_parser("tokens", help="the tokens of a text, as a run encodes it")
+    tokens.add_argument("text", metavar="TEXT", help="a prompt")
     tokens.add_argument("--answer", default="", help="what may follow it, after a space")
     add_options(tokens, "model", "model_paths", "revision", "bos")
     tokens.set_defaults(run=subcommands.tokens)
@@ -271,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--out", type=Path, help="CSV file to write")
     measure.set_defaults(run=subcommands.measure)
 
-    ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts from elsewhere")
+    ablate = commands.add_parser("ablate", help="ablate neuron sets on prompts of your own")
     add_options(ablate, *MODEL, "protocol", "bos", "engine", "memory_budget")
     ablate.add_argument("--prompts", type=Path, required=True, help="CSV of probing prompts")
     ablate.add_argument("--stats", type=Path, required=True, help="NPZ of activation statistics")
@@ -292,11 +293,11 @@ def parser() -> argparse.ArgumentParser:
     rehearse_options(rehearse)
     rehearse.set_defaults(run=subcommands.rehearse)
     for command in (top, *commands.choices.values()):
-        # Nothing by default: a command's own would undo what stands before it.
+        # No default: a subcommand's would undo a --debug before it.
         command.add_argument(
             "--debug",
             action="store_true",
             default=argparse.SUPPRESS,
-            help="where something goes wrong, show the traceback",
+            help="show the traceback of an error",
         )
     return top

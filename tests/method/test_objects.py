@@ -287,7 +287,7 @@ def test_ablate_says_which_objects_can_never_be_matched(
     assert line == (
         f"ccm: {tmp_path / 'prompts.csv'}: counter_knowledge_object of 3 of 4 prompts ('St. Louis' "
         "and 'U.S.') and parametric_knowledge_object of 1 of 4 prompts ('D, C') can never be matched, "
-        f"{SINCE}. Give what comes before it to match that."
+        f"{SINCE}. Give only what comes before it as the object."
     )
     found = read_json(out)
     assert found["objects_with_splitter"] == {

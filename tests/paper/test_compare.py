@@ -254,7 +254,7 @@ NOTHING = (
             "ccm: other: a run of gpt2-small, as run is. A report holds",
         ),
         (["run", "again", "--out", "o"], "the same run as run"),
-        (["run", "again"], "2 runs: no folder is theirs alone. Give one with --out."),
+        (["run", "again"], "2 runs: no default folder for several. Give one with --out."),
         (["missing"], "missing: no such folder"),
         (["foreign"], "no run folder"),
         (["unfinished"], "the run is not finished"),

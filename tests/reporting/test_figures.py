@@ -605,7 +605,7 @@ def test_a_folder_that_is_no_run_is_one_clear_error(
     ("arguments", "message"),
     [
         (["nowhere"], "no such folder"),
-        (["a", "b"], "no folder is theirs alone"),
+        (["a", "b"], "no default folder for several"),
         (["a", "--out", "file"], "is a file"),
     ],
 )

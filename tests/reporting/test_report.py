@@ -421,7 +421,7 @@ def broken(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["foreign"], "no run folder"),
         (["unfinished"], "the run is not finished"),
         (["run", "again", "--out", "o"], "the same run as run"),
-        (["run", "again"], "no folder is theirs alone"),
+        (["run", "again"], "no default folder for several"),
         (["run", "--out", "file"], "is a file"),
         (["run", "--out", "file/o"], "cannot be written to"),
         (["run", "--tolerance", "missing.json"], "missing.json: no such file"),
