@@ -24,7 +24,7 @@ CK = SOURCES.index("CK")
 
 
 def facts_of(prompts: pd.DataFrame) -> Int[np.ndarray, "prompt"]:
-    """Number the facts that prompts are of; the prompts of one fact contradict it in several ways."""
+    """Number prompts by their facts; the prompts of one fact contradict it in different ways."""
     groups = prompts.groupby(["statement_subject", "rel_lemma"], sort=False, dropna=False)
     return np.asarray(groups.ngroup(), dtype=np.int64)
 
@@ -43,7 +43,7 @@ class RelationEffect:
 
 
 def group_effects(run: RunResults, value: str) -> list[RelationEffect]:
-    """Score every relation group apart, in the order of the relations table.
+    """Score every relation group separately, in the order of the relations table.
 
     Args:
         run: A finished run.
@@ -54,7 +54,7 @@ def group_effects(run: RunResults, value: str) -> list[RelationEffect]:
 
 
 def relation_effects(run: RunResults, value: str) -> list[RelationEffect]:
-    """Score every relation apart, group by group. Same arguments as `group_effects`."""
+    """Score every relation separately, group by group; arguments as for `group_effects`."""
     of, groups = run.relation_groups, list(dict.fromkeys(run.relation_groups.values()))
     names = sorted(
         of, key=lambda name: groups.index(of[name])
@@ -104,7 +104,7 @@ def _transition_counts(
 
     Args:
         part: The part that each prompt belongs to, from 0.
-        before: Sources without ablation, as places in `SOURCES`.
+        before: Sources without ablation, as indices in `SOURCES`.
         after: Sources under each set.
         parts: How many parts there are.
     """

@@ -11,7 +11,7 @@ from ccm.errors import BadInput
 from ccm.experiment.results import RunResults
 from ccm.models.specs import MODELS
 
-LONGEST_VALUE = 40  # characters; a setting that is longer is no name, and the run's folder is used
+LONGEST_VALUE = 40  # characters; a longer setting names no run, and the run's folder is used instead
 LONGEST_NAME = 100  # bytes that a run's name may take in the name of a file
 # How to write a setting in words, best first. Others follow as they are: `seed 7`.
 _IN_WORDS: dict[str, Callable[[Any], str]] = {
@@ -103,7 +103,7 @@ def _distinctions(runs: Sequence[RunResults]) -> list[list[str]]:
 
 
 def _needed(distinctions: Iterable[list[str]]) -> list[list[str]]:
-    """Keep those differences that set runs apart which look alike by the ones before."""
+    """Keep the differences that distinguish runs which are still alike in the earlier ones."""
     chosen, classes = list[list[str]](), 1
     for texts in distinctions:
         finer = len(set(zip(*chosen, texts, strict=True)))
@@ -133,7 +133,7 @@ def _revision(run: RunResults) -> str:
 
 
 def _setting(key: str, value: object) -> str:
-    """Write a setting in words; nothing for one that tells people nothing, like a hash."""
+    """Write a setting in words; an empty text for one that says nothing to people, like a hash."""
     if key in _LEFT_OUT or key.endswith("sha256") or isinstance(value, dict):
         return ""
     if key in _IN_WORDS:

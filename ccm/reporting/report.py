@@ -42,8 +42,8 @@ WORK = {
     "low_rank": "choices that took a whole row of logits, in low-rank form",
     "first_rows": "rows for entropies and log-probabilities of the first token",
     "full_rows": "whole products with the unembedding",
-    "refereed": "near ties settled alone",
-    "halved": "chunks that ran out of memory and were halved",
+    "refereed": "near ties settled in float64",
+    "halved": "batches that ran out of memory and were halved",
     "peak_bytes": "peak of the GPU's allocator, bytes; 0 on a CPU",
 }
 Pairs = list[tuple[str, str]]
@@ -254,7 +254,7 @@ def _section(
 
 
 def _held(run: RunResults, given: Path | None) -> Comparison | None:
-    """Find how a run compares with the paper: as named, or of this very run in or beside its folder."""
+    """Read a run's comparison from the report given, or from its own in or beside its folder."""
     if given is not None:
         return read_report(given).get(run.model)
     own = run.path.resolve()
@@ -285,7 +285,7 @@ def _what_was_run(run: RunResults) -> Pairs:
     )
     alike = identity["matched_controls"]
     matched = f"; {alike} that match it in norm and spread" if alike else ""
-    known = f"{facts['facts']:,} asked, {facts['recalled']:,} answered rightly"
+    known = f"{facts['facts']:,} asked, {facts['recalled']:,} answered correctly"
     found: dict[str, Any] = {
         "Model": run.display_name + (f" ({spec.hub_id})" if spec and spec.hub_id else ""),
         "Weights (SHA-256)": identity["weights_sha256"],

@@ -11,7 +11,7 @@ from ccm.experiment.config import REHEARSED, RunConfig, command_line
 def command_of(manifest: Mapping[str, Any]) -> str:
     """Write the `ccm run` or `ccm rehearse` command that made a run folder.
 
-    A merged run is repeated in one piece, with the same result. The folder to write is not part of
+    A merged run is repeated without shards, with the same result. The folder to write is not part of
     the command.
 
     Args:

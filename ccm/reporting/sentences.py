@@ -103,8 +103,8 @@ def key_numbers(runs: Sequence[RunResults]) -> Table:
             )
     table = pd.DataFrame(rows)
     caption = (
-        "GTS: share of prompts whose source changes. Q: percentile of the entropy set's GTS among the "
-        "controls'; p: one-sided permutation test. CR(CK): share of the prompts that were not CK and "
-        f"become CK. {IN_BRACKETS} Controls: mean, in brackets the highest."
+        "GTS: proportion of prompts whose source changes. Q: percentile of the entropy set's GTS among "
+        "the controls'; p: one-sided permutation test. CR(CK): of the prompts that were not CK, the "
+        f"proportion that becomes CK. {IN_BRACKETS} Controls: mean, in brackets the highest."
     )
     return Table("key_numbers", caption, table, table)

@@ -18,7 +18,7 @@ STEM = "sweep"
 
 
 def sweep_table(runs: Sequence[tuple[str, RunResults]]) -> Table:
-    """Lay the runs of a sweep below each other.
+    """Tabulate the runs of a sweep, one below the other.
 
     Args:
         runs: Each run and what was chosen in it, in words.
@@ -56,8 +56,8 @@ def sweep_table(runs: Sequence[tuple[str, RunResults]]) -> Table:
     return Table(
         STEM,
         "The same experiment with other choices, one at a time. GTS: prompts whose source changes; "
-        "CR(CK): of the prompts that were not CK, those that become CK. Shares with their exact 95 % "
-        "intervals; controls: mean and highest of the random sets.",
+        "CR(CK): of the prompts that were not CK, those that become CK. Proportions with their exact "
+        "95 % intervals; controls: mean and highest of the random sets.",
         pd.DataFrame(texts),
         pd.DataFrame(data),
     )

@@ -1,4 +1,4 @@
-"""How tables are written: as LaTeX that compiles by itself, as Markdown; and numbers as texts."""
+"""Tables as LaTeX that compiles by itself and as Markdown, and numbers as texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,14 +96,14 @@ def markdown(table: Table) -> str:
 
 
 def percent_of(r: Mapping[str, Any]) -> str:
-    """Write a ratio of scores.json with its interval; a dash where there is nothing to divide by."""
+    """Write a ratio of scores.json with its interval; a dash if its denominator is 0."""
     if r["percent"] is None:
         return DASH
     return f"{r['percent']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
 
 
 def with_count(own: Ratio) -> str:
-    """Write a ratio with its count and interval; a dash where there is nothing to divide by."""
+    """Write a ratio with its count and interval; a dash if its denominator is 0."""
     if own.percent is None:
         return DASH
     return f"{own.percent:.1f} ({own.count}/{own.total}) [{own.low:.1f}, {own.high:.1f}]"

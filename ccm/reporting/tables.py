@@ -54,7 +54,7 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
             "csv": table.data.to_csv(index=False, lineterminator="\n"),
             "md": markdown(table),
         }
-        # As bytes: no system translates the ends of lines.
+        # As bytes, so that no system translates the line ends.
         writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
         written += write_formats(out / FOLDER / table.stem, writers)
     return written
@@ -97,8 +97,8 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
                 )
     return Table(
         "transition_scores_proportions",
-        "Transition scores, percent of the prompts of a class before ablation. Entropy set: share with "
-        "its exact 95 % interval; controls: mean ± 3 standard errors. A dash: no prompt of the class.",
+        "Transition scores, percent of the prompts of a class before ablation. Entropy set: proportion "
+        "with exact 95 % interval; controls: mean ± 3 standard errors. A dash: no prompt of the class.",
         pd.DataFrame(texts),
         pd.DataFrame(data),
     )
@@ -182,7 +182,7 @@ def gts_by_value(runs: Sequence[RunResults]) -> Table:
 
 
 def intervals_over_facts(runs: Sequence[RunResults]) -> Table:
-    """Exact intervals, which take prompts as independent, beside those that are drawn over facts."""
+    """Exact intervals, which take prompts as independent, beside intervals over facts."""
     texts, data = [], []
     for run in runs:
         facts, before = facts_of(run.prompts), run.plain["source"].to_numpy(object)
@@ -199,16 +199,16 @@ def intervals_over_facts(runs: Sequence[RunResults]) -> Table:
                 low, high = (100 * float(end[0]) for end in interval(drawn))
             row = {"model": run.display_name, "ablation": symbol, "quantity": name}
             over = DASH if low is None else f"[{low:.1f}, {high:.1f}]"
-            texts.append({**row, "share": with_count(found), "over facts": over, "facts": n})
+            texts.append({**row, "proportion": with_count(found), "over facts": over, "facts": n})
             data.append(
                 {"model": run.name, "ablation_value": value, "quantity": name, **asdict(found)}
                 | {"low_over_facts": low, "high_over_facts": high, "facts": n}
             )
     return Table(
         "intervals_over_facts",
-        "How sure is a share? Its exact 95 % interval takes every prompt as an observation of its own. "
-        "The prompts of one fact share the model's answer; over facts: the percentiles of a bootstrap "
-        "that draws facts, with all their prompts. GTS and CR(CK): of the entropy set.",
+        "How certain a proportion is. Its exact 95 % interval takes every prompt as an independent "
+        "observation, but the prompts of one fact share the model's answer. Over facts: percentiles of "
+        "a bootstrap that draws facts, with all their prompts. GTS and CR(CK): of the entropy set.",
         pd.DataFrame(texts),
         pd.DataFrame(data),
     )
@@ -285,8 +285,8 @@ def relation_shares(runs: Sequence[RunResults]) -> Table:
     return Table(
         "relation_effects",
         "Effects relation by relation, percent: GTS of the prompts, CR(CK) of those that were not CK. "
-        "Entropy set: share, count, exact 95 % interval; controls: mean ± 3 standard errors. A dash: "
-        "nothing to divide by.",
+        "Entropy set: proportion, count, exact 95 % interval; controls: mean ± 3 standard errors. A "
+        "dash: no such prompt.",
         pd.DataFrame(texts),
         pd.DataFrame(data),
     )
@@ -311,7 +311,7 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
             }
         )
     table = pd.DataFrame(rows)
-    caption = "Model dimensions. A dash: not stored by the run of a model that is none of the paper's."
+    caption = "Model dimensions. A dash: not stored by a run, and the model is not one that ccm names."
     return Table("model_dimensions", caption, table, table)
 
 

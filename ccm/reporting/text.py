@@ -1,11 +1,11 @@
-"""How numbers are written on the terminal, under figures and in reports."""
+"""Numbers as text, for the terminal, figures and reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-PAIRS = 3  # at most so many nested objects are named in a sentence
+PAIRS = 3  # most pairs of nested objects that are named in a sentence
 IN_BRACKETS = "In brackets: count/denominator; exact 95 % interval in percent."
 
 
@@ -17,7 +17,7 @@ def proportion(r: Mapping[str, Any]) -> str:
 
 
 def digits(value: float | None, places: int) -> str:
-    """Write a number with so many decimal places; a dash if there is no number."""
+    """Write a number with a number of decimal places; a dash if there is none."""
     return "-" if value is None else f"{value:.{places}f}"
 
 

@@ -1,4 +1,4 @@
-"""Two runs held against each other: prompt by prompt where both asked the same, else as two samples."""
+"""Comparison of two runs: prompt by prompt if both asked the same ones, else as two samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +24,12 @@ from ccm.reporting.text import proportion
 JSON, MARKDOWN = "run_comparison.json", "run_comparison.md"
 PLAIN = "plain"
 PROMPT = ["knowledge_probing_prompt", "counter_knowledge_object", "parametric_knowledge_object"]
-# Of the identity: what may differ without a word, because its own differences say it.
+# Entries of the identity whose differences are not listed.
 UNTOLD = ("shard",)
 HOW_TO_READ = (
     "Differences: the second run less the first, in points or nats, with 95 % intervals that are "
-    "bootstrapped over facts, because a fact's three prompts are no three observations. p: {test}, "
-    "which takes prompts as independent; in brackets, adjusted for the {tests} of this table (Holm)."
+    "bootstrapped over facts, because a fact's three prompts are not independent. p: {test}, which "
+    "takes prompts as independent; in brackets, adjusted for the {tests} of this table (Holm)."
 )
 
 
@@ -41,7 +41,7 @@ class SourceChange:
     source: Source
     first: Ratio
     second: Ratio
-    only_first: int | None  # prompts with the source in one run alone; None of different prompts
+    only_first: int | None  # prompts with the source in one run alone; None for different prompts
     only_second: int | None
     difference: float  # percentage points
     low: float
@@ -64,7 +64,7 @@ class EntropyChange:
 
 @dataclass(frozen=True)
 class Alike:
-    """Same prompts under one ablation: how many end the same in both runs."""
+    """How many of the same prompts end alike in both runs, under one ablation."""
 
     ablation: str
     texts: Ratio
@@ -80,7 +80,7 @@ class TwoRuns:
     settings: Mapping[str, tuple[Any, Any]]  # of the identity, where they differ
     prompts: tuple[int, int]
     paired: int  # prompts that both asked; 0: the runs are two samples
-    alike: tuple[Alike, ...]  # none of two samples
+    alike: tuple[Alike, ...]  # empty for two samples
     sources: tuple[SourceChange, ...]
     entropies: tuple[EntropyChange, ...]
 
@@ -89,10 +89,10 @@ class TwoRuns:
 
 
 def compare_runs(first: RunResults, second: RunResults) -> TwoRuns:
-    """Hold two runs against each other: plain, and under every ablation value that both have.
+    """Compare two runs, without ablation and under every ablation value that both have.
 
-    Prompts that are the same in both, to the objects, are paired, and the others left out. Where none
-    is, the runs are two samples.
+    Prompts that are the same in both, including their objects, are paired, and the others left out. If
+    there are none, the runs are two samples.
 
     Args:
         first: A finished run.
@@ -157,11 +157,11 @@ def compare_runs(first: RunResults, second: RunResults) -> TwoRuns:
 
 
 def paired_rows(first: pd.DataFrame, second: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the prompts that two tables have in common, in the order of the first.
+    """Find the rows of the prompts that two tables have in common, in the order of the first.
 
     Args:
         first: Probing prompts.
-        second: Others.
+        second: Other probing prompts.
     """
     at = {tuple(key): i for i, key in enumerate(second[PROMPT].to_numpy())}
     pairs = [(i, at[key]) for i, key in enumerate(map(tuple, first[PROMPT].to_numpy())) if key in at]
@@ -174,7 +174,7 @@ def _cell(run: RunResults, name: str) -> pd.DataFrame:
 
 
 def _quantities(cell: pd.DataFrame) -> np.ndarray:
-    """Of every prompt, 1 for its source and 0 for the others, and its entropy."""
+    """Return, for every prompt, 1 for its source and 0 for the others, and its entropy."""
     sources = cell["source"].to_numpy()
     return np.column_stack([*(sources == s for s in SOURCES), cell["entropy"].to_numpy(float)])
 
@@ -274,14 +274,14 @@ def _short(value: Any) -> str:
 
 
 def check_two(runs: Sequence[RunResults]) -> None:
-    """Check that there are two runs to hold against each other.
+    """Check that there are two runs to compare with each other.
 
     Raises:
-        BadInput: one, or more than two.
+        BadInput: there is one, or more than two.
     """
     if len(runs) != 2:
         raise BadInput(
-            f"{len(runs)} runs: two are held against each other. Give two, or --to paper with runs of "
+            f"{len(runs)} runs: two are compared with each other. Give two, or --to paper with runs of "
             "published models."
         )
 

@@ -190,7 +190,7 @@ def test_what_was_run_is_the_manifests(
         wanted = {
             "Model": run.name + (" (openai-community/gpt2)" if run.model == "gpt2-small" else ""),
             "Weights (SHA-256)": f"{i}123abc",
-            "Facts": f"facts_{i}: {523 + i} asked, {389 + i} answered rightly",
+            "Facts": f"facts_{i}: {523 + i} asked, {389 + i} answered correctly",
             "Probing prompts": f"{run.n}",
             "Protocol": "corrected",
             "Entropy set": f"{neurons} (the {3 + i} of lowest LogitVar with ρ of at least 0.5)",

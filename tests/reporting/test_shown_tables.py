@@ -184,7 +184,7 @@ def over_facts(run: Counted) -> Iterator[dict[str, object]]:
         yield {
             "ablation": symbol,
             "quantity": quantity,
-            "share": interval_and_count(part(int((has & among).sum()), int(among.sum()))),
+            "proportion": interval_and_count(part(int((has & among).sum()), int(among.sum()))),
             "over facts": over,
             "facts": len(sizes),
         }

@@ -177,7 +177,7 @@ def test_settings_that_differ_are_told(folders: tuple[Path, Path], tmp_path: Pat
     [
         ("a", [], "of which the paper printed nothing"),
         ("ab", ["--to", "paper"], "of which the paper printed nothing"),
-        ("a", ["--to", "run"], "1 runs: two are held against each other"),
+        ("a", ["--to", "run"], "1 runs: two are compared with each other"),
         ("aa", [], "the same run"),
     ],
 )

@@ -33,7 +33,7 @@ class Bar:
     own: Ratio
     controls: tuple[float, ...]  # percent, one per control set; empty where `own` has no percent
     summary: ControlSummary
-    empty: str  # what to say where there is nothing to divide by
+    empty: str  # what to say if the denominator is 0
     printed: Printed | None = None
 
 
@@ -52,7 +52,7 @@ def bar_of(
         colour_of: The source whose colour it has.
         own: The entropy set's proportion.
         controls: One for each control set.
-        empty: What to say where there is nothing to divide by.
+        empty: What to say if the denominator is 0.
         printed: The paper's value.
     """
     values = tuple(r.percent for r in controls if r.percent is not None)

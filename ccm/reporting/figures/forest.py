@@ -53,7 +53,7 @@ class Estimate:
 
     own: Ratio
     controls: ControlSummary
-    empty: str  # what to say where there is nothing to divide by
+    empty: str  # what to say if the denominator is 0
     matched: ControlSummary | None = None  # controls that resemble the entropy neurons (Method 13)
     printed: Printed | None = None
     note: str = ""  # small print below the count
@@ -331,7 +331,7 @@ def _draw_estimate(axes: Axes, y: float, estimate: Estimate) -> None:
 
 
 def _legend(figure: Figure, estimates: Sequence[Estimate]) -> None:
-    """Name every kind of mark that is there."""
+    """Add a legend entry for every kind of mark in the figure."""
     artefacts = [estimate.printed.defect is not None for estimate in estimates if estimate.printed]
     style: dict[str, Any] = {"linewidth": 1.4, "markersize": 4}
     handles = [Line2D([], [], color=RED, marker="o", label="entropy set, exact 95 % interval", **style)]

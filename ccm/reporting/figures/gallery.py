@@ -74,12 +74,12 @@ def figures_of_run(run: RunResults) -> Iterator[Entry]:
 
 
 def figures_across(runs: Sequence[RunResults]) -> Iterator[Entry]:
-    """Name every figure that lays runs side by side, without drawing it yet."""
+    """Name every figure that compares runs, without drawing it yet."""
     yield from _entries("all runs", {}, runs)
 
 
 def _entries(per: Per, fields: dict[str, Any], *source: Any) -> Iterator[Entry]:
-    """Name the figures of one kind, leaving out those for which the run has no data.
+    """Name the figures of one kind, except those for which the run has no data.
 
     Args:
         per: The kind.

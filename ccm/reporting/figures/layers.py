@@ -1,4 +1,4 @@
-"""Rho of every layer's neurons, all for the null space of the unembedding (Methods 5 and 13)."""
+"""Rho of every layer's neurons, with respect to the unembedding's null space (Method 5, 13)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
-FEW_LAYERS = 8  # up to so many layers fit into one column
+FEW_LAYERS = 8  # most layers that fit into one column
 
 
 def _reads(run: RunResults) -> tuple[Any, ...]:
@@ -41,7 +41,7 @@ def _reads(run: RunResults) -> tuple[Any, ...]:
     stem="{name}/{name}_rho_by_layer",
     title="ρ by layer",
     caption=(
-        "The share of each neuron's output weight that lies in the null space of the unembedding, "
+        "The proportion of each neuron's output weight that lies in the null space of the unembedding, "
         "layer by layer. The entropy neurons are red."
     ),
     reads=_reads,
@@ -58,7 +58,7 @@ def rho_by_layer(
     """Distribution of rho in each layer, the entropy neurons in the last one.
 
     Args:
-        table: Columns `layer`, `neuron_idx`, `rho` (share of the norm, 0 to 1).
+        table: Columns `layer`, `neuron_idx`, `rho` (proportion of the norm, 0 to 1).
         entropy_neurons: Of the last layer.
         model: Display name.
         null_space_dims: Dimensions of the null space.
@@ -73,7 +73,7 @@ def rho_by_layer(
     chance = float(np.sqrt(null_space_dims / d_model))
     data: dict[str, Any] = {"layers": [], "entropy_neurons": [], "random_direction": chance}
     axes.set_xlabel("layer (number, first is 0)")
-    axes.set_ylabel("ρ (share of the norm, 0 to 1)")
+    axes.set_ylabel("ρ (proportion of the norm, 0 to 1)")
     if not np.isfinite(table["rho"].to_numpy(float)).any():
         explain_empty(axes, "No neuron has a ρ.")
         return Drawing(figure, data)

@@ -120,7 +120,7 @@ def _gts(scores: Scores) -> dict[str, Any]:
 
 
 def _to_ck(scores: Scores) -> dict[str, Any]:
-    """Collect the same of CR(CK). No ablation changes its denominator, so p is computed from counts."""
+    """Collect the same for CR(CK); no ablation changes its denominator, so p comes from counts."""
     own = conversion_ratio(counts_of(scores["entropy"]["transition_counts"]), SOURCES[0])
     found = {}
     for kind in KINDS:

@@ -27,7 +27,7 @@ from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
 
 MANY_POINTS = 2000  # more are drawn as pixels inside the PDF, which stays small
-SMALLEST = 1e-5  # of the largest singular value: what is below is rounding error
+SMALLEST = 1e-5  # of the largest singular value; anything below is rounding error
 
 
 def threshold_of(run: RunResults) -> float | None:
@@ -51,8 +51,8 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     """LogitVar against rho with densities at the sides, the entropy set in red (Method 5).
 
     Args:
-        measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (share of the
-            norm, 0 to 1), `entropy_neuron`.
+        measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (proportion of
+            the norm, 0 to 1), `entropy_neuron`.
         model: Display name.
         min_rho: The selection's threshold, drawn as a line; None where neurons were named instead.
     """
@@ -74,7 +74,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
         "not_drawn": int((~drawn).sum()),
         "min_rho": min_rho,
     }
-    axes.set_xlabel("ρ (share of the norm, 0 to 1)")
+    axes.set_xlabel("ρ (proportion of the norm, 0 to 1)")
     axes.set_ylabel("LogitVar (variance of cosines)")
     for marginal in (top, right):
         marginal.tick_params(labelbottom=False, labelleft=False)

@@ -56,8 +56,8 @@ def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
     stem="{name}/{name}_{value}-conversion_ratios",
     title="Conversion ratios",
     caption=(
-        "Of the prompts that were not answered from a source, the share that is after the ablation. "
-        "Coloured: the entropy set; grey: the control sets."
+        "Of the prompts that were not answered from a source, the proportion that is after the "
+        "ablation. Coloured: the entropy set; grey: the control sets."
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value, run.model),
 )
@@ -99,8 +99,8 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
     stem="{name}/{name}_{value}_transition_score",
     title="Global transition score",
     caption=(
-        "How many control sets changed what share of the answers' sources. Red line: the entropy set. "
-        "The further right of all controls it lies, the less chance explains it."
+        "How many control sets changed what proportion of the answers' sources. Red line: the entropy "
+        "set. The further right of all controls it lies, the less chance explains it."
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )
@@ -125,7 +125,7 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     axes.set_xlabel("global transition score\n(% of prompts whose source changed)")
     axes.set_ylabel("control sets (count)")
     if own["percent"] is None:
-        words = "There is no prompt, so no share of prompts."
+        words = "There is no prompt, so no proportion of prompts."
         figure.suptitle(title)
         explain_empty(axes, words)
         return Drawing(figure, data, words)
@@ -180,7 +180,7 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     title="Turning to the context",
     caption=(
         "Of the prompts answered with neither object (ND), and of those answered from the weights "
-        "(PK), the share that is answered from the context (CK) after the ablation."
+        "(PK), the proportion that is answered from the context (CK) after the ablation."
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )

@@ -1,10 +1,10 @@
-"""The list of all figures: file name, title and caption of each stand where it is drawn.
+"""The list of all figures; each one's file name, title and caption are given where it is drawn.
 
     @register_figure(
         per="ablation value",
         stem="{name}/{name}_{value}_transition_score",
         title="Global transition score",
-        caption="How many control sets changed what share of the answers' sources.",
+        caption="How many control sets changed what proportion of the answers' sources.",
         reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
     )
     @styled
@@ -49,8 +49,8 @@ def register_figure(
 ) -> Callable[[_Draw], _Draw]:
     """Register a drawing function; `@styled` belongs between this decorator and the function.
 
-    The function must stand at the top level of its module: another process may draw, and finds it
-    there by its name.
+    The function must be at the top level of its module, where another process, which may draw, finds
+    it by its name.
 
     Args:
         per: What there is one figure for: every run, every ablation value of every run, or all runs

@@ -34,7 +34,7 @@ MARKS = {"CK": "o", "ND": "s", "PK": "^"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one run says of a step of the training."""
+    """What one run says about a step of the training."""
 
     step: int
     recall: Ratio
@@ -60,7 +60,7 @@ def step_of(run: RunResults) -> int | None:
 def checkpoints(runs: Sequence[RunResults]) -> tuple[list[Checkpoint], str] | None:
     """Gather the steps of a training and the ablation value that is shown, the first they all have.
 
-    None where the runs are no two steps, or not of steps alone.
+    None if there are fewer than two runs, or they are not of different steps.
     """
     steps = [step_of(run) for run in runs]
     values = [value for value in runs[0].values if all(value in run.values for run in runs)]
@@ -108,7 +108,7 @@ def through_training(found: Sequence[Checkpoint], value: str) -> Drawing:
     for source in SOURCES:
         ratios = [c.sources[source] for c in found]
         _curve(left, steps, ratios, COLOURS[source], MARKS[source], f"answers: {source}")
-    left.set_ylabel("share (%)\nof facts asked, or of prompts")
+    left.set_ylabel("proportion (%)\nof facts asked, or of prompts")
     mean, low, high = (np.asarray([c.controls[i] for c in found], dtype=float) for i in range(3))
     right.fill_between(steps, low, high, color=GREY, alpha=0.25, linewidth=0, label="controls, all")
     right.plot(steps, mean, color=GREY, label="controls, mean")
