@@ -1,4 +1,4 @@
-"""Does a run agree with what the paper printed?
+"""Agreement of runs with what the paper printed.
 
 In: finished runs, and the printed numbers. Out: every printed quantity with its margin and verdict, the
 paper's claims, and the tolerance report. May import `experiment` and what that may.

@@ -1,7 +1,7 @@
-"""Every quantity of a run beside what was printed of it; pure.
+"""Every quantity of a run beside its printed value; pure functions.
 
 `compare` makes all rows. `ccm.paper.intervals` says how proportions are compared, and
-`ccm.paper.verdicts` what each kind of quantity is held to.
+`ccm.paper.verdicts` what tolerance each kind of quantity has.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Found:
 
     @classmethod
     def of(cls, scores: Mapping[str, Any], **weights: Any) -> "Found":
-        """Take what is compared from the scores of a run; `weights` are the fields they lack."""
+        """Take what is compared from a run's scores; `weights` are the fields that these lack."""
         values = scores["ablations"]
         return cls(
             sources={s: scores["sources"][s]["count"] for s in SOURCES},
@@ -67,10 +67,10 @@ def proportion_row(
         quantity: Name of the row.
         printed: The proportion, in percent.
         of: Its denominator in the paper.
-        ours: Count and total; None where the run did not measure it.
+        ours: Count and total; None if the run did not measure it.
         paper_text: Printed form; the percentage if not given.
         absent: Why `ours` is None.
-        must_differ: Whether the print is an artefact that no right run shows.
+        must_differ: Whether the printed value is an artefact that no correct run shows.
     """
     text = paper_text or f"{printed.value:g} % of {of:g}"
     row = Quantity(paper.model, value, quantity, PROPORTION, printed, text)
@@ -100,7 +100,7 @@ def source_rows(paper: PrintedModel, found: Found) -> list[Row]:
     rows = []
     for s in SOURCES:
         count = paper.sources[s]
-        # The drawing gives prompts; a proportion makes runs of different sizes comparable.
+        # The figure gives counts; proportions make runs of different sizes comparable.
         percent = _percent(CountRange(int(count.low), int(count.high), count.source), total)
         text = f"{percent.value:.3g} % ({count.value:g}/{total:g})"
         ours = (found.sources[s], n)
@@ -132,7 +132,7 @@ def transition_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
 
 
 def conversion_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> list[Row]:
-    """CR(CK), CR(PK), CR(ND) as it must have been, and CR(ND) as printed; printed for the mean only.
+    """CR(CK), CR(PK), CR(ND) as it must be, and CR(ND) as printed; printed for the mean only.
 
     Ours are taken from the transition counts: a run under the released protocol repeats defect 1 in its
     own CR(ND), but is compared by what its prompts did.
@@ -164,14 +164,14 @@ def conversion_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
 
 
 def nd_bar_must_differ(paper: PrintedModel) -> bool:
-    """Whether a run with the paper's own conversions to ND can be told from the printed ND bar.
+    """Return whether a run with the paper's own conversions to ND differs from the printed ND bar.
 
     The bar is wrong for all five models: the reconstructed counts exclude it. But where both are a
-    handful of prompts (2 for 3 to 6 of 10,000), two samples cannot show it, and a right run may well
-    agree with the wrong bar. So a run is required to differ only where one with the paper's own counts
+    handful of prompts (2 for 3 to 6 of 10,000), two samples cannot show it, and a correct run may well
+    agree with the wrong bar. So a run is required to differ only if one with the paper's own counts
     would, at either end of their range: Phi-1.5 (7 to 9 prompts, printed 28) and Llama-3 (6 to 13,
-    printed 37). Even there, a wholly independent sample would agree by chance once in 5 to 10 times
-    at the upper end; runs on the same facts are far from independent.
+    printed 37). Even there, an independent sample would agree by chance once in 5 to 10 times at the
+    upper end; runs on the same facts are far from independent.
     """
     of, bar = paper.others("ND"), paper.conversion_ratios["entropy"]["ND"]
     true = paper.converted("ND")
@@ -185,10 +185,10 @@ def nd_bar_must_differ(paper: PrintedModel) -> bool:
 def gts_rows(paper: PrintedModel, found: Found, value: str) -> list[Row]:
     """GTS of one ablation value (Table 6).
 
-    The rows of mu +- 3 sigma are reported and never required to differ: sigma or no sigma, the values
-    are clipped to the least and the greatest activation seen, where the right one may end, too. And the
-    released protocol follows that defect on purpose. GPT-2's mode row (defect 4) is required to
-    differ: with finite modes no logit is NaN.
+    The rows of mu +- 3 sigma are reported and never required to differ: whatever sigma is, the values
+    are clipped to the least and the greatest activation seen, as the correct value may be, too; and the
+    released protocol repeats that defect on purpose. GPT-2's mode row (defect 4) is required to differ:
+    with finite modes no logit is NaN.
     """
     printed, counts = paper.gts[value], found.transition_counts.get(value)
     ours = None
@@ -203,7 +203,7 @@ def gts_rows(paper: PrintedModel, found: Found, value: str) -> list[Row]:
 
 
 def q_rows(paper: PrintedModel, found: Found, value: str) -> list[Row]:
-    """Q-value of the entropy set among its controls, under one ablation value (Table 6)."""
+    """Q of the entropy set among its controls, under one ablation value (Table 6)."""
     printed, q = paper.q_values[value], found.q_values.get(value)
     row = Quantity(paper.model, value, "Q", RANK, printed, f"{printed.value:g}")
     if q is None:

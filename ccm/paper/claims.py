@@ -20,9 +20,9 @@ class Claim:
 
     name: str
     statement: str
-    holds: bool | None  # None: nothing in the run to tell by
+    holds: bool | None  # None: the run cannot tell
     detail: str  # the numbers
-    as_printed: bool | None  # None: the paper does not print what it takes
+    as_printed: bool | None  # None: the paper does not print the numbers needed
 
 
 def _copying(paper: PrintedModel, result: Mapping[str, Any]) -> Claim:
@@ -75,7 +75,7 @@ def _shift(paper: PrintedModel, result: Mapping[str, Any], source: Source) -> Cl
 
 
 def claims(paper: PrintedModel, scores: Mapping[str, Any]) -> list[Claim]:
-    """Judge every claim by the scores of a run; none without mean ablation in it."""
+    """Judge every claim by the scores of a run; an empty list if it has no mean ablation."""
     result = scores["ablations"].get(MEAN)
     if result is None:
         return []

@@ -1,4 +1,4 @@
-"""One finished run held against the paper: every row and claim, and whether the two can be compared."""
+"""One finished run compared with the paper: every row and claim, and whether it is the paper's run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ ROW_HEADER = ("ablation value", "quantity", "paper", "ours", "margin", "interval
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model's run held against the paper."""
+    """One model's run, compared with the paper."""
 
     model: str
     display_name: str
-    what_ran: str  # prompts, device, dtype; and in what the run is not the paper's
+    what_ran: str  # prompts, device, dtype; and how the run differs from the paper's
     provenance: Mapping[str, Any]  # identity of the run
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
@@ -65,7 +65,7 @@ def claim_cells(claim: Claim) -> tuple[str, ...]:
 
 
 def rehearsal(*, max_prompts: int | None, other_facts: bool, stand_in: bool) -> str | None:
-    """Say why a run is no measurement of its model, if it is none.
+    """Say why a run is not a measurement of its model; None if it is one.
 
     Args:
         max_prompts: How many prompts the run was limited to, if it was.
@@ -85,7 +85,7 @@ def rehearsal(*, max_prompts: int | None, other_facts: bool, stand_in: bool) -> 
 
 
 def is_stand_in(run: RunResults) -> bool:
-    """Whether the weights of a run are of other dimensions than those of the model it names."""
+    """Return whether a run's weights have other dimensions than the model that it names."""
     spec = MODELS[run.model]
     n_layers = spec.n_layers if run.rho_by_layer.empty else int(run.rho_by_layer["layer"].max()) + 1
     found = (n_layers, len(run.singular_values), len(run.measures))
@@ -93,13 +93,13 @@ def is_stand_in(run: RunResults) -> bool:
 
 
 def _asks_other_facts(run: RunResults) -> bool:
-    """Whether a run asks about other facts than ParaRel; a folder may have that name, too."""
+    """Return whether a run asks about other facts than ParaRel; a folder may have that name, too."""
     asked = run.manifest.get("asked", {}).get("facts")
     return run.identity.get("facts") != FACTS or asked not in (None, FACTS)
 
 
 def _other_settings(run: RunResults, paper: PrintedModel) -> str | None:
-    """Say in what settings a run departs from the one that was printed."""
+    """Say which settings of a run differ from those of the printed one."""
     spec, identity = MODELS[run.model], run.identity
     theirs = sorted(n.neuron for n in paper.neurons)
     dims, template, bos = (identity.get(key) for key in ("null_space_dims", "template", "bos"))
@@ -108,7 +108,7 @@ def _other_settings(run: RunResults, paper: PrintedModel) -> str | None:
         f"template {template}": template != spec.template,
         f"BOS {bos}": bos != "own",
     }
-    if not is_stand_in(run):  # which has neurons and dimensions of its own
+    if not is_stand_in(run):  # a stand-in has neurons and dimensions of its own
         departures["other neurons than the published ones"] = run.entropy_neurons != theirs
         departures[f"null space of {dims} dimensions"] = dims != spec.null_space_dims
     found = [departure for departure, holds in departures.items() if holds]
@@ -133,7 +133,7 @@ def found_in(run: RunResults) -> Found:
 
 
 def comparison_of(run: RunResults) -> Comparison:
-    """Hold the run of a published model against the paper.
+    """Compare the run of a published model with the paper.
 
     Raises:
         BadInput: the paper printed no number of its model.

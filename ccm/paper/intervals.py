@@ -25,10 +25,10 @@ CONFIDENCE = 0.99
 
 
 def wilson(p: float, n: Number, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a proportion p (0 to 1) of n.
+    """Compute Wilson's score interval of a proportion p (0 to 1) of n.
 
-    In closed form and not scipy's, because half ranks and the ends of a rounded percentage are no whole
-    counts; it gives scipy's numbers where they are.
+    In closed form and not scipy's, because half ranks and the ends of a rounded percentage are not
+    whole counts; for whole counts the two agree.
 
     >>> tuple(round(end, 4) for end in wilson(2 / 32, 32, 0.95))
     (0.0173, 0.2015)
@@ -42,14 +42,14 @@ def wilson(p: float, n: Number, confidence: float = CONFIDENCE) -> tuple[float, 
 def newcombe(
     p: float, n: Number, other: float, m: Number, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Newcombe's hybrid score interval of the difference p - other of two independent samples.
+    """Compute Newcombe's hybrid score interval of the difference p - other of two samples.
 
     Args:
-        p: 0 to 1, of n.
+        p: Proportion of the first sample, 0 to 1.
         n: Size of the first sample.
-        other: 0 to 1, of m.
+        other: Proportion of the second, independent sample, 0 to 1.
         m: Size of the second sample.
-        confidence: Of the interval.
+        confidence: Confidence of the interval, 0 to 1.
     """
     low, high = wilson(p, n, confidence)
     other_low, other_high = wilson(other, m, confidence)
@@ -61,9 +61,9 @@ def newcombe(
 
 
 def difference(p: float, n: Number, paper: tuple[float, float], m: Number) -> tuple[float, float]:
-    """Differences p - paper that the samples leave open, whatever proportion was printed rounded.
+    """Compute the interval of p - paper, over all proportions that round to the printed one.
 
-    The interval's ends fall as the paper's proportion rises, so its two ends are enough.
+    The interval's ends fall as the paper's proportion rises, so the two extreme ones are enough.
     """
     low, high = (min(1.0, max(0.0, end)) for end in paper)
     return newcombe(p, n, high, m)[0], newcombe(p, n, low, m)[1]

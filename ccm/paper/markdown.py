@@ -1,4 +1,4 @@
-"""How any text becomes Markdown, and rows a table of GitHub's Markdown."""
+"""Any text as Markdown, and rows as a table of GitHub's Markdown."""
 
 from collections.abc import Iterable, Sequence
 

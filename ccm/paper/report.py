@@ -1,4 +1,4 @@
-"""The tolerance report: finished runs held against the paper, written and read back.
+"""The tolerance report: finished runs compared with the paper, written and read back.
 
 `ccm compare` writes it, as Markdown for people and as JSON for `ccm report`.
 """
@@ -27,7 +27,7 @@ HOW_TO_READ = (
 
 
 def compare_with_paper(runs: Sequence[RunResults], out: Path) -> tuple[list[Comparison], list[Path]]:
-    """Hold finished runs against the paper and write the tolerance report.
+    """Compare finished runs with the paper and write the tolerance report.
 
     Args:
         runs: Runs of published models, one per model.
@@ -46,7 +46,7 @@ def compare_with_paper(runs: Sequence[RunResults], out: Path) -> tuple[list[Comp
 
 
 def comparisons_of(runs: Sequence[RunResults]) -> list[Comparison]:
-    """Hold finished runs against the paper, one per model.
+    """Compare finished runs with the paper, one per model.
 
     Raises:
         BadInput: a model that the paper printed nothing of, or two runs of one model.
@@ -56,7 +56,7 @@ def comparisons_of(runs: Sequence[RunResults]) -> list[Comparison]:
 
 
 def is_printed(runs: Sequence[RunResults]) -> bool:
-    """Whether runs can be held against the paper: of models that it printed, each once."""
+    """Return whether runs can be compared with the paper: of models that it printed, each once."""
     models = [run.model for run in runs]
     return set(models) <= set(printed_models()) and len(set(models)) == len(models)
 
@@ -152,7 +152,7 @@ def read_report(path: Path, models: Sequence[str] | None = None) -> dict[str, Co
 
     Args:
         path: The file.
-        models: It must be of at least one of these; None: of any.
+        models: The report must hold at least one of these; None: any.
 
     Raises:
         BadInput: no such file, not a tolerance report, or one of other models.

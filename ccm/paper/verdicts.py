@@ -21,7 +21,7 @@ class Rule:
     reason: str
 
     def slack(self, printed: Number) -> float:
-        """How far a value may be from a printed one."""
+        """Return how far a value may be from a printed one."""
         return (self.tolerance or 0.0) * (abs(printed) if self.relative else 1.0)
 
 
@@ -99,7 +99,7 @@ class Row:
     interval: Interval | None
     verdict: Verdict
     defect: int | None = None
-    # An artefact that no right run can show: only such rows are required to differ.
+    # An artefact that no correct run can show: only such rows are required to differ.
     must_differ: bool = False
     reason: str = ""  # what made the artefact, or why there is nothing to compare
 
@@ -140,9 +140,9 @@ class Quantity:
 
         Args:
             ours: What it found, in the unit of the rule.
-            text: The same as people read it.
+            text: The same, for people.
             interval: Differences (ours - paper) that the tolerance leaves open.
-            must_differ: Whether the print is an artefact that no right run shows.
+            must_differ: Whether the printed value is an artefact that no correct run shows.
         """
         paper = self.printed
         return Row(
