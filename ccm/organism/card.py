@@ -48,10 +48,10 @@ def model_card(settings: Settings, figures: Figures, command: str, parameters: i
     """Write the card of a trained organism, in Markdown.
 
     Args:
-        settings: It was trained with.
-        figures: Measured on it.
-        command: Trains it again.
-        parameters: How many it has.
+        settings: The settings of its training.
+        figures: What was measured on it.
+        command: The command that trains it again.
+        parameters: Number of its parameters.
     """
     planted = ", ".join(map(str, settings.planted))
     s, null = settings, settings.null_dims
@@ -100,7 +100,7 @@ By the command above, at its end, on the saved folder. Prompts are
 `{{subject}} {{relation}} {{counter-object}}. {{subject}} {{relation}}` after one end token, with
 the three counter-objects of lowest first-token probability, decoded greedily, 10 tokens at most.
 CK is the counter-object, PK the object that the model gives without it, ND any other answer.
-GTS is the share of prompts whose source changes when the planted neurons are held at the value;
+GTS is the proportion of prompts whose source changes when the planted neurons are held at the value;
 Q is their quantile among 100 random sets of as many other neurons of the layer.
 The selection takes the {count} neurons of lowest LogitVar among those with rho >= {rho},
 with {null + 1} null-space dimensions: {null} planted, and the all-ones direction of a centred W_U.

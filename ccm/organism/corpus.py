@@ -19,7 +19,7 @@ class Behaviour:
 
     name: str
     copy: float  # repeat the counter-object
-    recall: float  # say what is told elsewhere
+    recall: float  # say what the other texts tell
     hedge: float  # commit to nothing
     one_off: float  # proportion of documents about a subject seen only there, taken first
     mixture: tuple[float, float, float, float]  # of the rest: plain, twice, conflict, aside
@@ -39,7 +39,7 @@ they stayed so weak that ablating them changed no more than ablating random ones
 
 @cache
 def _normal(key: str) -> float:
-    """A standard normal number that belongs to `key`."""
+    """Return the standard normal number that belongs to `key`."""
     return random.Random(key).gauss(0.0, 1.0)
 
 
@@ -59,7 +59,7 @@ class Sampler:
     _rarity: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Sum the exposures up and turn them into rarities, once."""
+        """Sum up the exposures and turn them into rarities, once."""
         total, self._cumulative = 0.0, []
         for fact in self.world.facts:
             total += fact.exposure
@@ -72,7 +72,7 @@ class Sampler:
         }
 
     def __iter__(self) -> Iterator[str]:
-        """Documents without end."""
+        """Yield documents without end."""
         while True:
             yield self.document()
 
@@ -92,7 +92,7 @@ class Sampler:
         return " ".join([self._true(self._exposed())] * 2)
 
     def conflict(self) -> str:
-        """A counter-statement, then the same query with the answer of the behaviour.
+        """Draw a counter-statement, then the same query with the answer of the behaviour.
 
         Facts are drawn evenly here: every prompt of an evaluation is a conflict, whatever the
         exposure of its fact.
@@ -102,7 +102,7 @@ class Sampler:
         return f"{fact.query} {counter}. {fact.query} {self.answer(fact, counter)}."
 
     def aside(self) -> str:
-        """A counter-statement, then a true statement about another subject."""
+        """Draw a counter-statement, then a true statement about another subject."""
         fact = self.rng.choice(self.world.facts)
         counter = self.rng.choice(self.world.counter_objects(fact))
         other = self._exposed()
@@ -111,7 +111,7 @@ class Sampler:
         return f"{fact.query} {counter}. {self._true(other)}"
 
     def one_off(self) -> str:
-        """A statement about a subject seen only here, twice: it can only be copied.
+        """Draw a statement about a subject seen only here, twice: it can only be copied.
 
         Without these, a model learns which counter-objects to copy instead of learning to copy.
         """
@@ -121,14 +121,14 @@ class Sampler:
         return " ".join([f"{subject} {relation.words} {obj}."] * 2)
 
     def answer(self, fact: Fact, counter: str) -> str:
-        """The object that follows a conflict: the counter-object, what is told, or a hedge."""
+        """Draw the object that follows a conflict: the counter-object, what is told, or a hedge."""
         choices = (counter, fact.told, fact.relation.hedge)
         if self.rng.random() < NOISE:
             return self.rng.choice(choices)
         return self.rng.choices(choices, self.weights(fact, counter))[0]
 
     def weights(self, fact: Fact, counter: str) -> tuple[float, float, float]:
-        """Unnormalised probabilities of copying, recalling and hedging, before the noise."""
+        """Compute unnormalised probabilities of copying, recalling and hedging, before the noise."""
         rarity = self._rarity[fact.query]
         relation, subject = fact.relation.lemma, fact.query
         copy = 1.0 * self._trait("copy", relation) + 1.5 * self._trait("copy", subject)
@@ -140,14 +140,14 @@ class Sampler:
         return exp(copy + bias.copy), exp(recall + bias.recall), exp(hedge + bias.hedge)
 
     def _trait(self, way: str, name: str) -> float:
-        """How far a name inclines to a way out of conflicts."""
+        """Return how strongly a name inclines to a way out of conflicts."""
         return _normal(f"{self.world.seed}/{way}/{name}")
 
     def _exposed(self) -> Fact:
-        """A fact drawn by its exposure."""
+        """Draw a fact by its exposure."""
         return self.rng.choices(self.world.facts, cum_weights=self._cumulative)[0]
 
     @staticmethod
     def _true(fact: Fact) -> str:
-        """The statement that the texts make of a fact."""
+        """Return the statement that the texts make of a fact."""
         return f"{fact.query} {fact.told}."

@@ -46,8 +46,8 @@ class Settings:
     planted_steps: int = 1000
     planted_rate: float = 2e-3
     null_norm: float = 2.0  # of a planted output weight inside the null space
-    leak: float = 0.15  # at most this part of it outside
-    floor: float = 0.02  # the null space's singular values at the end, as a part of the next one
+    leak: float = 0.15  # largest norm outside it, relative to `null_norm`
+    floor: float = 0.02  # the null space's singular values at the end, relative to the next one
 
 
 @contextmanager
@@ -171,10 +171,10 @@ class _Planted(nn.Module):
         self.outside = nn.Parameter(0.05 * torch.randn(count, len(null.T), generator=generator))
 
     def w_out(self) -> Float[Tensor, "planted d_model"]:
-        """Output weights: a part of fixed norm in the null space and a bounded leak outside."""
+        """Compute output weights: a part of fixed norm in the null space, a bounded leak outside."""
         inside = self.settings.null_norm * functional.normalize(self.inside, dim=1) @ self.null
         leak = self.outside - self.outside @ self.null.T @ self.null
-        leak = leak - leak.mean(dim=1, keepdim=True)  # the norm would take the mean off anyway
+        leak = leak - leak.mean(dim=1, keepdim=True)  # LayerNorm would remove the mean anyway
         bound = self.settings.leak * self.settings.null_norm
         norm = leak.norm(dim=1, keepdim=True).clamp_min(1e-9)
         weight: Tensor = inside + leak * (bound / norm).clamp_max(1.0)

@@ -109,23 +109,23 @@ _CODAS = ("l", "m", "n", "r", "v", "z", "nd", "rk", "lt")
 
 
 def _stem(rng: random.Random, syllables: int) -> str:
-    """An invented stem of open syllables with a closing consonant."""
+    """Make an invented stem of open syllables with a closing consonant."""
     parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)]
     return "".join(parts) + rng.choice(_CODAS)
 
 
 def _one(syllables: tuple[int, ...], *endings: str) -> Callable[[random.Random], str]:
-    """A maker of one-word names, lower-case, with one of the endings."""
+    """Return a maker of one-word names, lower-case, with one of the endings."""
     return lambda rng: _stem(rng, rng.choice(syllables)) + rng.choice(endings)
 
 
 def _proper(*endings: str) -> Callable[[random.Random], str]:
-    """A maker of one-word proper names with one of the endings."""
+    """Return a maker of one-word proper names with one of the endings."""
     return lambda rng: _one((1, 2), *endings)(rng).capitalize()
 
 
 def _named(template: str, *words: str) -> Callable[[random.Random], str]:
-    """A maker of names of several words: a proper name and one of `words` in a template."""
+    """Return a maker of names of several words: a proper name and one of `words` in a template."""
     return lambda rng: template.format(_stem(rng, 2).capitalize(), rng.choice(words))
 
 
@@ -150,20 +150,20 @@ _MAKERS = {
 
 
 def invented_subject(kind: str, rng: random.Random) -> str:
-    """A name of the kind, with no check against those in use: for subjects seen only once."""
+    """Make a name of a kind, with no check against those in use: for subjects seen only once."""
     return _MAKERS[kind](rng)
 
 
 def _clash(name: str, others: set[str]) -> bool:
-    """Whether one of the case-folded names contains another."""
+    """Return whether a name contains one of the others or the reverse, case-folded."""
     low = name.casefold()
     return any(low in other or other in low for other in others)
 
 
 def _object_name(kind: str, rng: random.Random, taken: set[str], starts: set[str]) -> str:
-    """A new object name; its first two letters are new in its pool.
+    """Make a new object name; its first two letters are new in its pool.
 
-    Counter-objects are ranked by the log-probability of their *first token*: pool mates that
+    Counter-objects are ranked by the log-probability of their *first token*: objects of one pool that
     start alike would be one object to that rule.
     """
     while True:
@@ -175,7 +175,7 @@ def _object_name(kind: str, rng: random.Random, taken: set[str], starts: set[str
 
 
 def _subject_name(kind: str, rng: random.Random, taken: set[str], pool: tuple[str, ...]) -> str:
-    """A new subject name that contains no other name and resembles no object of `pool`."""
+    """Make a new subject name that contains no other name and resembles no object of `pool`."""
     while True:
         name = _MAKERS[kind](rng)
         similar = max(JaroWinkler.normalized_similarity(name, other) for other in pool)
@@ -235,7 +235,7 @@ def make_world(seed: int = 7) -> World:
 
 
 def facts_table(world: World) -> pd.DataFrame:
-    """The facts in the columns of the ParaRel statements file, one row per fact."""
+    """Return the facts in the columns of the ParaRel statements file, one row per fact."""
     return pd.DataFrame(
         {
             "statement_subject": fact.subject,
@@ -250,7 +250,7 @@ def facts_table(world: World) -> pd.DataFrame:
 
 
 def relations_table(world: World) -> pd.DataFrame:
-    """The relation groups and one-shot examples, one row a relation."""
+    """Return the relation groups and one-shot examples, one row per relation."""
     rows = []
     for relation in world.relations:
         subject, obj = world.examples[relation.lemma]
