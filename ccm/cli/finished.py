@@ -78,7 +78,7 @@ def _finished(paths: Sequence[Path], out: Path, check: Callable[[Any], None] | N
         check: Refuses runs that the command cannot use, before the folder is made.
 
     Raises:
-        BadInput: a folder is no finished run, a run is given twice, or `out` cannot be written to.
+        BadInput: a folder is not a finished run, a run is given twice, or `out` cannot be written to.
         InUse: another process is writing there.
     """
     from ccm.experiment.folder import folder_to_lock

@@ -56,10 +56,10 @@ def object_tokens(
 def answer_tokens(
     sources: Sequence[Source], objects: Int[np.ndarray, "prompt 2"], first: FirstToken
 ) -> AnswerTokens:
-    """Name the CK, PK and ND token of each prompt (Method 9).
+    """Choose the CK, PK and ND token of each prompt (Method 9).
 
-    The class the prompt belongs to takes the most likely token; the other defined class its object's
-    first token; ND, where it is not the class itself, the best token that is neither.
+    The class that the prompt belongs to takes the most likely token; the other object's class takes
+    that object's first token; ND, if it is not the prompt's class, the best token that is neither.
     """
     best = first.top_tokens[:, 0]
     source = np.asarray(sources)

@@ -183,7 +183,7 @@ class RunConfig:
             given: Values of options by their names; the rest keep their defaults.
 
         Raises:
-            BadInput: a name is no option, or a value cannot be read or is not allowed.
+            BadInput: a name is not an option, or a value cannot be read or is not allowed.
 
         >>> RunConfig.read(ablation_values="all", shard="2/8", memory_budget="8G").shard
         (2, 8)

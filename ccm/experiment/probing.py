@@ -211,7 +211,7 @@ def _gather(logits: Tensor, asked_for: Sequence[Sequence[int]]) -> list[list[flo
 def _near(ids: Sequence[int], log_probs: Sequence[float]) -> bool:
     """Return whether float32 may have got the order of the least likely candidates wrong."""
     of_token = dict(zip(ids[1:], log_probs[1:], strict=True))
-    # The fact's own object may be among them, and is no candidate.
+    # The fact's own object may be among them, but is not a candidate.
     lowest = np.sort([*of_token.values()])[: N_COUNTER_OBJECTS + 2]
     return bool((np.diff(lowest) <= NEAR).any())
 

@@ -23,7 +23,7 @@ def read_released_statistics(spec: ModelSpec, *, finite: bool) -> ActivationStat
 
     Raises:
         NotAvailable: they are not in the data folder.
-        BadInput: a file is no vector of numbers, of another length, or not finite.
+        BadInput: a file is not a vector of numbers, of another length, or not finite.
     """
     data = pararel_folder()
     folder = None if data is None else data / FOLDER / spec.name

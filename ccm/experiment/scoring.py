@@ -39,13 +39,13 @@ class Score:
     source_to: str = ALL  # after it
     count: int | None = None  # of prompts, where the number is a proportion of them ...
     n: int | None = None  # ... out of so many
-    value: float | None = None  # percent, nats, or a rank; None where there is nothing to divide by
+    value: float | None = None  # percent, nats, or a rank; None if the denominator is 0
     low: float | None = None  # exact 95 % interval; of transition scores for the entropy set alone
     high: float | None = None
 
     @classmethod
     def proportion(cls, *key: str, of: Ratio, source_from: str = ALL, source_to: str = ALL) -> "Score":
-        """A proportion of prompts, percent."""
+        """Make the score of a proportion of prompts, in percent."""
         value, name, quantity = key
         numbers = (of.count, of.total, of.percent, of.low, of.high)
         return cls(value, name, quantity, source_from, source_to, *numbers)

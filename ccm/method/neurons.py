@@ -48,7 +48,7 @@ class NeuronMeasures:
     norm: Float[np.ndarray, "d_mlp"]
     rho: Float[np.ndarray, "d_mlp"]
     singular_values: Float[np.ndarray, "d_model"]  # of the processed W_U, descending
-    # V0; None where measures were read back from a run.
+    # V0; None if the measures were read back from a run.
     null_space: Float[np.ndarray, "d_model dims"] | None = None
 
     def table(self) -> pd.DataFrame:

@@ -101,7 +101,7 @@ def q_value(invariant: float, control_invariants: Sequence[float]) -> float:
 
 
 def quantile(value: float, control_values: Float[np.ndarray, "control"]) -> float | None:
-    """Rank a value among the controls', as a percentile; None where either is undefined.
+    """Rank a value among the controls', as a percentile; None if either is undefined.
 
     Args:
         value: Of the entropy set.
@@ -173,7 +173,7 @@ def mean_by_transition(
         values: The quantity, one number per prompt.
 
     Returns:
-        Means by source before and source after; None where no prompt made the transition.
+        Means by source before and source after; None if no prompt made the transition.
     """
     pairs = _transitions(before, after)
 

@@ -58,6 +58,6 @@ def spread_over_devices(
 
 
 def _is_above(name: str, model: LoadedModel, body: Any) -> bool:
-    """Whether a module of the body is its final norm or holds it."""
+    """Return whether a module of the body is its final norm or holds it."""
     module = body.get_submodule(name)
     return any(child is model.norm for child in module.modules())

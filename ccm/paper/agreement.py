@@ -232,7 +232,7 @@ def measure_rows(paper: PrintedModel, found: Found) -> list[Row]:
 
 
 def selection_rows(paper: PrintedModel, found: Found) -> list[Row]:
-    """How many of the published neurons the selection rule finds."""
+    """Compare how many of the published neurons the selection rule finds."""
     theirs = {n.neuron for n in paper.neurons}
     k = len(theirs)
     printed = Printed(k, paper.neurons[0].rho.source, 0)

@@ -164,7 +164,7 @@ def printed_proportion(model: str, value: str, quantity: str) -> Printed | None:
         quantity: GTS, CR(CK), CR(ND) or CR(PK).
 
     Returns:
-        The number; None where the paper has none: conversion ratios are printed for mean ablation only.
+        The number; None if the paper has none: conversion ratios are printed for mean ablation only.
 
     >>> printed_proportion("gpt2-small", "mode_ablation", "GTS").defect
     4

@@ -63,7 +63,7 @@ def rho_by_layer(
         model: Display name.
         null_space_dims: Dimensions of the null space.
         d_model: All dimensions. A random direction has rho near sqrt(null_space_dims / d_model).
-        min_rho: The selection's threshold; None where neurons were named instead.
+        min_rho: The selection's threshold; None if neurons were named instead.
     """
     last = int(table["layer"].max()) if len(table) else -1
     wide = SINGLE if last < FEW_LAYERS else DOUBLE

@@ -54,7 +54,7 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
         measures: Columns `neuron_idx`, `logitvar` (variance of cosines, no unit), `rho` (proportion of
             the norm, 0 to 1), `entropy_neuron`.
         model: Display name.
-        min_rho: The selection's threshold, drawn as a line; None where neurons were named instead.
+        min_rho: The selection's threshold, drawn as a line; None if neurons were named instead.
     """
     figure = Figure(figsize=(SINGLE, 3.1))
     grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
