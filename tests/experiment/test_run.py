@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import safetensors.numpy
 
 import ccm.experiment.run
 from ccm.cli.parser import main
+from ccm.decoding import shared
 from ccm.decoding.activations import float16_sigma
+from ccm.decoding.engine import Engine
 from ccm.experiment.config import RunConfig
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import (
@@ -123,6 +126,32 @@ def scores(folder: Path) -> dict[str, Any]:
 
 def cell(folder: Path, name: str, value: str = VALUES[0]) -> pd.DataFrame:
     return pd.read_parquet(folder / (f"{value}/{name}.parquet" if name != "plain" else "plain.parquet"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_facts_are_run_once_and_prompts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for activation statistics, whose activations fit in memory, and once for all cells."""
+    seen = list[str]()
+    run, read_last = Engine.run, shared.read_last_positions
+
+    def counted(self: Engine, prompts: Sequence[Any], *more: Any) -> Any:
+        seen.extend(map(str, prompts))
+        return run(self, prompts, *more)
+
+    def exact(model: LoadedModel, prompts: Sequence[Any], *more: Any, **options: Any) -> Any:
+        near.extend(map(str, prompts))
+        return read_last(model, prompts, *more, **options)
+
+    near = list[str]()
+    monkeypatch.setattr(Engine, "run", counted)
+    monkeypatch.setattr(shared, "read_last_positions", exact)
+    out = tmp_path / "run"
+    assert main([*command(out), "--memory-budget", "200M"]) == 0
+    times = Counter(seen)
+    n_facts = manifest(out)["facts"]["facts"]
+    assert Counter(times.values()) == {1: n_facts, 2: N_PROMPTS}, "a fact or a prompt was run again"
+    assert len(near) < n_facts / 10, "of candidates that nearly tie, in float64"
+    assert manifest(out)["work"]["prompts"] == N_PROMPTS
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------
