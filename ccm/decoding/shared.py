@@ -15,6 +15,7 @@ precision rounding moves x itself too far to be repaired, and near ties are left
 """
 
 import gc
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
@@ -40,6 +41,8 @@ from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
+FEW = 8  # prompts: smaller batches are mostly overhead
+_log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
 MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
@@ -270,6 +273,7 @@ def _in_batches(
             shared[i] = length
     lengths = [len(p) for p in prompts]
     most = _most(engine, run_once / len(prompts))
+    _warn_of_small(engine, max(lengths), len(prompts))
     batches = list(_batches(order, lengths, engine.prompt_bytes, engine.budget, most))
     mine = batches[shard[0] - 1 :: shard[1]]
     pending = [[i for i in batch if i not in done] for batch in mine][::-1]
@@ -295,6 +299,17 @@ def _in_batches(
                 work.halved += 1
             continue
         yield result
+
+
+def _warn_of_small(engine: Engine, longest: int, n_prompts: int) -> None:
+    """Say if the budget makes batches so small that most of the time goes by without computing."""
+    size = engine.prompt_bytes(longest)
+    if engine.budget < min(FEW, n_prompts) * size:
+        _log.warning(
+            f"memory budget of {engine.budget >> 20} MiB: room for {max(1, engine.budget // size)} "
+            f"prompts at a time under {len(engine.full)} sets, which is slow. Give --memory-budget "
+            f"{-(-FEW * size >> 20)}M or more, or fewer --controls."
+        )
 
 
 def _batches(

@@ -748,6 +748,25 @@ def test_a_budget_cuts_parts_and_one_prompt_always_fits() -> None:
         assert replace(other.work, forward_tokens=0) == replace(whole.work, forward_tokens=0)
 
 
+def test_a_budget_of_tiny_batches_is_said_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, prompts = loaded(SMALL), token_prompts(12, SMALL, seed=7)
+    ablations = random_sets(SMALL.d_mlp, [5, 9], 2.0)
+    screen = build_screen(model.last_layer, [PLAIN, *ablations], u=0.0)
+    sizes = decoding._engine(model, screen, None, max_new_tokens=MAX_NEW_TOKENS)
+    size = sizes.prompt_bytes(max(map(len, prompts)))
+    for budget, rooms in ((1, [1]), (3 * size, [3]), (8 * size - 1, [7]), (8 * size, []), (None, [])):
+        caplog.clear()
+        run(model, prompts, ablations, memory_budget=budget)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == len(rooms), said
+        for line, room in zip(said, rooms, strict=True):
+            assert f"room for {room} prompts at a time under 3 sets" in line
+            assert f"Give --memory-budget {-(-8 * size >> 20)}M or more" in line
+    caplog.clear()
+    run(model, prompts[:3], ablations, memory_budget=3 * size)
+    assert not caplog.records, "all prompts are in one batch"
+
+
 def test_a_batch_that_would_outgrow_its_budget_is_cut_before_it_takes_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
