@@ -1,4 +1,4 @@
-"""Which room may import which, and what the command line costs to start."""
+"""Which package may import which, and what the command line costs to start."""
 
 import ast
 import subprocess
@@ -21,7 +21,7 @@ def test_no_import_is_relative(path: Path) -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """The contract of pyproject.toml, with every room of the package in it."""
+    """The contract of pyproject.toml, with every package of ccm in it."""
     # In a process of its own: it switches off the loggers of the one that calls it.
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
