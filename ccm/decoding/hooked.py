@@ -167,16 +167,9 @@ def read_last_positions(
     *,
     memory_budget: int | None = None,
 ) -> Iterator[_Result]:
-    """Run prompts up to their last positions; same signature as `shared.read_last_positions`.
+    """Run prompts up to their last positions, as `ccm.decoding.shared.read_last_positions` does.
 
-    Args:
-        model: The model.
-        prompts: Token ids, BOS included, ragged.
-        read: Is given a batch's prompts, their final residuals and their last-layer activations.
-        memory_budget: Not heeded: a batch takes what it takes.
-
-    Yields:
-        What `read` returns.
+    The budget is not heeded: a batch takes the memory that it takes.
     """
     seen: dict[str, Tensor] = {}
 

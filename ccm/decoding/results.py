@@ -62,7 +62,7 @@ def read_first_token(
         log_probs=log_probs.gather(1, targets).cpu().numpy(),
         top_tokens=top.cpu().numpy(),
         top_log_probs=log_probs.gather(1, top).cpu().numpy(),
-        residual=(no_residuals(len(logits)) if residual is None else residual.float().cpu().numpy()),
+        residual=no_residuals(len(logits)) if residual is None else residual.float().cpu().numpy(),
     )
 
 
@@ -78,9 +78,7 @@ def most_likely(logits: Float[Tensor, "row d_vocab"], n: int = 1) -> Int[Tensor,
 
 
 def completions(
-    model: LoadedModel,
-    tokens: Sequence[Sequence[int]],
-    parts: Sequence[tuple[list[int], FirstToken]],
+    model: LoadedModel, tokens: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], FirstToken]]
 ) -> Completions:
     """Put per-batch results back into prompt order."""
     order = np.argsort(np.concatenate([np.asarray(indices, dtype=np.int64) for indices, _ in parts]))
@@ -91,14 +89,7 @@ def completions(
     return Completions(
         tokens=tuple(tuple(t) for t in tokens),
         texts=tuple(model.decode(t) for t in tokens),
-        first=FirstToken(
-            entropy=joined("entropy"),
-            asked=joined("asked"),
-            log_probs=joined("log_probs"),
-            top_tokens=joined("top_tokens"),
-            top_log_probs=joined("top_log_probs"),
-            residual=joined("residual"),
-        ),
+        first=FirstToken(**{f.name: joined(f.name) for f in fields(FirstToken)}),
     )
 
 
@@ -140,10 +131,9 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Results of some prompts under all sets; set 0 is the plain run."""
+class Decoded:
+    """Results of all prompts under all sets; set 0 is the plain run."""
 
-    prompts: Int[np.ndarray, "prompt"]  # which prompts
     leaves: tuple[tuple[int, ...], ...]  # distinct continuations, without the EOS that ended them
     texts: tuple[str, ...]  # theirs
     leaf: Int[np.ndarray, "prompt set"]  # which one each set chose
@@ -153,6 +143,30 @@ class Batch:
     top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
     top_log_probs: Float[np.ndarray, "prompt topped top"]
     residual: Float[np.ndarray, "prompt kept"]  # of the plain run, as `FirstToken` has it
+
+    def completions(self, index: int) -> Completions:
+        """One set's continuations; without top tokens and residuals where they were not read."""
+        leaves = self.leaf[:, index]
+        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
+        return Completions(
+            tokens=tuple(self.leaves[i] for i in leaves),
+            texts=tuple(self.texts[i] for i in leaves),
+            first=FirstToken(
+                entropy=self.entropy[:, index].astype(np.float64),
+                asked=self.asked,
+                log_probs=self.log_probs[:, index].astype(np.float64),
+                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
+                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
+                residual=no_residuals(len(leaves)) if index else self.residual,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Decoded):
+    """Results of some prompts under all sets."""
+
+    prompts: Int[np.ndarray, "prompt"]  # which prompts
     at_last: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `AtLast` returned
 
 
@@ -201,38 +215,6 @@ def batch_of(
         residual=plain.first.residual,
         at_last=at_last,
     )
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Results of all prompts under all sets; set 0 is the plain run."""
-
-    leaves: tuple[tuple[int, ...], ...]  # continuations, without the EOS that ended them
-    texts: tuple[str, ...]  # theirs
-    leaf: Int[np.ndarray, "prompt set"]
-    entropy: Float[np.ndarray, "prompt set"]
-    asked: Int[np.ndarray, "prompt target"]
-    log_probs: Float[np.ndarray, "prompt set target"]
-    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
-    top_log_probs: Float[np.ndarray, "prompt topped top"]
-    residual: Float[np.ndarray, "prompt kept"]  # of the plain run
-
-    def completions(self, index: int) -> Completions:
-        """One set's continuations; without top tokens and residuals where they were not read."""
-        leaves = self.leaf[:, index]
-        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
-        return Completions(
-            tokens=tuple(self.leaves[i] for i in leaves),
-            texts=tuple(self.texts[i] for i in leaves),
-            first=FirstToken(
-                entropy=self.entropy[:, index].astype(np.float64),
-                asked=self.asked,
-                log_probs=self.log_probs[:, index].astype(np.float64),
-                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
-                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
-                residual=no_residuals(len(leaves)) if index else self.residual,
-            ),
-        )
 
 
 def merge(batches: Sequence[Batch]) -> Decoded:
