@@ -335,14 +335,14 @@ def test_every_prompt_has_its_own_nd_token(data: Released, plain: Completions) -
     """Defect 8: the ND tokens of these prompts are 35 and 48 different ones, not a single one."""
     sources = knowledge_sources(plain.texts, data.prompts)
     tokens = answer_tokens(sources, object_tokens(data.model, data.prompts), plain.first)
-    assert tokens.ND.shape == (len(data.prompts),)
-    ids, times = np.unique(tokens.ND, return_counts=True)
+    assert tokens["ND"].shape == (len(data.prompts),)
+    ids, times = np.unique(tokens["ND"], return_counts=True)
     assert len(ids) == {"gpt2-style": 35, "planted-style": 48}[data.name]
     assert times.max() < 0.3 * len(data.prompts)  # so one id for all is wrong for most
     defined = np.array(sources) != "ND"
-    assert (tokens.ND[defined] != tokens.CK[defined]).all()
-    assert (tokens.ND[defined] != tokens.PK[defined]).all()
-    assert (tokens.ND[~defined] == plain.first.top_tokens[~defined, 0]).all()
+    assert (tokens["ND"][defined] != tokens["CK"][defined]).all()
+    assert (tokens["ND"][defined] != tokens["PK"][defined]).all()
+    assert (tokens["ND"][~defined] == plain.first.top_tokens[~defined, 0]).all()
 
 
 # --- 9: code execution from files -------------------------------------------------------------------

@@ -185,14 +185,8 @@ def prompts(options: argparse.Namespace) -> None:
         _log.warning(f"{never_recalled(vars(split))}.")
     model = load(plan.spec, plan.device, config.dtype, plan.bos)
     check_assumptions(model)  # because log-probabilities are computed from final residuals
-    engine = engine_for(config.engine, model)
-    built = build_prompts(
-        model,
-        plan.facts,
-        plan.template,
-        lower_case=plan.protocol.lower_case_objects,
-        engine=engine,
-    )
+    engine, lower_case = engine_for(config.engine, model), plan.protocol.lower_case_objects
+    built = build_prompts(model, plan.facts, plan.template, lower_case=lower_case, engine=engine)
     write_atomically(out, lambda p: prompt_table(built.prompts).to_csv(p, index=False))
     for name, count in built.counts.items():
         print(f"{name.replace('_', ' '):32s}{count:8d}")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ccm.decoding import hooked
 from ccm.decoding.results import Completions, Observer
 from ccm.errors import CcmError
+from ccm.method.neurons import to_float64
 from ccm.method.statistics import ActivationStatistics
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
@@ -105,17 +106,13 @@ def finish(moments: Moments, histograms: Histograms) -> ActivationStatistics:
     if len(bad):
         raise CcmError(f"neuron {int(bad[0])}: its activations are not finite. Use --dtype float32.")
     return ActivationStatistics(
-        mean=_numpy(moments.mean),
-        std=_numpy((moments.m2 / moments.count).sqrt()),
-        median=_numpy(histograms.median()),
-        mode=_numpy(histograms.mode()),
-        min=_numpy(moments.min),
-        max=_numpy(moments.max),
+        mean=to_float64(moments.mean),
+        std=to_float64((moments.m2 / moments.count).sqrt()),
+        median=to_float64(histograms.median()),
+        mode=to_float64(histograms.mode()),
+        min=to_float64(moments.min),
+        max=to_float64(moments.max),
     )
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return np.asarray(x.cpu().numpy(), dtype=np.float64)
 
 
 def collect(

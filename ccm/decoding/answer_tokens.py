@@ -1,7 +1,6 @@
 """Which tokens stand for a prompt's CK, ND and PK answer, and how likely they are (Method 9)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,14 +10,7 @@ from ccm.method.prompts import ProbingPrompt
 from ccm.method.sources import SOURCES, Source
 from ccm.models.model import LoadedModel
 
-
-@dataclass(frozen=True)
-class AnswerTokens:
-    """The token that stands for each kind of answer, per prompt."""
-
-    CK: Int[np.ndarray, "prompt"]
-    ND: Int[np.ndarray, "prompt"]
-    PK: Int[np.ndarray, "prompt"]
+AnswerTokens = dict[Source, Int[np.ndarray, "prompt"]]  # what stands for each kind of answer
 
 
 def object_tokens(
@@ -32,16 +24,12 @@ def object_tokens(
         released: Use `encode(" " + decode(id))[0]` of the generated first token instead, BOS and all
             (defect 7).
     """
-    if released:
 
-        def token(name: str, generated: int) -> int:
-            text = " " + str(model.tokenizer.decode([generated]))
-            return int(model.tokenizer.encode(text)[0])
-
-    else:
-
-        def token(name: str, generated: int) -> int:
+    def token(name: str, generated: int) -> int:
+        if not released:
             return model.first_token(name)
+        text = " " + str(model.tokenizer.decode([generated]))
+        return int(model.tokenizer.encode(text)[0])
 
     pairs = [
         (
@@ -69,7 +57,7 @@ def answer_tokens(
     # Two tokens are excluded at most, so one of the top three is free.
     free = first.top_tokens[np.arange(len(source)), (~taken).argmax(1)]
     nd = np.where(source == "ND", best, free)
-    return AnswerTokens(CK=ck, ND=nd, PK=pk)
+    return {"CK": ck, "ND": nd, "PK": pk}
 
 
 def answer_log_probs(
@@ -84,7 +72,7 @@ def answer_log_probs(
     values = np.concatenate([first.log_probs, first.top_log_probs], axis=1)
     found: dict[Source, Float[np.ndarray, "prompt"]] = {}
     for source in SOURCES:
-        match = ids == getattr(tokens, source)[:, None]
+        match = ids == tokens[source][:, None]
         if not match.any(1).all():
             raise ValueError(f"the {source} token of prompt {int(match.any(1).argmin())} was not read")
         found[source] = values[np.arange(len(ids)), match.argmax(1)]

@@ -166,16 +166,9 @@ def read_last_positions(
     *,
     memory_budget: int | None = None,
 ) -> Iterator[_Result]:
-    """Run prompts up to their last positions; arguments as for `shared.read_last_positions`.
+    """Run prompts up to their last positions, as `ccm.decoding.shared.read_last_positions` does.
 
-    Args:
-        model: The model.
-        prompts: Token ids, BOS included, ragged.
-        read: Called with a batch's prompts, their final residuals and their last-layer activations.
-        memory_budget: Ignored; batches do not adapt to the memory.
-
-    Yields:
-        What `read` returns.
+    The budget is ignored: batches do not adapt to the memory.
     """
     seen: dict[str, Tensor] = {}
 

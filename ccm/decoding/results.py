@@ -64,7 +64,7 @@ def read_first_token(
         log_probs=log_probs.gather(1, targets).cpu().numpy(),
         top_tokens=top.cpu().numpy(),
         top_log_probs=log_probs.gather(1, top).cpu().numpy(),
-        residual=(no_residuals(len(logits)) if residual is None else residual.float().cpu().numpy()),
+        residual=no_residuals(len(logits)) if residual is None else residual.float().cpu().numpy(),
     )
 
 
@@ -80,9 +80,7 @@ def most_likely(logits: Float[Tensor, "row d_vocab"], n: int = 1) -> Int[Tensor,
 
 
 def completions(
-    model: LoadedModel,
-    tokens: Sequence[Sequence[int]],
-    parts: Sequence[tuple[list[int], FirstToken]],
+    model: LoadedModel, tokens: Sequence[Sequence[int]], parts: Sequence[tuple[list[int], FirstToken]]
 ) -> Completions:
     """Put per-batch results back into prompt order."""
     order = np.argsort(np.concatenate([np.asarray(indices, dtype=np.int64) for indices, _ in parts]))
@@ -93,14 +91,7 @@ def completions(
     return Completions(
         tokens=tuple(tuple(t) for t in tokens),
         texts=tuple(model.decode(t) for t in tokens),
-        first=FirstToken(
-            entropy=joined("entropy"),
-            asked=joined("asked"),
-            log_probs=joined("log_probs"),
-            top_tokens=joined("top_tokens"),
-            top_log_probs=joined("top_log_probs"),
-            residual=joined("residual"),
-        ),
+        first=FirstToken(**{f.name: joined(f.name) for f in fields(FirstToken)}),
     )
 
 
@@ -142,10 +133,9 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Results of some prompts under all sets; set 0 is the plain run."""
+class Decoded:
+    """Results of all prompts under all sets; set 0 is the plain run."""
 
-    prompts: Int[np.ndarray, "prompt"]  # their indices
     leaves: tuple[tuple[int, ...], ...]  # distinct continuations, without the EOS that ended them
     texts: tuple[str, ...]  # of the leaves
     leaf: Int[np.ndarray, "prompt set"]  # index of the leaf that each set chose
@@ -155,6 +145,38 @@ class Batch:
     top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
     top_log_probs: Float[np.ndarray, "prompt topped top"]
     residual: Float[np.ndarray, "prompt kept"]  # of the plain run, as `FirstToken` has it
+
+    @cached_property
+    def _leaves(self) -> np.ndarray:
+        return np.fromiter(self.leaves, dtype=object)
+
+    @cached_property
+    def _texts(self) -> np.ndarray:
+        return np.fromiter(self.texts, dtype=object)
+
+    def completions(self, index: int) -> Completions:
+        """Return one set's continuations, without top tokens and residuals that were not read."""
+        leaves = self.leaf[:, index]
+        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
+        return Completions(
+            tokens=tuple(self._leaves[leaves]),
+            texts=tuple(self._texts[leaves]),
+            first=FirstToken(
+                entropy=self.entropy[:, index].astype(np.float64),
+                asked=self.asked,
+                log_probs=self.log_probs[:, index].astype(np.float64),
+                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
+                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
+                residual=no_residuals(len(leaves)) if index else self.residual,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Decoded):
+    """Results of some prompts under all sets."""
+
+    prompts: Int[np.ndarray, "prompt"]  # their indices
     at_last: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `AtLast` returned
 
 
@@ -203,46 +225,6 @@ def batch_of(
         residual=plain.first.residual,
         at_last=at_last,
     )
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Results of all prompts under all sets; set 0 is the plain run."""
-
-    leaves: tuple[tuple[int, ...], ...]  # continuations, without the EOS that ended them
-    texts: tuple[str, ...]  # of the leaves
-    leaf: Int[np.ndarray, "prompt set"]
-    entropy: Float[np.ndarray, "prompt set"]
-    asked: Int[np.ndarray, "prompt target"]
-    log_probs: Float[np.ndarray, "prompt set target"]
-    top_tokens: Int[np.ndarray, "prompt topped top"]  # of the plain run, or of every set
-    top_log_probs: Float[np.ndarray, "prompt topped top"]
-    residual: Float[np.ndarray, "prompt kept"]  # of the plain run
-
-    @cached_property
-    def _leaves(self) -> np.ndarray:
-        return np.fromiter(self.leaves, dtype=object)
-
-    @cached_property
-    def _texts(self) -> np.ndarray:
-        return np.fromiter(self.texts, dtype=object)
-
-    def completions(self, index: int) -> Completions:
-        """Return one set's continuations, without top tokens and residuals that were not read."""
-        leaves = self.leaf[:, index]
-        topped = slice(index, index + 1) if index < self.top_tokens.shape[1] else slice(0, 0)
-        return Completions(
-            tokens=tuple(self._leaves[leaves]),
-            texts=tuple(self._texts[leaves]),
-            first=FirstToken(
-                entropy=self.entropy[:, index].astype(np.float64),
-                asked=self.asked,
-                log_probs=self.log_probs[:, index].astype(np.float64),
-                top_tokens=self.top_tokens[:, topped].reshape(len(leaves), -1),
-                top_log_probs=self.top_log_probs[:, topped].reshape(len(leaves), -1).astype(np.float64),
-                residual=no_residuals(len(leaves)) if index else self.residual,
-            ),
-        )
 
 
 def merge(batches: Sequence[Batch]) -> Decoded:

@@ -18,7 +18,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,29 +57,11 @@ def answered(prompt: int, text: str) -> bool:
 
 
 def decode(
-    model: LoadedModel,
-    prompts: Sequence[Tokens],
-    ablation: Ablation = PLAIN,
-    *,
-    targets: Int[Tensor, "prompt target"] | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    memory_budget: int | None = None,
-    observe: Observer | None = None,
-    text_only: bool = False,
+    model: LoadedModel, prompts: Sequence[Tokens], ablation: Ablation = PLAIN, **options: Any
 ) -> Completions:
-    """Decode under one neuron set; arguments as for `ccm.decoding.hooked.decode`."""
+    """Decode under one neuron set, as `ccm.decoding.hooked.decode`; options as for `decode_sets`."""
     sets = [ablation] if ablation.neurons else []
-    shards = decode_sets(
-        model,
-        prompts,
-        sets,
-        targets=targets,
-        max_new_tokens=max_new_tokens,
-        memory_budget=memory_budget,
-        observe=observe,
-        text_only=text_only,
-        own_top=True,
-    )
+    shards = decode_sets(model, prompts, sets, own_top=True, **options)
     return merge(list(shards)).completions(len(sets))
 
 

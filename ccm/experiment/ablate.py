@@ -14,7 +14,7 @@ from ccm.decoding.engines import AUTO, engine_for, name_of
 from ccm.decoding.results import Completions, Work, merge
 from ccm.errors import BadInput
 from ccm.experiment.cells import CellReader, decode_stored
-from ccm.method.ablation import PLAIN, check_neurons, plan
+from ccm.method.ablation import PLAIN, check_neurons, plan_sets
 from ccm.method.ablation_values import AblationValue
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import PROTOCOLS, Protocol
@@ -81,10 +81,7 @@ def ablate(
     if statistics is None:
         statistics, _ = collect(model, tokens, chosen_engine.decode)
     check_statistics(statistics, d_mlp)
-    rounded = not protocol.unrounded_values
-    ablations = [
-        plan(name, neurons, value, statistics, rounded=rounded) for name, neurons in chosen.items()
-    ]
+    (ablations,) = plan_sets([value], chosen, statistics, protocol).values()
     objects = np.zeros((len(texts), 0), dtype=np.int64)
     if known:
         objects = object_tokens(model, known, released=protocol.released_tokens)
@@ -117,13 +114,7 @@ def _tables(
 ) -> list[pd.DataFrame]:
     """Make one table per run, without sources if the prompts are bare texts."""
     if prompts:
-        reader = CellReader(
-            prompts,
-            objects,
-            runs[0],
-            released=protocol.released_tokens,
-            counter_first=protocol.counter_first,
-        )
+        reader = CellReader(prompts, objects, runs[0], protocol)
         return [reader.table(run) for run in runs]
     return [
         pd.DataFrame(

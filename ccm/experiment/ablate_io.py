@@ -4,6 +4,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ccm.experiment.ablate import Ablated
 from ccm.experiment.config import RunConfig
 from ccm.experiment.fact_files import check_distinct, read_text_table
 from ccm.experiment.files import read_json
+from ccm.experiment.probing import table_prompts
 from ccm.method.ablation import PLAIN, check_neurons
 from ccm.method.ablation_values import AblationValue
 from ccm.method.prompts import ProbingPrompt, SplitObjects, split_objects
@@ -22,15 +24,8 @@ from ccm.method.sources import nested_objects
 from ccm.method.statistics import STATISTICS, ActivationStatistics
 from ccm.models.model import LoadedModel
 
-PROMPT_COLUMNS = (
-    "knowledge_probing_prompt",
-    "counter_knowledge_object",
-    "parametric_knowledge_object",
-)
-TOKEN_COLUMNS = (
-    "counter_knowledge_object_first_token_id",
-    "parametric_knowledge_first_token_id",
-)
+PROMPT_COLUMNS = ("knowledge_probing_prompt", "counter_knowledge_object", "parametric_knowledge_object")
+TOKEN_COLUMNS = ("counter_knowledge_object_first_token_id", "parametric_knowledge_first_token_id")
 OTHER_COLUMNS = ("statement_subject", "rel_lemma", "relation_group_id", "statement_query")
 
 
@@ -58,30 +53,17 @@ def read_prompts(path: Path, *, d_vocab: int | None = None) -> list[ProbingPromp
                         f"{path}: {column} is {text!r} in row {row}, not a token id. Allowed: 0 to "
                         f"{d_vocab - 1}."
                     )
-    return [
-        ProbingPrompt(
-            subject=row["statement_subject"],
-            relation=row["rel_lemma"],
-            group=row["relation_group_id"],
-            query=row["statement_query"],
-            counter_object=row["counter_knowledge_object"],
-            parametric_object=row["parametric_knowledge_object"],
-            counter_first_token=int(row[TOKEN_COLUMNS[0]]) if token_ids else -1,
-            parametric_first_token=int(row[TOKEN_COLUMNS[1]]) if token_ids else -1,
-            text=row["knowledge_probing_prompt"],
-        )
-        for row in table.to_dict("records")
-    ]
+    ids = {column: table[column].astype(int) if token_ids else -1 for column in TOKEN_COLUMNS}
+    unknown = {"log_prob_counter_object": -inf, "log_prob_parametric_object": -inf}
+    return table_prompts(table.assign(**ids, **unknown))
 
 
 def split_columns(prompts: Sequence[ProbingPrompt]) -> dict[str, SplitObjects]:
     """Find the objects that no answer can name, by their column in the CSV of prompts."""
-    objects = (
-        [prompt.counter_object for prompt in prompts],
-        [prompt.parametric_object for prompt in prompts],
-    )
+    _, counter, parametric = PROMPT_COLUMNS
     return {
-        column: split_objects(names) for column, names in zip(PROMPT_COLUMNS[1:], objects, strict=True)
+        counter: split_objects([prompt.counter_object for prompt in prompts]),
+        parametric: split_objects([prompt.parametric_object for prompt in prompts]),
     }
 
 
@@ -119,10 +101,7 @@ def read_statistics_npz(path: Path) -> ActivationStatistics:
                 "number per neuron."
             )
     statistics = ActivationStatistics(**{n: v.astype(np.float64) for n, v in arrays.items()})
-    wrong = {
-        "a negative std": statistics.std < 0,
-        "min above max": statistics.min > statistics.max,
-    }
+    wrong = {"a negative std": statistics.std < 0, "min above max": statistics.min > statistics.max}
     for what, where in wrong.items():
         if where.any():
             raise BadInput(

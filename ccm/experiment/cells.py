@@ -32,9 +32,7 @@ class CellReader:
         prompts: Sequence[ProbingPrompt],
         objects: Int[np.ndarray, "prompt 2"],
         plain: Completions,
-        *,
-        released: bool = False,
-        counter_first: bool = False,
+        protocol: Protocol,
     ) -> None:
         """Choose the tokens whose log-probabilities are read.
 
@@ -42,19 +40,17 @@ class CellReader:
             prompts: The probing prompts.
             objects: First tokens of their counter- and parametric objects.
             plain: Completions of the plain run.
-            released: Take the answer tokens from each set's own sources and most likely tokens.
-                Otherwise they are the plain run's, so that before and after are compared at the same
-                token.
-            counter_first: As for `ccm.method.sources.knowledge_source`.
+            protocol: Decides how sources are told; and whether answer tokens are taken from each set's
+                own sources and most likely tokens, as released. Otherwise they are the plain run's, so
+                that before and after are compared at the same token.
         """
-        self.prompts, self.objects, self.released = prompts, objects, released
-        self.counter_first = counter_first
-        sources = self.sources(plain)
-        self.plain_tokens = answer_tokens(sources, objects, plain.first)
+        self.prompts, self.objects, self.protocol = prompts, objects, protocol
+        self.plain_tokens = answer_tokens(self.sources(plain), objects, plain.first)
 
     def sources(self, done: Completions) -> list[Source]:
         """Classify every continuation."""
-        return knowledge_sources(done.texts, self.prompts, counter_first=self.counter_first)
+        first = self.protocol.counter_first
+        return knowledge_sources(done.texts, self.prompts, counter_first=first)
 
     def table(self, done: Completions) -> pd.DataFrame:
         """Make one cell, a row per prompt in prompt order.
@@ -68,7 +64,7 @@ class CellReader:
         """
         sources = self.sources(done)
         at = self.plain_tokens
-        if self.released:
+        if self.protocol.released_tokens:
             at = answer_tokens(sources, self.objects, done.first)
         log_probs = answer_log_probs(at, done.first)
         return pd.DataFrame(
@@ -164,13 +160,6 @@ def write_cells(
     """
     reader: CellReader | None = None
     for path, done in zip(paths, runs, strict=True):
-        if reader is None:
-            reader = CellReader(
-                prompts,
-                objects,
-                done,
-                released=protocol.released_tokens,
-                counter_first=protocol.counter_first,
-            )
+        reader = reader or CellReader(prompts, objects, done, protocol)
         if not path.is_file():
             write_table(path, reader.table(done))

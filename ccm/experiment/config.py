@@ -112,10 +112,7 @@ class RunConfig:
         None, "directions of the unembedding's null space (default: the model's)", read=whole, least=1
     )
     neurons: tuple[int, ...] | str | None = option(
-        None,
-        "fix the entropy set: 1,2,3, or published",
-        read=neurons_or_published,
-        shown=joined,
+        None, "fix the entropy set: 1,2,3, or published", read=neurons_or_published, shown=joined
     )
     max_prompts: int | None = option(
         None, "limit the probing prompts to this many, evenly chosen", read=whole, least=1

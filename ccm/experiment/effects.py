@@ -26,6 +26,7 @@ from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.low_rank import dense_changes
 from ccm.decoding.next_token import AtOnce, at_once, slices
 from ccm.method.ablation import PLAIN, Ablation
+from ccm.method.neurons import to_float64
 from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
@@ -134,7 +135,7 @@ class EffectsReader:
         at = np.flatnonzero(np.isin(prompts, self.sampled))
         return {
             "prompts": prompts,
-            "plain": _numpy(plain_entropies(screen, nodes, self.sizes)),
+            "plain": to_float64(plain_entropies(screen, nodes, self.sizes)),
             "own": self._of(screen, nodes, self.own),
             "sampled": prompts[at],
             "others": self._of(screen, nodes.some(at), self.others),
@@ -145,7 +146,7 @@ class EffectsReader:
     ) -> Float[np.ndarray, "node set effect"]:
         none = torch.empty((0, len(nodes.scale), len(EFFECTS)), device=nodes.scale.device)
         found = torch.cat([none, *(ablated_entropies(screen, nodes, self.sizes, s) for s in parts)])
-        return np.ascontiguousarray(_numpy(found.transpose(0, 1)))
+        return np.ascontiguousarray(to_float64(found.transpose(0, 1)))
 
 
 def join_effects(parts: Sequence[Mapping[str, np.ndarray]]) -> Effects:
@@ -198,7 +199,3 @@ def measure_effects(
     return join_effects(
         list(engine.read_last_positions(model, prompts, read, memory_budget=memory_budget))
     )
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return np.asarray(x.cpu().numpy(), dtype=np.float64)

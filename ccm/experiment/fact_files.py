@@ -15,6 +15,7 @@ import pandas as pd
 
 from ccm.errors import BadInput, NotAvailable
 from ccm.method.facts import Fact, FactSet, Relation, fact_set
+from ccm.models.checkpoint_folder import hash_of
 
 FACT_COLUMNS = ("statement_subject", "statement_relation", "statement_object", "rel_lemma")
 RELATION_COLUMNS = ("relation", "relation_group_id", "object_generation_description")
@@ -169,7 +170,7 @@ def _cache() -> Path:
 
 def _in_cache(file: ReleasedFile) -> bool:
     path = _cache() / file.name
-    return path.is_file() and _sha256(path) == file.sha256
+    return path.is_file() and hash_of([path]) == file.sha256
 
 
 def pararel_folder() -> Path | None:
@@ -196,12 +197,6 @@ def _found(folder: Path, file: ReleasedFile) -> list[Path]:
     return [path for name in (file.name, file.published_as) if (path := folder / name).is_file()]
 
 
-def _sha256(path: Path) -> str:
-    import pooch
-
-    return str(pooch.file_hash(str(path), alg="sha256"))
-
-
 def load_pararel() -> FactSet:
     """Return the 4,688 ParaRel facts (Method 3), from `CCM_DATA_DIR` or by download.
 
@@ -218,7 +213,7 @@ def load_pararel() -> FactSet:
 
 def _checked(folder: Path, file: ReleasedFile) -> Path:
     """Find a released file in a folder, under whichever name has the right checksum."""
-    sums = {path: _sha256(path) for path in _found(folder, file)}
+    sums = {path: hash_of([path]) for path in _found(folder, file)}
     for path, found in sums.items():
         if found == file.sha256:
             return path

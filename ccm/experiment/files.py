@@ -101,18 +101,11 @@ def read_statistics(path: Path) -> tuple[ActivationStatistics, int]:
     Raises:
         BadInput: the file is damaged.
     """
-    tensors = _read_tensors(path)
+    tensors, _ = read_stamped(path)
     if tensors.keys() != {*STATISTICS, "n_positions"}:
         raise damaged(path, "not activation statistics")
     positions = int(tensors.pop("n_positions")[0])
     return ActivationStatistics(**tensors), positions
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return dict(safetensors.numpy.load_file(path))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise damaged(path, error) from error
 
 
 def read_stamped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -10,12 +10,7 @@ from ccm.decoding.results import Work
 from ccm.errors import BadInput
 from ccm.experiment.batches import BatchStore
 from ccm.experiment.clock import Clock
-from ccm.experiment.folder import (
-    FILES,
-    RunFolder,
-    check_folder,
-    read_manifest,
-)
+from ccm.experiment.folder import FILES, RunFolder, check_folder, read_manifest
 from ccm.experiment.locking import locked, refuse_if_locked
 from ccm.experiment.run import finish, read_scores
 from ccm.experiment.writing import write_atomically

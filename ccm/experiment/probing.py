@@ -249,10 +249,7 @@ AskOf = Callable[[RunFolder, Plan], Ask]
 
 
 def prompts_step(
-    folder: RunFolder,
-    plan_: Plan,
-    model: LoadedModel,
-    ask_of: AskOf,
+    folder: RunFolder, plan_: Plan, model: LoadedModel, ask_of: AskOf
 ) -> list[ProbingPrompt]:
     """Build the probing prompts, or read them back if they are there.
 

@@ -43,8 +43,7 @@ from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import AskOf, ask_and_store, prompts_step, table_prompts
 from ccm.experiment.released_stats import read_released_statistics
 from ccm.experiment.scoring import write_scores
-from ccm.method.ablation import CONTROL, PLAIN, Ablation, kind_of, numbered, plan
-from ccm.method.ablation_values import AblationValue
+from ccm.method.ablation import CONTROL, PLAIN, Ablation, kind_of, numbered, plan_sets
 from ccm.method.neurons import controls, measure, select
 from ccm.method.prompts import ProbingPrompt
 from ccm.method.protocol import Protocol
@@ -318,22 +317,6 @@ def sets_step(
     sets |= draw_matched(folder, plan_.matched_controls, entropy_neurons, config.seed)
     folder.note(sets=sets)
     return sets
-
-
-def plan_sets(
-    values: Sequence[AblationValue],
-    sets: Mapping[str, Sequence[int]],
-    statistics: ActivationStatistics,
-    protocol: Protocol,
-) -> dict[str, list[Ablation]]:
-    """Plan every set under every ablation value."""
-    rounded = not protocol.unrounded_values
-    return {
-        value.name: [
-            plan(name, neurons, value, statistics, rounded=rounded) for name, neurons in sets.items()
-        ]
-        for value in values
-    }
 
 
 def ablations_step(

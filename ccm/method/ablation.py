@@ -1,7 +1,7 @@
 """Neuron sets, and the constants that replace their activations (Method 7)."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from ccm.errors import BadInput
 from ccm.method.ablation_values import AblationValue
+from ccm.method.protocol import Protocol
 from ccm.method.statistics import ActivationStatistics
 
 
@@ -90,6 +91,22 @@ def plan(
     held = np.asarray([values[i] for i in chosen], dtype=np.float64)
     held = round_to_bits(held) if rounded else held
     return Ablation(name=name, neurons=chosen, values=tuple(held.tolist()))
+
+
+def plan_sets(
+    values: Sequence[AblationValue],
+    sets: Mapping[str, Sequence[int]],
+    statistics: ActivationStatistics,
+    protocol: Protocol,
+) -> dict[str, list[Ablation]]:
+    """Plan every set under every ablation value."""
+    rounded = not protocol.unrounded_values
+    return {
+        value.name: [
+            plan(name, neurons, value, statistics, rounded=rounded) for name, neurons in sets.items()
+        ]
+        for value in values
+    }
 
 
 def round_to_bits(values: Float[np.ndarray, "value"], bits: int = BITS) -> Float[np.ndarray, "value"]:

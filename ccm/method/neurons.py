@@ -152,11 +152,11 @@ def measure(
     values, vectors = spectrum(W_U)
     V0 = vectors[:, -null_space_dims:]  # (d_model, dims)
     return NeuronMeasures(
-        logit_var=_numpy(logit_var(W_U, W_out)),
-        norm=_numpy(W_out.double().norm(dim=1)),
-        rho=_numpy(_rho(W_out, V0)),
-        singular_values=_numpy(values),
-        null_space=_numpy(V0),
+        logit_var=to_float64(logit_var(W_U, W_out)),
+        norm=to_float64(W_out.double().norm(dim=1)),
+        rho=to_float64(_rho(W_out, V0)),
+        singular_values=to_float64(values),
+        null_space=to_float64(V0),
     )
 
 
@@ -173,7 +173,7 @@ def rho(
         null_space: V0, the null space that `measure` found, in orthonormal columns.
     """
     V0 = torch.from_numpy(null_space).to(W_out.device)
-    return _numpy(_rho(processed_W_out(W_out, norm), V0))
+    return to_float64(_rho(processed_W_out(W_out, norm), V0))
 
 
 def _rho(
@@ -184,7 +184,8 @@ def _rho(
     return found
 
 
-def _numpy(x: Tensor) -> np.ndarray:
+def to_float64(x: Tensor) -> np.ndarray:
+    """Turn a tensor of any device into a NumPy array."""
     return np.asarray(x.cpu().numpy(), dtype=np.float64)
 
 
@@ -242,14 +243,12 @@ def controls(
             "--controls."
         )
     random = np.random.RandomState(seed)
-    seen: set[frozenset[int]] = {entropy} if overlap else set()
-    sets: list[tuple[int, ...]] = []
+    sets: dict[frozenset[int], tuple[int, ...]] = {}
     while len(sets) < n:
         drawn = tuple(int(i) for i in random.choice(pool, size=k, replace=False))
-        if frozenset(drawn) not in seen:
-            seen.add(frozenset(drawn))
-            sets.append(drawn)
-    return sets
+        if not (overlap and frozenset(drawn) == entropy):
+            sets.setdefault(frozenset(drawn), drawn)
+    return list(sets.values())
 
 
 def match_plane(
@@ -337,13 +336,10 @@ def matched_controls(
         m += 1
     near = pool[np.argsort((offsets**2).sum(-1), axis=1, kind="stable")[:, :m]]  # (entropy, m)
     random = np.random.RandomState(seed)
-    seen: set[frozenset[int]] = set()
-    sets: list[tuple[int, ...]] = []
+    sets: dict[frozenset[int], tuple[int, ...]] = {}
     while len(sets) < n:
         drawn: list[int] = []
         for candidates in near:
             drawn.append(int(random.choice(np.setdiff1d(candidates, drawn))))
-        if frozenset(drawn) not in seen:
-            seen.add(frozenset(drawn))
-            sets.append(tuple(drawn))
-    return sets
+        sets.setdefault(frozenset(drawn), tuple(drawn))
+    return list(sets.values())

@@ -95,20 +95,13 @@ def _instruction(subject: str, relation: Relation) -> str:
     )
 
 
-def _bare(fact: Fact, relation: Relation) -> str:
-    return fact.query
-
-
 def _instructed(fact: Fact, relation: Relation) -> str:
     return f"{_instruction(fact.subject, relation)}\n\n{fact.query}"
 
 
 def _llama2(fact: Fact, relation: Relation) -> str:
-    example = (
-        f"{relation.example_query} [/INST]{relation.example_object}.\n"
-        if relation.example_query
-        else "[/INST]"
-    )
+    shown = f"{relation.example_query} [/INST]{relation.example_object}.\n"
+    example = shown if relation.example_query else "[/INST]"
     instruction = _instruction(fact.subject, relation)
     return f"<s>[INST] <<SYS>>\n{instruction}\n<</SYS>>\n\n{example}{fact.query}"
 
@@ -128,7 +121,7 @@ def _own(fact: Fact, relation: Relation, chat: Chat) -> str:
 
 OWN = "own"
 TEMPLATES: Mapping[str, Callable[..., str]] = {
-    "bare": _bare,
+    "bare": lambda fact, relation: fact.query,
     "instruction": _instructed,
     OWN: _own,
     "llama2": _llama2,

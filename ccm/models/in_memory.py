@@ -13,7 +13,7 @@ import torch
 from ccm.errors import AssumptionBroken, BadInput
 from ccm.models.load import assemble, check_precision
 from ccm.models.model import LoadedModel
-from ccm.models.specs import ModelSpec, spec_of_config
+from ccm.models.specs import spec_of_config
 from ccm.models.tokenizer import Bos
 from ccm.models.trial import plain_log_probs, trial_prompts
 
@@ -21,13 +21,12 @@ WRAPPED = "._original_component"  # how a bridge names the module that it wraps
 MOST = 1e-2  # nats; rounding gives far less, and folded or edited weights far more
 
 
-def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own") -> LoadedModel:
+def adopt(model: Any, tokenizer: Any = None, *, bos: Bos = "own") -> LoadedModel:
     """Make a `LoadedModel` of a model in memory, which is not changed.
 
     Args:
         model: A causal language model of transformers, or a TransformerBridge around one.
         tokenizer: Its fast tokenizer; by default the one of the bridge.
-        name: What to call it; by default its `name_or_path`.
         bos: As for `ccm.models.load.load`.
 
     Raises:
@@ -52,12 +51,8 @@ def adopt(model: Any, tokenizer: Any = None, *, name: str = "", bos: Bos = "own"
     check_precision(device, dtype)
     if bridge is not None:
         _check_bridge(bridge, plain, tokenizer, device)
-    spec = _spec(plain, name)
+    spec = spec_of_config(str(plain.config.name_or_path) or type(plain).__name__, plain.config)
     return assemble(spec, plain, tokenizer, device, dtype, source=spec.name, bos=bos)
-
-
-def _spec(plain: Any, name: str) -> ModelSpec:
-    return spec_of_config(name or str(plain.config.name_or_path) or type(plain).__name__, plain.config)
 
 
 def _shared_copy(model: Any) -> Any:

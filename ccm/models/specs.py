@@ -300,12 +300,7 @@ def dimensions(config: Any) -> dict[str, Any]:
         d_mlp = int(n_inner or getattr(config, "intermediate_size", None) or 4 * d_model)
     else:
         d_mlp = _built_d_mlp(config, n_layers, d_model) or 4 * d_model
-    return {
-        "n_layers": n_layers,
-        "d_model": d_model,
-        "d_mlp": d_mlp,
-        "d_vocab": int(text.vocab_size),
-    }
+    return {"n_layers": n_layers, "d_model": d_model, "d_mlp": d_mlp, "d_vocab": int(text.vocab_size)}
 
 
 def _built_d_mlp(config: Any, n_layers: int, d_model: int) -> int | None:

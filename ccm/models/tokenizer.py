@@ -85,7 +85,7 @@ def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
     if whole.is_file():
         read_object(whole)
     try:
-        found = _read_whole(folder) if whole.is_file() else _read_by_class(folder)
+        found = _read(folder, whole=whole.is_file())
     except Exception as error:  # the libraries may raise anything
         reason = " ".join(str(error).split())[:120]
         hint = advice(whole) if whole.is_file() else "Save it with tokenizer.save_pretrained."
@@ -108,41 +108,23 @@ def read_tokenizer(folder: Path, d_vocab: int, option: str = "") -> Any:
     return found
 
 
-def _read_whole(folder: Path) -> Any:
-    """Read tokenizer.json and the special tokens of tokenizer_config.json, whose class is ignored."""
-    from transformers import PreTrainedTokenizerFast
+def _read(folder: Path, *, whole: bool) -> Any:
+    """Read tokenizer.json and the special tokens of tokenizer_config.json, whose class is ignored.
 
-    if not (folder / "tokenizer_config.json").is_file():
+    Without tokenizer.json there are vocabulary files, which only that class can read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging as hf_logging
+
+    if whole and not (folder / "tokenizer_config.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    with _quiet():
-        return PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-
-
-def _read_by_class(folder: Path) -> Any:
-    """Make a tokenizer from vocabulary files, which only its class in transformers can read."""
-    from transformers import AutoTokenizer
-
-    with _quiet():
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-
-
-class _quiet:  # noqa: N801
-    """Silences what transformers logs about tokenizers, which a user can do nothing about."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self.before = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self.before)
+    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a user can do nothing about what transformers logs of tokenizers
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def _check_same(found: Any, whole: Path) -> None:

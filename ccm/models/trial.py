@@ -19,7 +19,7 @@ are compared with transformers' own forward pass, by measurement and not by a li
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,12 +113,11 @@ def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) ->
 
         return hook
 
-    hooks = [
+    rows: dict[str, list[Tensor]] = {LOG_PROBS: [], FINAL: [], ACTIVATIONS: []}
+    with (
         model.norm.register_forward_pre_hook(keep(FINAL), with_kwargs=True),
         model.mlp_out.register_forward_pre_hook(keep(ACTIVATIONS), with_kwargs=True),
-    ]
-    rows: dict[str, list[Tensor]] = {LOG_PROBS: [], FINAL: [], ACTIVATIONS: []}
-    try:
+    ):
         for prompt in prompts:
             seen[LOG_PROBS] = _log_probs(twin, prompt, model.device)
             if seen.keys() != rows.keys():
@@ -128,9 +127,6 @@ def _plain_readings(model: LoadedModel, twin: Any, prompts: Sequence[Tokens]) ->
                 )
             for name, values in seen.items():
                 rows[name].append(values)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: torch.cat(values) for name, values in rows.items()}
 
 
@@ -145,12 +141,11 @@ def _moved(plain: Any, by: float) -> Iterator[None]:
         signs = torch.randint(0, 2, output.shape, generator=draw) * 2.0 - 1.0
         return output * (1 + by * signs).to(output)
 
-    hooks = [m.register_forward_hook(move) for m in plain.modules() if not list(m.children())]
-    try:
+    with ExitStack() as hooks:
+        for module in plain.modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(move))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- the hooks --------------------------------------------------------------------------------------

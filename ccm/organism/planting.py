@@ -15,14 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-__all__ = [
-    "Settings",
-    "new_model",
-    "null_directions",
-    "one_thread",
-    "train_copier",
-    "train_planted",
-]
+__all__ = ["Settings", "new_model", "null_directions", "one_thread", "train_copier", "train_planted"]
 
 
 @dataclass(frozen=True)
@@ -126,15 +119,19 @@ def train_copier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.copier_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
     )
+
+    @torch.no_grad()
+    def hold() -> None:
+        mlp.c_fc.weight[:, planted] = 0.0
+        mlp.c_fc.bias[planted] = 0.0
+        mlp.c_proj.weight[planted] = 0.0
+        head = model.lm_head.weight
+        head -= head @ null.T @ null
+
     losses = []
     progress = tqdm(_batches(data, settings), desc="copier")
     for batch in progress:
-        with torch.no_grad():
-            mlp.c_fc.weight[:, planted] = 0.0
-            mlp.c_fc.bias[planted] = 0.0
-            mlp.c_proj.weight[planted] = 0.0
-            head = model.lm_head.weight
-            head -= head @ null.T @ null
+        hold()
         logits = model(batch).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         optimiser.zero_grad()
@@ -144,11 +141,7 @@ def train_copier(
         schedule.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    with torch.no_grad():
-        mlp.c_fc.weight[:, planted] = 0.0
-        mlp.c_fc.bias[planted] = 0.0
-        mlp.c_proj.weight[planted] = 0.0
-        model.lm_head.weight -= model.lm_head.weight @ null.T @ null
+    hold()
     return losses
 
 
@@ -156,10 +149,7 @@ class _Planted(nn.Module):
     """The planted neurons as free parameters beside the frozen model."""
 
     def __init__(
-        self,
-        null: Float[Tensor, "null_dims d_model"],
-        settings: Settings,
-        generator: torch.Generator,
+        self, null: Float[Tensor, "null_dims d_model"], settings: Settings, generator: torch.Generator
     ) -> None:
         super().__init__()
         count = len(settings.planted)

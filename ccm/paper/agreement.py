@@ -109,11 +109,9 @@ def source_rows(paper: PrintedModel, found: Found) -> list[Row]:
     return rows
 
 
-def transition_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> list[Row]:
+def transition_rows(paper: PrintedModel, found: Found) -> list[Row]:
     """TS as printed (Table 5), and the counts reconstructed behind them; printed for the mean only."""
-    if value != MEAN:
-        return []
-    counts, absent = found.transition_counts.get(value), f"{value} is not in the run"
+    counts, absent = found.transition_counts.get(MEAN), f"{MEAN} is not in the run"
     rows = []
     for k in SOURCES:
         size = paper.sources[k].value
@@ -121,25 +119,23 @@ def transition_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
             ours = None if counts is None else (counts[k][j], sum(counts[k].values()))
             why = absent if counts is None else f"no prompt was {k} before ablation"
             ts = paper.transition_scores["entropy"][k][j]
-            rows.append(proportion_row(paper, value, f"TS({k}, {j})", ts, size, ours, absent=why))
+            rows.append(proportion_row(paper, MEAN, f"TS({k}, {j})", ts, size, ours, absent=why))
             if j == k:
                 continue
             count = paper.transition_counts[k][j]
             name, text = f"count of {k} to {j}", _count_text(count, size)
-            row = partial(proportion_row, paper, value, name, _percent(count, size), size, ours)
+            row = partial(proportion_row, paper, MEAN, name, _percent(count, size), size, ours)
             rows.append(row(paper_text=text, absent=why))
     return rows
 
 
-def conversion_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> list[Row]:
+def conversion_rows(paper: PrintedModel, found: Found) -> list[Row]:
     """CR(CK), CR(PK), CR(ND) as it must be, and CR(ND) as printed; printed for the mean only.
 
     Ours are taken from the transition counts: a run under the released protocol repeats defect 1 in its
     own CR(ND), but is compared by what its prompts did.
     """
-    if value != MEAN:
-        return []
-    counts = found.transition_counts.get(value)
+    counts = found.transition_counts.get(MEAN)
 
     def ours(k: Source) -> tuple[int, int] | None:
         if counts is None:
@@ -148,10 +144,8 @@ def conversion_rows(paper: PrintedModel, found: Found, value: str = MEAN) -> lis
         return sum(row[k] for row in others), sum(sum(row.values()) for row in others)
 
     def row(k: Source, name: str, printed: Printed, **more: Any) -> Row:
-        why = (
-            f"{value} is not in the run" if counts is None else f"every prompt was {k} before ablation"
-        )
-        return proportion_row(paper, value, name, printed, paper.others(k), ours(k), absent=why, **more)
+        why = f"{MEAN} is not in the run" if counts is None else f"every prompt was {k} before ablation"
+        return proportion_row(paper, MEAN, name, printed, paper.others(k), ours(k), absent=why, **more)
 
     ratios, true = paper.conversion_ratios["entropy"], paper.converted("ND")
     of, text = paper.others("ND"), _count_text(true, paper.others("ND"))

@@ -25,7 +25,7 @@ class Claim:
     as_printed: bool | None  # None: the paper does not print the numbers needed
 
 
-def _copying(paper: PrintedModel, result: Mapping[str, Any]) -> Claim:
+def _copying(result: Mapping[str, Any]) -> Claim:
     own = result["entropy"]["conversion_ratios"]["CK"]["percent"]
     sets = [s["conversion_ratios"]["CK"] for s in result["controls"]["sets"]]
     controls = [c for c in sets if c is not None]
@@ -80,7 +80,7 @@ def claims(paper: PrintedModel, scores: Mapping[str, Any]) -> list[Claim]:
     if result is None:
         return []
     return [
-        _copying(paper, result),
+        _copying(result),
         _change(paper, result),
         _shift(paper, result, "ND"),
         _shift(paper, result, "PK"),

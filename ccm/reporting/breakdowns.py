@@ -56,9 +56,8 @@ def group_effects(run: RunResults, value: str) -> list[RelationEffect]:
 def relation_effects(run: RunResults, value: str) -> list[RelationEffect]:
     """Score every relation separately, group by group; arguments as for `group_effects`."""
     of, groups = run.relation_groups, list(dict.fromkeys(run.relation_groups.values()))
-    names = sorted(
-        of, key=lambda name: groups.index(of[name])
-    )  # sorting is stable: within a group the order of the table
+    # Sorting is stable: within a group the order of the table.
+    names = sorted(of, key=lambda name: groups.index(of[name]))
     return _effects(run, value, "rel_lemma", names, [of[name] for name in names])
 
 

@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -46,6 +47,7 @@ WORK = {
     "halved": "batches that ran out of memory and were halved",
     "peak_bytes": "peak of the GPU's allocator, bytes; 0 on a CPU",
 }
+STRICT: Mapping[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
 Pairs = list[tuple[str, str]]
 
 
@@ -140,12 +142,7 @@ def _write(
     }
     pages = {HTML: render_html(content), MARKDOWN: render_markdown(content)}
     for name, text in pages.items():
-        encoded = text.encode("utf-8")
-
-        def write(to: Path, encoded: bytes = encoded) -> None:
-            to.write_bytes(encoded)
-
-        write_atomically(out / name, write)
+        write_atomically(out / name, partial(Path.write_bytes, data=text.encode()))
     return [*(out / name for name in pages), *written]
 
 
@@ -156,11 +153,7 @@ def html_environment(*loaders: BaseLoader) -> Environment:
         loaders: Where to look for templates before the package's own.
     """
     environment = Environment(
-        loader=ChoiceLoader([*loaders, PackageLoader("ccm.reporting")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=ChoiceLoader([*loaders, PackageLoader("ccm.reporting")]), autoescape=True, **STRICT
     )
     environment.filters["sides"] = _sides
     return environment
@@ -177,9 +170,7 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         loader=PackageLoader("ccm.reporting"),
         autoescape=False,  # that is for HTML; `finalize` escapes what is filled in
         finalize=lambda value: value if isinstance(value, _Markdown) else escape_markdown(str(value)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        **STRICT,
     )
     environment.filters["table"] = lambda table: _Markdown(markdown(table))
     environment.filters["rows"] = lambda header, lines: _Markdown(markdown_table(header, lines))

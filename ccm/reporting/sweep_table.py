@@ -1,7 +1,6 @@
 """What a sweep found: a row for each choice and ablation value."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import pandas as pd
 
 from ccm.experiment.folder import locked_for
 from ccm.experiment.results import RunResults
-from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
-from ccm.reporting.table_formats import DASH, Table, latex, markdown
+from ccm.reporting.table_formats import DASH, Table, save_table
 from ccm.reporting.text import digits, mean_and_most, proportion
 
 STEM = "sweep"
@@ -69,11 +67,5 @@ def write_sweep(table: Table, out: Path) -> list[Path]:
     Raises:
         InUse: another process is writing there.
     """
-    texts = {
-        "tex": latex(table),
-        "csv": table.data.to_csv(index=False, lineterminator="\n"),
-        "md": markdown(table),
-    }
-    writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
     with locked_for(out):
-        return write_formats(out / STEM, writers)
+        return save_table(table, out / STEM)

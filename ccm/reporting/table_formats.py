@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ccm.experiment.writing import write_formats
 from ccm.method.scores import Ratio
 from ccm.paper.markdown import escape_markdown, markdown_table
 from ccm.reporting.markup import T1_ONLY, escape_latex
@@ -93,6 +96,18 @@ def markdown(table: Table) -> str:
     """Return the caption and a table in GitHub's Markdown."""
     texts = markdown_table([str(c) for c in table.texts.columns], table.texts.itertuples(index=False))
     return f"{escape_markdown(table.caption)}\n\n{texts}\n"
+
+
+def save_table(table: Table, stem: Path) -> list[Path]:
+    """Write a table as .tex, .csv and .md, at a path without its suffix; returns the three paths."""
+    texts = {
+        "tex": latex(table),
+        "csv": table.data.to_csv(index=False, lineterminator="\n"),
+        "md": markdown(table),
+    }
+    # As bytes: no system translates the ends of lines.
+    writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
+    return write_formats(stem, writers)
 
 
 def percent_of(r: Mapping[str, Any]) -> str:

@@ -1,16 +1,14 @@
 """Tables of finished runs (Method 10)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ccm.experiment.results import RunResults
-from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.differences import clusters, interval
 from ccm.method.scores import ratio
@@ -22,11 +20,10 @@ from ccm.reporting.table_formats import (
     DASH,
     Table,
     between,
-    latex,
-    markdown,
     mean_of,
     nats,
     percent_of,
+    save_table,
     with_count,
 )
 
@@ -47,17 +44,8 @@ def write_tables(runs: Sequence[RunResults], out: Path) -> list[Path]:
     Raises:
         BadInput: two of them are the same run.
     """
-    written = []
-    for table in tables_of(distinct_names(runs)):
-        texts = {
-            "tex": latex(table),
-            "csv": table.data.to_csv(index=False, lineterminator="\n"),
-            "md": markdown(table),
-        }
-        # As bytes, so that no system translates the line ends.
-        writers = {kind: partial(Path.write_bytes, data=text.encode()) for kind, text in texts.items()}
-        written += write_formats(out / FOLDER / table.stem, writers)
-    return written
+    tables = tables_of(distinct_names(runs))
+    return [path for table in tables for path in save_table(table, out / FOLDER / table.stem)]
 
 
 def tables_of(runs: Sequence[RunResults]) -> list[Table]:
@@ -74,24 +62,32 @@ def tables_of(runs: Sequence[RunResults]) -> list[Table]:
     ]
 
 
-def _each_value(runs: Sequence[RunResults]) -> list[tuple[RunResults, str, Mapping[str, Any]]]:
-    return [(run, value, run.scores["ablations"][value]) for run in runs for value in run.values]
+def _each_value(
+    runs: Sequence[RunResults],
+) -> Iterator[tuple[RunResults, str, dict[str, object], dict[str, object]]]:
+    """Yield every run with each of its ablation values, and how its rows begin, as text and as data."""
+    for run in runs:
+        for value in run.values:
+            told = {"model": run.display_name, "ablation": ABLATION_VALUES[value].symbol}
+            yield run, value, {**told}, {"model": run.name, "ablation_value": value}
 
 
 def transition_proportions(runs: Sequence[RunResults]) -> Table:
     """Transition scores in percent, entropy set and controls (the paper's Table 5)."""
     texts, data = [], []
-    for run, value, scores in _each_value(runs):
+    for run, value, told, known in _each_value(runs):
+        scores = run.scores["ablations"][value]
         for source in SOURCES:
             own = scores["entropy"]["transition_scores"][source]
             controls = scores["controls"]["transition_scores"][source]
-            row = {"model": run.display_name, "ablation": ABLATION_VALUES[value].symbol, "from": source}
-            row |= {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
-            row |= {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
-            texts.append(row)
+            texts.append(
+                {**told, "from": source}
+                | {f"entropy to {k}": percent_of(own[k]) for k in SOURCES}
+                | {f"controls to {k}": mean_of(controls[k]) for k in SOURCES}
+            )
             for k in SOURCES:
                 data.append(
-                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
+                    {**known, "from": source, "to": k}
                     | {name: own[k][name] for name in ("count", "total", "percent", "low", "high")}
                     | {f"controls_{name}": v for name, v in controls[k].items()}
                 )
@@ -107,36 +103,21 @@ def transition_proportions(runs: Sequence[RunResults]) -> Table:
 def transition_numbers(runs: Sequence[RunResults]) -> Table:
     """Transition counts, entropy set and the controls' mean and range (the paper's Table 5)."""
     texts, data = [], []
-    for run, value, scores in _each_value(runs):
-        own = scores["entropy"]["transition_counts"]
-        sets = scores["controls"]["sets"]
+    for run, value, told, known in _each_value(runs):
+        scores = run.scores["ablations"][value]
+        own, sets = scores["entropy"]["transition_counts"], scores["controls"]["sets"]
         for source in SOURCES:
-            row: dict[str, object] = {
-                "model": run.display_name,
-                "ablation": ABLATION_VALUES[value].symbol,
-                "from": source,
-                "prompts": sum(own[source].values()),
-            }
+            row = {**told, "from": source, "prompts": sum(own[source].values())}
             row |= {f"entropy to {k}": own[source][k] for k in SOURCES}
             for k in SOURCES:
-                counts = np.asarray([entry["transition_counts"][source][k] for entry in sets])
-                few = {"mean": None, "least": None, "most": None}
-                found = (
-                    {
-                        "mean": float(counts.mean()),
-                        "least": int(counts.min()),
-                        "most": int(counts.max()),
-                    }
-                    if len(counts)
-                    else few
-                )
-                row[f"controls to {k}"] = (
-                    f"{found['mean']:.1f} ({found['least']} to {found['most']})" if len(counts) else "–"
-                )
+                counts = [entry["transition_counts"][source][k] for entry in sets]
+                mean, least, most = None, None, None
+                if counts:
+                    mean, least, most = float(np.mean(counts)), min(counts), max(counts)
+                row[f"controls to {k}"] = DASH if mean is None else f"{mean:.1f} ({least} to {most})"
                 data.append(
-                    {"model": run.name, "ablation_value": value, "from": source, "to": k}
-                    | {"count": own[source][k]}
-                    | {f"controls_{name}": v for name, v in found.items()}
+                    {**known, "from": source, "to": k, "count": own[source][k]}
+                    | {"controls_mean": mean, "controls_least": least, "controls_most": most}
                 )
             texts.append(row)
     return Table(
@@ -150,24 +131,23 @@ def transition_numbers(runs: Sequence[RunResults]) -> Table:
 def gts_by_value(runs: Sequence[RunResults]) -> Table:
     """Global transition scores by ablation value with their Q-values (the paper's Table 6)."""
     texts, data = [], []
-    for run, value, scores in _each_value(runs):
+    for run, value, told, known in _each_value(runs):
+        scores = run.scores["ablations"][value]
         own, controls = scores["entropy"], scores["controls"]["gts"]
         q, p, most = own["q_value"], own["permutation_p"], controls["high"]
         texts.append(
             {
-                "model": run.display_name,
-                "ablation": ABLATION_VALUES[value].symbol,
+                **told,
                 "GTS": percent_of(own["gts"]),
                 "changed": f"{own['gts']['count']}/{own['gts']['total']}",
                 "controls": mean_of(controls),
-                "largest control": "–" if most is None else f"{most:.1f}",
-                "Q": "–" if q is None else f"{q:.1f}",
-                "p": "–" if p is None else f"{p:.4f}",
+                "largest control": DASH if most is None else f"{most:.1f}",
+                "Q": DASH if q is None else f"{q:.1f}",
+                "p": DASH if p is None else f"{p:.4f}",
             }
         )
         data.append(
-            {"model": run.name, "ablation_value": value}
-            | dict(own["gts"])
+            {**known, **own["gts"]}
             | {f"controls_{name}": v for name, v in controls.items()}
             | {"q_value": q, "permutation_p": p, "n_controls": scores["controls"]["n"]}
         )
@@ -217,7 +197,7 @@ def intervals_over_facts(runs: Sequence[RunResults]) -> Table:
 def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
     """Change of entropy for each transition, entropy set and controls (Method 8)."""
     texts, data = [], []
-    for run, value, _ in _each_value(runs):
+    for run, value, told, known in _each_value(runs):
         for change in entropy_changes(run, value):
             controls = change.controls
             quartiles = (
@@ -227,8 +207,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
             )
             texts.append(
                 {
-                    "model": run.display_name,
-                    "ablation": ABLATION_VALUES[value].symbol,
+                    **told,
                     "transition": f"{change.before} → {change.after}",
                     "prompts": len(change.values),
                     "mean change": nats(change.mean),
@@ -239,7 +218,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
                 }
             )
             data.append(
-                {"model": run.name, "ablation_value": value, "from": change.before, "to": change.after}
+                {**known, "from": change.before, "to": change.after}
                 | {"prompts": len(change.values), "mean": change.mean}
                 | dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True))
                 | {f"controls_{name}": v for name, v in asdict(controls).items()}
@@ -258,23 +237,20 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
 def relation_shares(runs: Sequence[RunResults]) -> Table:
     """GTS and CR(CK) relation by relation, entropy set and controls (Method 3, 8)."""
     texts, data = [], []
-    for run, value, _ in _each_value(runs):
+    for run, value, told, known in _each_value(runs):
         for effect in relation_effects(run, value):
+            of = {"group": effect.group, "relation": effect.name, "prompts": effect.prompts}
             texts.append(
                 {
-                    "model": run.display_name,
-                    "ablation": ABLATION_VALUES[value].symbol,
-                    "group": effect.group,
-                    "relation": effect.name,
-                    "prompts": effect.prompts,
+                    **told,
+                    **of,
                     "GTS": with_count(effect.gts),
                     "GTS, controls": mean_of(asdict(effect.gts_controls)),
                     "CR(CK)": with_count(effect.cr_ck),
                     "CR(CK), controls": mean_of(asdict(effect.cr_ck_controls)),
                 }
             )
-            row: dict[str, object] = {"model": run.name, "ablation_value": value}
-            row |= {"group": effect.group, "relation": effect.name, "prompts": effect.prompts}
+            row = known | of
             for name, own, controls in (
                 ("gts", effect.gts, effect.gts_controls),
                 ("cr_ck", effect.cr_ck, effect.cr_ck_controls),
@@ -304,8 +280,8 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
                 "model": run.display_name,
                 "d_model": d_model,
                 "d_mlp": d_mlp,
-                "d_vocab": "–" if spec is None else spec.d_vocab,  # a run does not store these two
-                "layers": "–" if spec is None else spec.n_layers,
+                "d_vocab": DASH if spec is None else spec.d_vocab,  # a run does not store these two
+                "layers": DASH if spec is None else spec.n_layers,
                 "null-space dimensions": int(run.identity["null_space_dims"]),
                 "entropy neurons": len(run.entropy_neurons),
             }
@@ -317,25 +293,17 @@ def model_dimensions(runs: Sequence[RunResults]) -> Table:
 
 def changed_prompts(runs: Sequence[RunResults]) -> Table:
     """Examples of prompts whose source changed: the first of every transition, and how many did."""
-    rows: list[dict[str, object]] = []
+    rows: list[tuple[object, ...]] = []
     columns = ["model", "ablation", "transition", "prompts", "prompt", "answer before", "answer after"]
-    for run, value, _ in _each_value(runs):
-        before = run.plain["source"].to_numpy(object)
-        after = run.ablated[value]["source"].to_numpy(object)
-        for k in SOURCES:
-            for k2 in SOURCES:
-                moved = np.flatnonzero((before == k) & (after == k2)) if k != k2 else np.zeros(0, int)
-                for i in moved[:EXAMPLES]:
-                    cells = (
-                        run.display_name,
-                        ABLATION_VALUES[value].symbol,
-                        f"{k} → {k2}",
-                        len(moved),
-                        run.prompts["knowledge_probing_prompt"].iloc[i],
-                        run.plain["text"].iloc[i].strip(),
-                        run.ablated[value]["text"].iloc[i].strip(),
-                    )
-                    rows.append(dict(zip(columns, cells, strict=True)))
+    for run, value, told, _ in _each_value(runs):
+        plain, ablated = run.plain, run.ablated[value]
+        before, after = (cell["source"].to_numpy(object) for cell in (plain, ablated))
+        for k, k2 in permutations(SOURCES, 2):
+            moved = np.flatnonzero((before == k) & (after == k2))
+            for i in moved[:EXAMPLES]:
+                prompt = run.prompts["knowledge_probing_prompt"].iloc[i]
+                answers = (cell["text"].iloc[i].strip() for cell in (plain, ablated))
+                rows.append((*told.values(), f"{k} → {k2}", len(moved), prompt, *answers))
     caption = f"Prompts whose knowledge source changed, up to {EXAMPLES} per transition."
     if not rows:
         caption += " Here none changed."

@@ -109,7 +109,8 @@ def compare_runs(first: RunResults, second: RunResults) -> TwoRuns:
     names = [PLAIN, *(value for value in first.values if value in second.values)]
     alike, sources, entropies = list[Alike](), list[dict[str, Any]](), list[EntropyChange]()
     for name in names:
-        cells = [_cell(run, name).iloc[at] for run, at in zip(runs, rows, strict=True)]
+        both = [run.plain if name == PLAIN else run.ablated[name] for run in runs]
+        cells = [cell.iloc[at] for cell, at in zip(both, rows, strict=True)]
         tables = [_quantities(cell) for cell in cells]
         if paired:
             difference = tables[1] - tables[0]
@@ -122,20 +123,20 @@ def compare_runs(first: RunResults, second: RunResults) -> TwoRuns:
         for i, source in enumerate(SOURCES):
             has = [table[:, i] > 0 for table in tables]
             counts = [int(x.sum()) for x in has]
-            only = [int((a & ~b).sum()) for a, b in (has, has[::-1])] if paired else [None, None]
+            only = [int((a & ~b).sum()) for a, b in (has, has[::-1])] if paired else []
             sources.append(
                 {
                     "ablation": name,
                     "source": source,
                     "first": ratio(counts[0], len(has[0])),
                     "second": ratio(counts[1], len(has[1])),
-                    "only_first": only[0],
-                    "only_second": only[1],
+                    "only_first": only[0] if paired else None,
+                    "only_second": only[1] if paired else None,
                     "difference": 100 * float(differences[i]),
                     "low": 100 * float(low[i]),
                     "high": 100 * float(high[i]),
-                    "p": mcnemar(only[0], only[1])
-                    if only[0] is not None and only[1] is not None
+                    "p": mcnemar(*only)
+                    if paired
                     else fisher(counts[0], len(has[0]), counts[1], len(has[1])),
                 }
             )
@@ -167,10 +168,6 @@ def paired_rows(first: pd.DataFrame, second: pd.DataFrame) -> tuple[np.ndarray, 
     pairs = [(i, at[key]) for i, key in enumerate(map(tuple, first[PROMPT].to_numpy())) if key in at]
     rows = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     return rows[:, 0], rows[:, 1]
-
-
-def _cell(run: RunResults, name: str) -> pd.DataFrame:
-    return run.plain if name == PLAIN else run.ablated[name]
 
 
 def _quantities(cell: pd.DataFrame) -> np.ndarray:

@@ -219,7 +219,7 @@ def test_answer_tokens_and_ratios_are_the_definition(
         pk = order[0] if kind == "PK" else int(objects[i, 1])
         nd = order[0] if kind == "ND" else next(t for t in order if t not in (ck, pk))
         what = f"prompt {i}, {kind}, logits {logits[i]}, objects {objects[i]}"
-        assert (tokens.CK[i], tokens.PK[i], tokens.ND[i]) == (ck, pk, nd), what
+        assert (tokens["CK"][i], tokens["PK"][i], tokens["ND"][i]) == (ck, pk, nd), what
         log_probs = logits[i] - np.log(np.exp(logits[i]).sum())
         for source, token in (("CK", ck), ("PK", pk), ("ND", nd)):
             LOG_PROBABILITY.assert_close(found[source][i], log_probs[token], what=what)
@@ -249,7 +249,7 @@ def test_first_readings_are_the_softmax(seed: int, d_vocab: int) -> None:
 
 def test_a_token_that_was_not_read_is_an_error() -> None:
     first = reading(np.array([[3.0, 2.0, 1.0, 0.0, -1.0]] * 2), np.array([[3], [0]]))
-    tokens = AnswerTokens(CK=np.array([3, 3]), ND=np.array([0, 0]), PK=np.array([1, 1]))
+    tokens: AnswerTokens = {"CK": np.array([3, 3]), "ND": np.array([0, 0]), "PK": np.array([1, 1])}
     with pytest.raises(ValueError, match=r"^the CK token of prompt 1 was not read"):
         answer_log_probs(tokens, first)
 

@@ -325,11 +325,6 @@ def test_no_prompt_to_take_a_proportion_of() -> None:
     assert (q.verdict, q.reason) == ("not run", "no controls were run")
 
 
-def test_scores_that_are_printed_for_the_mean_only() -> None:
-    assert transition_rows(printed(GPT2), found(GPT2), "mode_ablation") == []
-    assert conversion_rows(printed(GPT2), found(GPT2), "mode_ablation") == []
-
-
 def test_proportions_before_ablation_compare_runs_of_different_sizes() -> None:
     paper = printed("Mistral-7B-v0.1")
     half = {s: round(paper.sources[s].value / 2) for s in SOURCES}

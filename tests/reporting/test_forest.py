@@ -167,8 +167,8 @@ def test_edge_cases_are_drawn_and_said(
     run = read_results(tmp_path)
     value = VALUES[0]
     across = forest.across_runs([(run.model, "Ünïcode_模$", ablations_of(run))])
-    groups = forest.by_group(group_effects(run, value), "Ünïcode_模$", value)
-    entropy = changes.by_transition(entropy_changes(run, value), "Ünïcode_模$", value)
+    groups = forest.relation_groups(lambda: group_effects(run, value), "Ünïcode_模$", value)
+    entropy = changes.entropy_by_transition(lambda: entropy_changes(run, value), "Ünïcode_模$", value)
     for drawing in (across, groups, entropy):
         render(drawing)
         assert not overlapping(drawing.figure)
@@ -191,7 +191,7 @@ def test_the_papers_value_stands_where_ours_has_no_denominator(tmp_path: Path) -
 
 def test_groups_are_drawn_with_their_numbers(run: RunResults) -> None:
     effects = group_effects(run, VALUES[0])
-    drawing = forest.by_group(effects, "Made", VALUES[0])
+    drawing = forest.relation_groups(lambda: effects, "Made", VALUES[0])
     said = texts(drawing.figure)
     for row, effect in zip(drawing.data["rows"], effects, strict=True):
         assert (row["group"], row["prompts"]) == (effect.name, effect.prompts)
@@ -205,7 +205,7 @@ def test_groups_are_drawn_with_their_numbers(run: RunResults) -> None:
 
 
 def test_no_group_at_all_is_said() -> None:
-    drawing = forest.by_group([], "Made", VALUES[0])
+    drawing = forest.relation_groups(lambda: [], "Made", VALUES[0])
     render(drawing)
     assert "There is no prompt" in texts(drawing.figure)
 
@@ -230,7 +230,7 @@ def test_the_printed_nd_ratio_is_a_cross(run: RunResults) -> None:
 
 def test_transitions_are_drawn_with_their_numbers(run: RunResults) -> None:
     found = entropy_changes(run, VALUES[0])
-    drawing = changes.by_transition(found, "Made", VALUES[0])
+    drawing = changes.entropy_by_transition(lambda: found, "Made", VALUES[0])
     said = texts(drawing.figure)
     boxes = 0
     for drawn, change in zip(drawing.data["transitions"], found, strict=True):
@@ -253,7 +253,7 @@ def test_transitions_are_drawn_with_their_numbers(run: RunResults) -> None:
 def test_transitions_that_nobody_makes_say_so(tmp_path: Path) -> None:
     make_run(tmp_path, moved=0.0, controls=0)
     run = read_results(tmp_path)
-    drawing = changes.by_transition(entropy_changes(run, VALUES[0]), "Made", VALUES[0])
+    drawing = changes.entropy_by_transition(lambda: entropy_changes(run, VALUES[0]), "Made", VALUES[0])
     said = texts(drawing.figure)
     assert said.count("no prompt") == 6
     assert "No control sets were run" in said
@@ -263,7 +263,7 @@ def test_entropies_that_are_not_finite_or_all_alike() -> None:
     none = ControlSummary(None, None, None, None, None)
     values = [np.full(30, np.nan), np.zeros(30), np.full(3, np.inf), np.zeros(0)]
     found = [EntropyChange("CK", "ND", v, none, 0) for v in values]
-    drawing = changes.by_transition(found, "Made", VALUES[0])
+    drawing = changes.entropy_by_transition(lambda: found, "Made", VALUES[0])
     render(drawing)
     assert texts(drawing.figure).count("no finite value") == 2
     assert [t["finite"] for t in drawing.data["transitions"]] == [0, 30, 0, 0]
@@ -273,6 +273,6 @@ def test_many_prompts_are_pixels_in_a_small_pdf(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=200_000)
     none = ControlSummary(None, None, None, None, None)
     found = [EntropyChange(k, k2, values, none, 0) for k in SOURCES for k2 in SOURCES]
-    drawing = changes.by_transition(found, "Made", VALUES[0])
+    drawing = changes.entropy_by_transition(lambda: found, "Made", VALUES[0])
     drawing.figure.savefig(tmp_path / "many.pdf")
     assert (tmp_path / "many.pdf").stat().st_size < 500_000

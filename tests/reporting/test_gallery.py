@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ccm.experiment.files import read_json
 from ccm.experiment.results import RunResults, read_results
 from ccm.reporting.figures import gallery, registry
-from ccm.reporting.figures.canvas import Drawing, styled
+from ccm.reporting.figures.canvas import Drawing
 from ccm.reporting.figures.gallery import FOLDER, figures_across, figures_of_run, write_figures
 from ccm.reporting.figures.registry import FIGURES, Per, register_figure
 from ccm.reporting.report import FIGURES as FIGURES_FOLDER
@@ -22,7 +22,6 @@ from tests.made_runs import make_run
 VALUES = ("mean_ablation", "mode_ablation")
 
 
-@styled
 def number(n: int) -> Drawing:
     """A figure of one number."""
     figure = Figure(figsize=(2, 1))
@@ -136,7 +135,7 @@ def test_another_process_can_draw_every_figure(run: RunResults) -> None:
 
 def test_every_figure_has_the_one_style() -> None:
     for registered in FIGURES:
-        assert hasattr(registered.draw, "__wrapped__"), f"{registered.title}: @styled is missing"
+        assert hasattr(registered.draw, "__wrapped__"), registered.title
 
 
 def test_numbers_in_words() -> None:

@@ -32,7 +32,8 @@ from ccm.experiment.plan import Plan, identity, make_plan
 from ccm.experiment.probing import Ask, ask_and_store, parametric_prompts
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
-from ccm.experiment.run import decode_with, finish, hold_folder, plan_sets
+from ccm.experiment.run import decode_with, finish, hold_folder
+from ccm.method.ablation import plan_sets
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,

@@ -17,7 +17,6 @@ from ccm.reporting.figures.canvas import (
     drawable,
     explain_empty,
     footnote,
-    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
@@ -35,10 +34,7 @@ MOST_ROWS = 30  # neurons of one panel that stay legible
     ),
     reads=lambda runs: ([(run.display_name, run.statistics, run.entropy_neurons) for run in runs],),
 )
-@styled
-def activation_ranges(
-    runs: Sequence[tuple[str, ActivationStatistics, Sequence[int]]],
-) -> Drawing:
+def activation_ranges(runs: Sequence[tuple[str, ActivationStatistics, Sequence[int]]]) -> Drawing:
     """Activations of the entropy neurons with the ablation values (the paper's Figure 9).
 
     Only moments and extremes are stored, so a bar stands for a distribution: thin from min to max,

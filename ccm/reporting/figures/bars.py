@@ -11,15 +11,16 @@ from ccm.method.scores import ControlSummary, Ratio, summarise
 from ccm.method.sources import Source
 from ccm.paper.values import Printed
 from ccm.reporting.figures.canvas import (
+    ABOVE,
     COLOURS,
     GREY,
     HATCHES,
     SINGLE,
     Drawing,
     artefacts_in_words,
+    draw_dots,
     draw_printed,
     footnote,
-    jitter,
 )
 from ccm.reporting.text import IN_BRACKETS, proportion
 
@@ -68,7 +69,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     for x, bar in enumerate(bars):
         if bar.own.percent is None or bar.own.low is None or bar.own.high is None:
             words = textwrap.fill(bar.empty, 14)
-            axes.text(x, 0.04 * ceiling, words, ha="center", va="bottom", fontsize=6.5)
+            axes.text(x, 0.04 * ceiling, words, **ABOVE)
             continue
         at, width = (x - 0.2, 0.36) if bar.controls else (x, 0.5)
         axes.bar(
@@ -83,7 +84,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
             label=f"entropy set, {bar.label}",
         )
         words = f"{bar.own.percent:.1f} %\n{bar.own.count}/{bar.own.total}"
-        axes.text(at, bar.own.high + 0.015 * ceiling, words, ha="center", va="bottom", fontsize=6.5)
+        axes.text(at, bar.own.high + 0.015 * ceiling, words, **ABOVE)
         if bar.printed is not None:
             draw_printed(axes, at - 0.5 * width - 0.03, bar.printed.value, bar.printed)
         if not bar.controls or bar.summary.mean is None:
@@ -98,18 +99,10 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
             error_kw={"elinewidth": 0.9, "capsize": 2.5, "ecolor": "#222222"},
             label=f"controls, {bar.label}",
         )
-        spread = jitter(len(bar.controls))
-        axes.scatter(x + 0.2 + 0.26 * spread, bar.controls, s=2.5, c="#555555", alpha=0.6, linewidths=0)
-        axes.text(
-            x + 0.2,
-            max(*bar.controls, bar.summary.mean + (bar.summary.three_standard_errors or 0.0), 0.0)
-            + 0.015 * ceiling,
-            f"{bar.summary.mean:.1f} %",
-            ha="center",
-            va="bottom",
-            fontsize=6.5,
-            color="#444444",
-        )
+        draw_dots(axes, x + 0.2, 0.26, bar.controls, 2.5, c="#555555", alpha=0.6)
+        top = max(*bar.controls, bar.summary.mean + (bar.summary.three_standard_errors or 0.0), 0.0)
+        words = f"{bar.summary.mean:.1f} %"
+        axes.text(x + 0.2, top + 0.015 * ceiling, words, color="#444444", **ABOVE)
     axes.set_xticks(range(len(bars)), [b.label for b in bars])
     axes.set_xlim(-0.6, len(bars) - 0.4)
     axes.set_ylim(0, ceiling)

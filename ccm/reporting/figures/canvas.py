@@ -26,7 +26,7 @@ from ccm.experiment.files import to_json
 from ccm.experiment.writing import write_formats
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.sources import Source
-from ccm.paper.values import Printed
+from ccm.paper.values import Number, Printed
 
 STYLE = Path(__file__).parent.parent / "style.mplstyle"
 # Okabe and Ito's colours: with any common colour blindness they still look different.
@@ -40,6 +40,8 @@ PRINTED_MARKS: dict[bool, dict[str, Any]] = {
     False: {"color": "#222222", "marker": "o", "fillstyle": "none", "markersize": 7.5},
     True: {"color": "#222222", "marker": "x", "markersize": 5},
 }
+ENTROPY_DOTS: dict[str, Any] = {"c": RED, "edgecolors": "white", "linewidths": 0.4, "zorder": 3}
+ABOVE: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 6.5}  # small words above a point
 SINGLE, DOUBLE = 3.4, 6.9  # widths of one and of two columns, inches
 TITLE_CHARACTERS = 12  # that fit into an inch
 FINE_BINS = 4096
@@ -158,6 +160,31 @@ def jitter(n: int) -> Float[np.ndarray, "n"]:
     return (np.arange(n) * 0.618) % 1 - 0.5
 
 
+def draw_dots(
+    axes: Axes, x: Number, width: float, values: Sequence[float] | np.ndarray, size: Number, **look: Any
+) -> None:
+    """Draw values as dots in a column around x."""
+    axes.scatter(x + width * jitter(len(values)), values, s=size, linewidths=0, **look)
+
+
+def draw_box(
+    axes: Axes, box: dict[str, Any], at: Number, width: float, colour: str, alpha: float, **look: Any
+) -> None:
+    """Draw what matplotlib's `boxplot_stats` gives of some values, in one colour."""
+    axes.bxp(
+        [box],
+        positions=[at],
+        widths=width,
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops={"facecolor": colour, "alpha": alpha, "edgecolor": colour},
+        medianprops={"color": "#222222"},
+        whiskerprops={"color": colour},
+        capprops={"color": colour},
+        **look,
+    )
+
+
 @cache
 def _font() -> FT2Font:
     return font_manager.get_font(font_manager.findfont("DejaVu Sans"))
@@ -185,15 +212,8 @@ def ablation_title(model: str, value: str) -> str:
 
 def explain_empty(axes: Axes, text: str) -> None:
     """Write in the middle of an empty panel why it is empty, and take its scales away."""
-    axes.text(
-        0.5,
-        0.5,
-        textwrap.fill(text, 34),
-        transform=axes.transAxes,
-        ha="center",
-        va="center",
-        color="#444444",
-    )
+    look: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+    axes.text(0.5, 0.5, textwrap.fill(text, 34), color="#444444", **look)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -229,15 +249,14 @@ def density(
     100. Bandwidth: Silverman's rule, 0.9 min(sd, IQR / 1.34) n^(-1/5).
 
     Returns:
-        The density, per unit of the values; None if the values have no spread.
+        The density, per unit of the values; None if the values have no spread, or so little that
+        it would be a spike between two points of the grid, drawn as nothing.
     """
     values = values[np.isfinite(values)]
     h = bandwidth(values)
-    if h is None:
+    if h is None or h < 0.5 * (grid[1] - grid[0]):
         return None
-    low, high = float(grid[0]), float(grid[-1])
-    h = max(h, (high - low) / FINE_BINS)
-    counts, edges = np.histogram(values, FINE_BINS, (low, high))
+    counts, edges = np.histogram(values, FINE_BINS, (float(grid[0]), float(grid[-1])))
     used = np.flatnonzero(counts)
     centres = ((edges[:-1] + edges[1:]) / 2)[used]
     kernels = np.exp(-0.5 * ((grid[:, None] - centres) / h) ** 2)  # (point, bin)
@@ -266,10 +285,9 @@ def grid_for(*groups: Float[np.ndarray, "_"]) -> Float[np.ndarray, "point"]:
     margin = max(
         [3 * h for g in groups if (h := bandwidth(g[np.isfinite(g)])) is not None], default=0.0
     )
-    if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
-        margin = 0.5 * max(
-            1.0, abs(low), abs(high)
-        )  # all values alike: an axis whose numbers can be read
+    size = max(1.0, abs(low), abs(high))
+    if high - low <= 1e-6 * size:  # all values alike: an axis whose numbers can be read
+        margin = 0.5 * size
     margin = max(margin, 0.02 * (high - low))
     return np.linspace(low - margin, high + margin, GRID_POINTS)
 
@@ -281,23 +299,14 @@ def draw_density(
     colour: str,
     label: str,
     line: str = "-",
-    sideways: bool = False,
 ) -> Float[np.ndarray, "point"] | None:
     """Draw one density, filled; values closer together than the grid's points become lines."""
-    values = values[np.isfinite(values)]
-    h = bandwidth(values)
-    # A spike between two points of the grid would be drawn as nothing.
-    narrow = h is None or h < 0.5 * (grid[1] - grid[0])
-    found = None if narrow else density(values, grid)
+    found = density(values, grid)
     if found is None:
-        place = axes.axhline if sideways else axes.axvline
-        places = np.unique(values)
+        places = np.unique(values[np.isfinite(values)])
         for at in places if len(places) <= FEW else places[[0, len(places) // 2, -1]]:
-            place(float(at), color=colour, linestyle=line, linewidth=1.6, label=label)
+            axes.axvline(float(at), color=colour, linestyle=line, linewidth=1.6, label=label)
             label = "_"  # one entry in the legend
-    elif sideways:
-        axes.plot(found, grid, color=colour, linestyle=line, label=label)
-        axes.fill_betweenx(grid, found, color=colour, alpha=0.18, linewidth=0)
     else:
         axes.plot(grid, found, color=colour, linestyle=line, label=label)
         axes.fill_between(grid, found, color=colour, alpha=0.18, linewidth=0)

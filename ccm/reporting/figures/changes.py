@@ -1,20 +1,20 @@
 """Change of entropy for each transition, prompt by prompt (Method 8)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ccm.experiment.results import RunResults
 from ccm.reporting.breakdowns import EntropyChange, entropy_changes
 from ccm.reporting.figures.canvas import (
+    ABOVE,
     COLOURS,
     DOUBLE,
     FEW,
@@ -22,9 +22,9 @@ from ccm.reporting.figures.canvas import (
     RED,
     Drawing,
     ablation_title,
+    draw_box,
+    draw_dots,
     footnote,
-    jitter,
-    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import digits
@@ -42,35 +42,22 @@ MANY_POINTS = 500  # more are drawn as pixels inside the PDF
         "pair of sources before and after; the controls' means beside. Above 0 the ablation made the "
         "model surer."
     ),
-    reads=lambda run, value: (run, value),
+    reads=lambda run, value: (partial(entropy_changes, run, value), run.display_name, value),
 )
-@styled
-def entropy_by_transition(run: RunResults, value: str) -> Drawing:
-    """Entropy before - after for each of the nine transitions of a run.
-
-    Args:
-        run: A finished run, whose changes are computed only when they are drawn.
-        value: Name of the ablation value.
-    """
-    return by_transition(entropy_changes(run, value), run.display_name, value)
-
-
-@styled
-def by_transition(changes: Sequence[EntropyChange], model: str, value: str) -> Drawing:
+def entropy_by_transition(
+    change_of_each: Callable[[], Sequence[EntropyChange]], model: str, value: str
+) -> Drawing:
     """Entropy before - after for each of the nine transitions, beside the controls' means.
 
     Args:
-        changes: One for each transition.
+        change_of_each: Computes the change of each transition, once the figure is drawn.
         model: Display name.
         value: Name of the ablation value.
     """
+    changes = change_of_each()
     figure = Figure(figsize=(DOUBLE, 3.4))
     axes = figure.subplots()
-    axes.set_title(
-        f"{ablation_title(model, value)}: entropy by transition",
-        loc="left",
-        fontsize=9,
-    )
+    axes.set_title(f"{ablation_title(model, value)}: entropy by transition", loc="left", fontsize=9)
     axes.axhline(0.0, color="#222222", linewidth=0.8)
     found = [_draw_transition(axes, x, change) for x, change in enumerate(changes)]
     axes.set_xticks(
@@ -114,32 +101,16 @@ def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any
     box = boxplot_stats(values, whis=WHISKERS)[0] if len(values) >= FEW else None
     colour = COLOURS[change.before]
     if box is not None:
-        axes.bxp(
-            [box],
-            positions=[x - 0.08],
-            widths=0.42,
-            manage_ticks=False,
-            patch_artist=True,
-            showfliers=False,
-            boxprops={"facecolor": colour, "alpha": 0.45, "edgecolor": colour},
-            medianprops={"color": "#222222"},
-            whiskerprops={"color": colour},
-            capprops={"color": colour},
-        )
-    _draw_points(axes, x - 0.08, values if box is None else box["fliers"], colour)
+        draw_box(axes, box, x - 0.08, 0.42, colour, 0.45, showfliers=False)
+    apart = values if box is None else box["fliers"]
+    many = len(apart) > MANY_POINTS
+    draw_dots(axes, x - 0.08, 0.3, apart, 5, c=colour, alpha=0.7, rasterized=many)
     if len(values):
         axes.plot(x + 0.2, values.mean(), "o", color=RED, markersize=4)
     else:
-        axes.text(
-            x - 0.08,
-            0.02,
-            "no finite\nvalue" if len(change.values) else "no\nprompt",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=6.5,
-            color="#444444",
-        )
+        words = "no finite\nvalue" if len(change.values) else "no\nprompt"
+        at = axes.get_xaxis_transform()
+        axes.text(x - 0.08, 0.02, words, transform=at, color="#444444", **ABOVE)
     controls = change.controls
     if controls.mean is not None and controls.low is not None and controls.high is not None:
         axes.vlines(x + 0.34, controls.low, controls.high, color=GREY, linewidth=1.6, alpha=0.5)
@@ -155,15 +126,3 @@ def _draw_transition(axes: Axes, x: int, change: EntropyChange) -> dict[str, Any
         "control_sets": change.control_sets,
         "controls": asdict(controls),
     }
-
-
-def _draw_points(axes: Axes, x: float, values: Float[np.ndarray, "prompt"], colour: str) -> None:
-    axes.scatter(
-        x + 0.3 * jitter(len(values)),
-        values,
-        s=5,
-        c=colour,
-        alpha=0.7,
-        linewidths=0,
-        rasterized=len(values) > MANY_POINTS,
-    )

@@ -13,17 +13,17 @@ from ccm.experiment.results import RunResults
 from ccm.method.ablation import CONTROL, MATCHED, kind_of
 from ccm.method.scores import CONFIDENCE
 from ccm.reporting.figures.canvas import (
+    ABOVE,
     DOUBLE,
     GREY,
     MATCHED_COLOUR,
     RED,
     Drawing,
     ablation_title,
+    draw_dots,
     explain_empty,
     footnote,
-    jitter,
     legend_dot,
-    styled,
     titled_legend,
 )
 from ccm.reporting.figures.registry import register_figure
@@ -54,7 +54,6 @@ def _reads(run: RunResults, value: str) -> tuple[Any, ...]:
     ),
     reads=_reads,
 )
-@styled
 def entropy_effects(
     effects: pd.DataFrame, set_effects: pd.DataFrame, model: str, value: str
 ) -> Drawing:
@@ -94,9 +93,7 @@ def entropy_effects(
         data["entropy"][name] = _draw_own(axes, x, changes[name])
         for kind, (offset, colour, marker, _) in KINDS.items():
             means = data["sets"][kind][name]
-            axes.scatter(
-                x + offset + 0.2 * jitter(len(means)), means, s=6, c=colour, marker=marker, lw=0
-            )
+            draw_dots(axes, x + offset, 0.2, means, 6, c=colour, marker=marker)
         if len(own) and sampled < n:
             axes.plot([x + 0.06], own[name], "o", markersize=4, color="none", markeredgecolor=RED)
     axes.set_xticks(range(len(COLUMNS)), list(COLUMNS.values()))
@@ -131,16 +128,8 @@ def _draw_own(axes: Axes, x: int, changes: Float[np.ndarray, "prompt"]) -> dict[
         error = float(changes.std(ddof=1)) / n**0.5
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     axes.errorbar([x], [mean], yerr=half, fmt="o", color=RED, markersize=4, capsize=2.5, elinewidth=1.1)
-    axes.annotate(
-        f"{mean:+.3f}".replace("-", "−"),
-        (x, mean + (half or 0.0)),
-        (0, 4),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=6.5,
-        color=RED,
-    )
+    words, top = f"{mean:+.3f}".replace("-", "−"), (x, mean + (half or 0.0))
+    axes.annotate(words, top, (0, 4), textcoords="offset points", color=RED, **ABOVE)
     low, high = (None, None) if half is None else (mean - half, mean + half)
     return {"mean": mean, "low": low, "high": high}
 

@@ -4,8 +4,9 @@ Across models and ablation values, with what the paper printed; and by relation 
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ccm.experiment.results import RunResults
 from ccm.method.ablation_values import ABLATION_VALUES
 from ccm.method.scores import ControlSummary, Ratio
 from ccm.paper.values import Printed, printed_proportion
@@ -31,7 +31,6 @@ from ccm.reporting.figures.canvas import (
     drawable,
     explain_empty,
     footnote,
-    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import IN_BRACKETS
@@ -68,10 +67,6 @@ class Row:
     section: str = ""  # rows of one section stand together under its name
 
 
-def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
-    return ([(run.model, run.display_name, run.scores["ablations"]) for run in runs],)
-
-
 @register_figure(
     per="all runs",
     stem="entropy_set_and_controls",
@@ -81,9 +76,8 @@ def _reads(runs: Sequence[RunResults]) -> tuple[Any, ...]:
         "entropy set with its exact interval, the control sets with their whole range, and the "
         "paper's value where there is one."
     ),
-    reads=_reads,
+    reads=lambda runs: ([(run.model, run.display_name, run.scores["ablations"]) for run in runs],),
 )
-@styled
 def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """CR(CK) and GTS of every model and ablation value, beside the paper's value if there is one.
 
@@ -92,26 +86,20 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
             part of an ablation value may hold `matched_controls`: like `controls`, with a `q_value`
             and a `permutation_p`.
     """
-    rows = [
-        Row(
-            ABLATION_VALUES[value].label,
-            _estimates(name, value, scores),
-            drawable(model) if len(runs) > 1 else "",
-        )
-        for name, model, ablations in runs
-        for value, scores in ablations.items()
-    ]
+    rows, data = list[Row](), list[dict[str, Any]]()
+    for name, model, ablations in runs:
+        section = drawable(model) if len(runs) > 1 else ""
+        for value, scores in ablations.items():
+            row = Row(ABLATION_VALUES[value].label, _estimates(name, value, scores), section)
+            known = {"model": name, "display_name": model, "ablation_value": value}
+            rows.append(row)
+            data.append({**known, **_data(row)})
     one = f"{drawable(runs[0][1])}: entropy set and controls" if len(runs) == 1 else ""
     estimates = [estimate for row in rows for estimate in row.estimates]
     small = ["Q, quantile: rank of the entropy set among its controls, 0 to 100; p: permutation test."]
     if any(estimate.matched is not None for estimate in estimates):
         small.append("Behind the bar |: against the matched controls.")
     small.append(artefacts_in_words(estimate.printed for estimate in estimates))
-    names = [(name, model, value) for name, model, ablations in runs for value in ablations]
-    data = [
-        {"model": name, "display_name": model, "ablation_value": value, **_data(row)}
-        for (name, model, value), row in zip(names, rows, strict=True)
-    ]
     title = one or "Entropy set and controls, model by model"
     return _forest(rows, title, "ablation value", small, data)
 
@@ -124,40 +112,27 @@ def across_runs(runs: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
         "Where the effect comes from: conversion to the context and change of source by the group "
         "that the prompt's relation belongs to."
     ),
-    reads=lambda run, value: (run, value),
+    reads=lambda run, value: (partial(group_effects, run, value), run.display_name, value),
 )
-@styled
-def relation_groups(run: RunResults, value: str) -> Drawing:
-    """CR(CK) and GTS of each relation group of a run.
-
-    Args:
-        run: A finished run, whose groups are scored only when they are drawn.
-        value: Name of the ablation value.
-    """
-    return by_group(group_effects(run, value), run.display_name, value)
-
-
-@styled
-def by_group(effects: Sequence[RelationEffect], model: str, value: str) -> Drawing:
+def relation_groups(
+    effect_of_each: Callable[[], Sequence[RelationEffect]], model: str, value: str
+) -> Drawing:
     """CR(CK) and GTS of each relation group under one ablation value.
 
     Args:
-        effects: One for each group.
+        effect_of_each: Scores each group, once the figure is drawn.
         model: Display name.
         value: Name of the ablation value.
     """
-    rows = []
-    for effect in effects:
+    rows, data = list[Row](), list[dict[str, Any]]()
+    for effect in effect_of_each():
         none = "no prompt of this group"
         all_ck = "every prompt was CK before ablation" if effect.prompts else none
         cr_ck = Estimate(effect.cr_ck, effect.cr_ck_controls, all_ck, note=_mean(effect.cr_ck_controls))
         gts = Estimate(effect.gts, effect.gts_controls, none, note=_mean(effect.gts_controls))
         label = textwrap.fill(drawable(effect.name), 20) + f"\n(n = {effect.prompts:,})"
         rows.append(Row(label, (cr_ck, gts)))
-    data = [
-        {"group": effect.name, "prompts": effect.prompts, **_data(row)}
-        for effect, row in zip(effects, rows, strict=True)
-    ]
+        data.append({"group": effect.name, "prompts": effect.prompts, **_data(rows[-1])})
     title = f"{ablation_title(model, value)}: by relation group"
     return _forest(rows, title, "relation group", ["n: probing prompts of the group."], data)
 
@@ -282,14 +257,12 @@ def _places(rows: Sequence[Row]) -> tuple[list[float], dict[float, str]]:
 
 def _highest(estimates: Sequence[Estimate]) -> float:
     """Return the greatest number that a panel must hold, at least 1 %."""
-    found = [1.0]
-    for estimate in estimates:
-        found += [high for high in (estimate.own.high, estimate.controls.high) if high is not None]
-        found += (
-            [estimate.matched.high] if estimate.matched and estimate.matched.high is not None else []
-        )
-        found += [estimate.printed.value] if estimate.printed else []
-    return max(found)
+    found: list[float | None] = [1.0]
+    for of in estimates:
+        found += [of.own.high, of.controls.high]
+        found += [of.matched.high] if of.matched else []
+        found += [of.printed.value] if of.printed else []
+    return max(high for high in found if high is not None)
 
 
 def _ticks(most: float) -> list[float]:
@@ -311,11 +284,7 @@ def _draw_estimate(axes: Axes, y: float, estimate: Estimate) -> None:
             continue
         axes.hlines(y + place, summary.low, summary.high, color=colour, linewidth=1.6, alpha=0.5)
         axes.plot(summary.mean, y + place, mark, color=colour, markersize=3.4, clip_on=False)
-    beside: dict[str, Any] = {
-        "transform": axes.get_yaxis_transform(),
-        "va": "center",
-        "fontsize": 6.5,
-    }
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6.5}
     if estimate.printed is not None:
         draw_printed(axes, estimate.printed.value, y + OWN, estimate.printed)
     own = estimate.own

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from ccm.experiment.results import RunResults
 from ccm.reporting.figures.canvas import (
     DOUBLE,
+    ENTROPY_DOTS,
     GREY,
     RED,
     SINGLE,
@@ -20,7 +21,6 @@ from ccm.reporting.figures.canvas import (
     explain_empty,
     footnote,
     jitter,
-    styled,
 )
 from ccm.reporting.figures.neurons import threshold_of
 from ccm.reporting.figures.registry import register_figure
@@ -46,7 +46,6 @@ def _reads(run: RunResults) -> tuple[Any, ...]:
     ),
     reads=_reads,
 )
-@styled
 def rho_by_layer(
     table: pd.DataFrame,
     entropy_neurons: Sequence[int],
@@ -106,19 +105,9 @@ def rho_by_layer(
     own = table[(table["layer"] == last) & table["neuron_idx"].isin(list(entropy_neurons))]
     own = own[np.isfinite(own["rho"])]
     data["entropy_neurons"] = own[["neuron_idx", "rho"]].to_dict("records")
-    axes.scatter(
-        last + 0.4 * jitter(len(own)),
-        own["rho"],
-        s=13,
-        c=RED,
-        edgecolors="white",
-        linewidths=0.4,
-        zorder=3,
-    )
+    axes.scatter(last + 0.4 * jitter(len(own)), own["rho"], s=13, **ENTROPY_DOTS)
     words = f"entropy neurons ({len(own)})"
-    handles.append(
-        Line2D([], [], color=RED, marker="o", linestyle="", markersize=4, label=words),
-    )
+    handles.append(Line2D([], [], color=RED, marker="o", linestyle="", markersize=4, label=words))
     figure.legend(handles=handles, loc="outside lower center", ncols=2 if wide == SINGLE else 4)
     axes.set_xlim(-0.6, last + 0.6)
     axes.set_ylim(-0.02, 1.02)

@@ -1,7 +1,7 @@
 """Log-ratios between the CK, PK and ND answers, before and after ablation (Method 9)."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,10 @@ from ccm.reporting.figures.canvas import (
     grid_for,
     styled,
 )
-from ccm.reporting.figures.registry import register_figure
+from ccm.reporting.figures.registry import FIGURES, RegisteredFigure, register_figure
 
 LINES: dict[Source, str] = {"CK": "-", "ND": "-.", "PK": "--"}
 Values = Float[np.ndarray, "prompt"]
-_Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
 
 
 def ratios_of(cell: pd.DataFrame) -> dict[str, Values]:
@@ -74,31 +73,33 @@ def _draw_classes(
     if not any(len(v[np.isfinite(v)]) for v in groups.values()):
         explain_empty(axes, "No prompt has a log-ratio that could be drawn.")
     elif words:
-        axes.text(
-            0.02,
-            0.97,
-            "\n".join(words),
-            transform=axes.transAxes,
-            va="top",
-            fontsize=6.5,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
-        )
+        look: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 6.5}
+        look["bbox"] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+        axes.text(0.02, 0.97, "\n".join(words), **look)
     axes.axvline(0.0, color="#222222", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     return found
 
 
-def _highest(drawn: Mapping[str, Any]) -> float:
-    """Return the peak of a panel's densities; 0 if it has none."""
-    peaks = [float(d["density"].max()) for d in drawn.values() if d["density"] is not None]
-    return max(peaks, default=0.0)
-
-
-def _set_height(axes: Axes, peak: float) -> None:
+def _set_height(axes: Axes, *drawn: Mapping[str, Any]) -> None:
+    """Make room for the highest of the densities in one or several panels."""
+    curves = [d["density"] for panel in drawn for d in panel.values() if d["density"] is not None]
+    peak = max((float(curve.max()) for curve in curves), default=0.0)
     if peak > 0:
         axes.set_ylim(0, 1.08 * peak)
     else:
         axes.set_yticks([])  # lines only: their height means nothing
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Name every class that one of the panels shows."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        drawn, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    if handles:
+        look: dict[str, Any] = {"ncols": 3, "title": "source before ablation"}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", **look)
 
 
 def _means(*drawn: Mapping[str, Any]) -> str:
@@ -110,10 +111,11 @@ def _means(*drawn: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
-def _once_per_ratio(draw: _Draw) -> _Draw:
+def _once_per_ratio(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
     """Register a drawing function for each of `RATIOS`."""
+    draw = styled(draw)
     for over, under in RATIOS:
-        register_figure(
+        figure = RegisteredFigure(
             per="ablation value",
             stem=f"{{name}}/{{name}}_{{value}}_ablation_log_{over.lower()}_{under.lower()}",
             title=f"Log-ratio of {over} to {under}",
@@ -128,12 +130,13 @@ def _once_per_ratio(draw: _Draw) -> _Draw:
                 run.display_name,
                 value,
             ),
-        )(draw)
+            draw=draw,
+        )
+        FIGURES.append(figure)
     return draw
 
 
 @_once_per_ratio
-@styled
 def log_ratio(
     plain: pd.DataFrame, ablated: pd.DataFrame, names: tuple[str, str], model: str, value: str
 ) -> Drawing:
@@ -167,12 +170,8 @@ def log_ratio(
         f"{_formula(over, under)} at the first answer token (nats)\n"
         f"below 0: {under} is likelier; above 0: {over}"
     )
-    _set_height(panels[0], max(_highest(data["before"]), _highest(data["after"])))
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=3, title="source before ablation"
-        )
+    _set_height(panels[0], data["before"], data["after"])
+    _legend(figure, panels[:1])
     said = f"Mean of log {key} in nats, before and after: " + _means(data["before"], data["after"])
     return Drawing(figure, data, said)
 
@@ -187,7 +186,6 @@ def log_ratio(
     ),
     reads=lambda run, value: (run.plain, run.ablated[value], run.display_name, value),
 )
-@styled
 def log_ratio_differences(
     plain: pd.DataFrame, ablated: pd.DataFrame, model: str, value: str
 ) -> Drawing:
@@ -205,28 +203,18 @@ def log_ratio_differences(
     panels = figure.subplots(1, 3)
     figure.suptitle(f"{ablation_title(model, value)}: log-ratios, before − after")
     data: dict[str, Any] = {}
-    handles: dict[str, Any] = {}
     for axes, (over, under) in zip(panels, RATIOS, strict=True):
         key = f"{over}/{under}"
         change = before[key] - after[key]
         grid = grid_for(change)
         found = _draw_classes(axes, _by_class(change, source), grid)
-        _set_height(axes, _highest(found))
+        _set_height(axes, found)
         data[key] = {"grid": grid, **found}
         axes.set_xlim(grid[0], grid[-1])
         axes.set_xlabel(f"Δ {_formula(over, under)} (nats)")
-        drawn, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, drawn, strict=True))
         if not np.any(change):
             axes.set_title("no difference at all", loc="left")
         axes.set_ylabel("density (per nat)")
-    if handles:
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=3,
-            title="source before ablation",
-        )
+    _legend(figure, panels)
     said = [f"log {key} {_means(data[key])}" for key in before]
     return Drawing(figure, data, "Mean change in nats: " + " ".join(said))

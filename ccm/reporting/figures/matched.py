@@ -21,15 +21,14 @@ from ccm.reporting.figures.canvas import (
     RED,
     Drawing,
     ablation_title,
+    draw_dots,
     explain_empty,
     footnote,
-    jitter,
     legend_dot,
-    styled,
     titled_legend,
 )
 from ccm.reporting.figures.neurons import MANY_POINTS
-from ccm.reporting.figures.proportions import Scores, counts_of
+from ccm.reporting.figures.proportions import Scores, control_counts, counts_of
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import digits, mean_and_most, proportion
 
@@ -54,7 +53,6 @@ def _reads(run: RunResults, value: str) -> tuple[Any, ...] | None:
     ),
     reads=_reads,
 )
-@styled
 def matched_controls(
     scores: Scores,
     norm: Float[np.ndarray, "d_mlp"],
@@ -124,10 +122,7 @@ def _to_ck(scores: Scores) -> dict[str, Any]:
     own = conversion_ratio(counts_of(scores["entropy"]["transition_counts"]), SOURCES[0])
     found = {}
     for kind in KINDS:
-        sets = [
-            conversion_ratio(counts_of(s["transition_counts"]), SOURCES[0])
-            for s in scores[kind]["sets"]
-        ]
+        sets = [conversion_ratio(counts, SOURCES[0]) for counts in control_counts(scores, kind)]
         any_share = bool(sets) and own.total > 0
         found[kind] = {
             "percent": [r.percent for r in sets if r.percent is not None],
@@ -154,9 +149,7 @@ def _strip(
         values = np.asarray(found[kind]["percent"], dtype=float)
         colour, marker = LOOKS[kind]
         if len(values):
-            axes.scatter(
-                x + 0.6 * jitter(len(values)), values, s=7, c=colour, marker=marker, linewidths=0
-            )
+            draw_dots(axes, x, 0.6, values, 7, c=colour, marker=marker)
             axes.hlines(values.mean(), x - 0.36, x + 0.36, color="#222222", linewidth=1.2)
             q, p = found[kind]["quantile"], found[kind]["permutation_p"]
             labels.append(f"{word} ({len(values)})\nQ = {q:.1f}\np = {p:.4f}")

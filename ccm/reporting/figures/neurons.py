@@ -5,23 +5,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ccm.experiment.results import RunResults
 from ccm.reporting.figures.canvas import (
+    ENTROPY_DOTS,
     FEW,
     GREY,
     RED,
     SINGLE,
     Drawing,
+    density,
+    draw_box,
     draw_density,
     drawable,
     explain_empty,
     grid_for,
-    styled,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import extent
@@ -46,7 +47,6 @@ def threshold_of(run: RunResults) -> float | None:
     ),
     reads=lambda run: (run.measures, run.display_name, threshold_of(run)),
 )
-@styled
 def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None = None) -> Drawing:
     """LogitVar against rho with densities at the sides, the entropy set in red (Method 5).
 
@@ -100,25 +100,21 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
         rasterized=many,
         label=f"other neurons ({int(others.sum()):,})",
     )
-    axes.scatter(
-        rho[own],
-        variance[own],
-        s=18,
-        c=RED,
-        edgecolors="white",
-        linewidths=0.4,
-        zorder=3,
-        label=f"entropy neurons ({int(own.sum())})",
-    )
+    label = f"entropy neurons ({int(own.sum())})"
+    axes.scatter(rho[own], variance[own], s=18, label=label, **ENTROPY_DOTS)
     if min_rho is not None:
         axes.axvline(min_rho, color="#444444", linestyle=":", linewidth=0.9, label=f"ρ ≥ {min_rho:g}")
     rho_grid = np.linspace(-0.02, 1.02, 301)
     log_grid = grid_for(log_variance[drawn])
     data["rho_density"] = {"at": rho_grid, "of": draw_density(top, rho[drawn], rho_grid, GREY, "_")}
-    found = draw_density(right, log_variance[drawn], log_grid, GREY, "_", sideways=True)
+    found = density(log_variance[drawn], log_grid)
     # The panel has the logarithmic scale of its neighbour: densities are drawn over 10**grid.
-    right.clear()
-    _log_marginal(right, log_grid, found, variance[drawn])
+    if found is None:
+        right.axhline(float(variance[drawn][0]), color=GREY)
+    else:
+        right.plot(found, 10**log_grid, color=GREY)
+        right.fill_betweenx(10**log_grid, found, color=GREY, alpha=0.18, linewidth=0)
+        right.set_xlim(left=0)
     for value in rho[own]:
         top.plot([value, value], [0, 0.15], color=RED, transform=top.get_xaxis_transform(), lw=0.9)
     for value in variance[own]:
@@ -127,42 +123,18 @@ def logitvar_and_rho(measures: pd.DataFrame, model: str, min_rho: float | None =
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0.7 * variance[drawn].min(), 1.5 * variance[drawn].max())
     top.set_ylim(bottom=0)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, columnspacing=0.9, handlelength=1)
+    look: dict[str, Any] = {"ncols": 3, "columnspacing": 0.9, "handlelength": 1}
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", **look)
     if data["not_drawn"]:
-        axes.text(
-            0.98,
-            0.98,
-            f"{data['not_drawn']} neurons not drawn\n(LogitVar 0, or no ρ)",
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            fontsize=6.5,
-        )
+        words = f"{data['not_drawn']} neurons not drawn\n(LogitVar 0, or no ρ)"
+        look = {"transform": axes.transAxes, "ha": "right", "va": "top", "fontsize": 6.5}
+        axes.text(0.98, 0.98, words, **look)
     said = (
         f"Entropy neurons ({int(own.sum())}): ρ {extent(rho[own])}, LogitVar {extent(variance[own])}. "
         f"Other neurons ({int(others.sum()):,}): ρ {extent(rho[others])}, LogitVar "
         f"{extent(variance[others])}."
     )
     return Drawing(figure, data, said)
-
-
-def _log_marginal(
-    axes: Axes,
-    log_grid: Float[np.ndarray, "point"],
-    found: Float[np.ndarray, "point"] | None,
-    values: Float[np.ndarray, "value"],
-) -> None:
-    axes.set_yscale("log")
-    if found is None:
-        axes.axhline(float(values[0]), color=GREY)
-    else:
-        axes.plot(found, 10**log_grid, color=GREY)
-        axes.fill_betweenx(10**log_grid, found, color=GREY, alpha=0.18, linewidth=0)
-        axes.set_xlim(left=0)
-    axes.set_xlabel("density\n(per decade)", fontsize=6.5)
-    axes.set_xticks([])
-    axes.tick_params(labelleft=False)
 
 
 @register_figure(
@@ -175,7 +147,6 @@ def _log_marginal(
     ),
     reads=lambda run: (run.singular_values, int(run.identity["null_space_dims"]), run.display_name),
 )
-@styled
 def singular_value_spectrum(
     singular_values: Float[np.ndarray, "d_model"], null_space_dims: int, model: str
 ) -> Drawing:
@@ -253,7 +224,6 @@ def singular_value_spectrum(
     ),
     reads=lambda run: (run.measures, run.display_name),
 )
-@styled
 def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     """Distribution of output weight norms, entropy neurons against the others, with box plots.
 
@@ -272,7 +242,7 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     data: dict[str, Any] = {"grid": grid, "groups": {}}
     for row, (name, values) in enumerate(groups.items()):
         values = values[np.isfinite(values)]
-        label = f"{name} ({len(values):,})"
+        label, colour = f"{name} ({len(values):,})", colours[name]
         found = None
         if name == "entropy neurons" and 0 < len(values) < FEW:
             for i, value in enumerate(values):
@@ -285,22 +255,11 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
                     label="_" if i else label,
                 )
         elif len(values):
-            found = draw_density(top, values, grid, colours[name], label)
+            found = draw_density(top, values, grid, colour, label)
         box = boxplot_stats(values)[0] if len(values) else None
         if box is not None:
-            bottom.bxp(
-                [box],
-                positions=[row],
-                widths=0.55,
-                orientation="horizontal",
-                manage_ticks=False,
-                patch_artist=True,
-                boxprops={"facecolor": colours[name], "alpha": 0.35, "edgecolor": colours[name]},
-                medianprops={"color": "#222222"},
-                whiskerprops={"color": colours[name]},
-                capprops={"color": colours[name]},
-                flierprops={"marker": ".", "markersize": 2, "markeredgecolor": colours[name]},
-            )
+            fliers = {"marker": ".", "markersize": 2, "markeredgecolor": colour}
+            draw_box(bottom, box, row, 0.55, colour, 0.35, orientation="horizontal", flierprops=fliers)
         else:
             bottom.text(0.5, row, f"no {name}", transform=bottom.get_yaxis_transform(), ha="center")
         data["groups"][name] = {
@@ -313,8 +272,8 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     # In one panel: the points of the entropy neurons, of which there are few.
     own = groups["entropy neurons"]
     bottom.scatter(own, np.zeros(len(own)), s=9, c=RED, edgecolors="white", linewidths=0.3, zorder=4)
-    for fliers in bottom.lines:
-        fliers.set_rasterized(len(norms) > MANY_POINTS)
+    for line in bottom.lines:
+        line.set_rasterized(len(norms) > MANY_POINTS)
     bottom.set_yticks([0, 1], ["entropy", "other"])
     bottom.set_ylim(1.6, -0.6)
     bottom.set_ylabel("neurons")
@@ -324,9 +283,8 @@ def weight_norms(measures: pd.DataFrame, model: str) -> Drawing:
     top.set_xlim(grid[0], grid[-1])
     top.xaxis.set_major_locator(MaxNLocator(nbins=6))
     top.tick_params(labelbottom=False)
-    handles, labels = top.get_legend_handles_labels()
     # Not inside: with few neurons apart from the rest, the density's peak may be anywhere.
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=1)
     said = "; ".join(
         f"{name} ({group['n']:,}): "
         + (f"median norm {group['box']['med']:.3g}" if group["box"] else "none")

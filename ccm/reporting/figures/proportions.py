@@ -27,18 +27,13 @@ from ccm.reporting.figures.canvas import (
     explain_empty,
     folded,
     footnote,
-    styled,
     titled_legend,
 )
 from ccm.reporting.figures.registry import register_figure
 from ccm.reporting.text import IN_BRACKETS, extent, proportion
 
 Scores = Mapping[str, Any]  # one ablation value's part of scores.json
-WORDS = {
-    "CK": "contextual knowledge (CK)",
-    "ND": "not defined (ND)",
-    "PK": "parametric knowledge (PK)",
-}
+WORDS = {"CK": "contextual knowledge (CK)", "ND": "not defined (ND)", "PK": "parametric knowledge (PK)"}
 
 
 def counts_of(table: Mapping[str, Mapping[str, int]]) -> Int[np.ndarray, "from=3 to=3"]:
@@ -46,9 +41,9 @@ def counts_of(table: Mapping[str, Mapping[str, int]]) -> Int[np.ndarray, "from=3
     return np.asarray([[table[k][k2] for k2 in SOURCES] for k in SOURCES], dtype=np.int64)
 
 
-def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
-    """Return the transition counts of every control set."""
-    return [counts_of(entry["transition_counts"]) for entry in scores["controls"]["sets"]]
+def control_counts(scores: Scores, kind: str = "controls") -> list[Int[np.ndarray, "from=3 to=3"]]:
+    """Return the transition counts of every control set, of plain controls or of another kind."""
+    return [counts_of(entry["transition_counts"]) for entry in scores[kind]["sets"]]
 
 
 @register_figure(
@@ -61,7 +56,6 @@ def control_counts(scores: Scores) -> list[Int[np.ndarray, "from=3 to=3"]]:
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value, run.model),
 )
-@styled
 def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") -> Drawing:
     """CR(CK), CR(ND) and CR(PK) of the entropy set and its controls (Figures 4b and 8).
 
@@ -104,7 +98,6 @@ def conversion_ratios(scores: Scores, model: str, value: str, name: str = "") ->
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )
-@styled
 def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     """Histogram of the controls' global transition scores; the entropy set's is a line with its Q.
 
@@ -184,7 +177,6 @@ def gts_histogram(scores: Scores, model: str, value: str) -> Drawing:
     ),
     reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
 )
-@styled
 def to_context(scores: Scores, model: str, value: str) -> Drawing:
     """Transition scores ND -> CK and PK -> CK of the entropy set and its controls (Method 8).
 
@@ -230,7 +222,6 @@ def to_context(scores: Scores, model: str, value: str) -> Drawing:
     ),
     reads=lambda runs: ([(run.display_name, run.scores["sources"]) for run in runs],),
 )
-@styled
 def class_sizes(runs: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Drawing:
     """How many prompts were CK, ND and PK before ablation, by model (the paper's Figure 5).
 

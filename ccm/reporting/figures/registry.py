@@ -7,7 +7,6 @@
         caption="How many control sets changed what proportion of the answers' sources.",
         reads=lambda run, value: (run.scores["ablations"][value], run.display_name, value),
     )
-    @styled
     def gts_histogram(scores, model, value) -> Drawing: ...
 
 The gallery, the files and the report follow from it. Only a new module must be named once more, in
@@ -16,12 +15,12 @@ The gallery, the files and the report follow from it. Only a new module must be 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec
 
-from ccm.reporting.figures.canvas import Drawing
+from ccm.reporting.figures.canvas import Drawing, styled
 
 Per = Literal["run", "ablation value", "all runs"]
-_Draw = TypeVar("_Draw", bound=Callable[..., Drawing])
+_Parameters = ParamSpec("_Parameters")
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,9 @@ FIGURES: list[RegisteredFigure] = []
 
 
 def register_figure(
-    *,
-    per: Per,
-    stem: str,
-    title: str,
-    caption: str,
-    reads: Callable[..., tuple[Any, ...] | None],
-) -> Callable[[_Draw], _Draw]:
-    """Register a drawing function; `@styled` belongs between this decorator and the function.
+    *, per: Per, stem: str, title: str, caption: str, reads: Callable[..., tuple[Any, ...] | None]
+) -> Callable[[Callable[_Parameters, Drawing]], Callable[_Parameters, Drawing]]:
+    """Register a drawing function, which then draws in the one style of all figures.
 
     The function must be at the top level of its module, where another process, which may draw, finds
     it by its name.
@@ -65,8 +59,9 @@ def register_figure(
             made of. It is given the run; the run and the name of the ablation value; or the runs.
     """
 
-    def register(draw: _Draw) -> _Draw:
-        FIGURES.append(RegisteredFigure(per, stem, title, caption, reads, draw))
-        return draw
+    def register(draw: Callable[_Parameters, Drawing]) -> Callable[_Parameters, Drawing]:
+        in_style = styled(draw)
+        FIGURES.append(RegisteredFigure(per, stem, title, caption, reads, in_style))
+        return in_style
 
     return register

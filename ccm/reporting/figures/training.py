@@ -21,7 +21,6 @@ from ccm.reporting.figures.canvas import (
     RED,
     Drawing,
     footnote,
-    styled,
     titled_legend,
 )
 from ccm.reporting.figures.registry import register_figure
@@ -93,7 +92,6 @@ def _checkpoint(run: RunResults, step: int, value: str) -> Checkpoint:
     ),
     reads=checkpoints,
 )
-@styled
 def through_training(found: Sequence[Checkpoint], value: str) -> Drawing:
     """Recall and sources before ablation, and CR(CK), at every step of a training.
 
