@@ -265,7 +265,7 @@ def run(config: RunConfig | str = "organism", *, out: StrPath | None = None, **o
     Raises:
         CcmError: before any long work starts; nothing is overwritten.
     """
-    from ccm.experiment.run import new_folder
+    from ccm.experiment.plan import new_folder
     from ccm.experiment.run import run as run_experiment
 
     if isinstance(config, RunConfig) and options:

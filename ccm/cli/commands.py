@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
         raise BadInput("--report: a shard of a run has no scores. Merge all, then `ccm report`.")
     # Imported only now, because that takes seconds.
     from ccm.cli.console import summary
-    from ccm.experiment.run import new_folder, run_shard
+    from ccm.experiment.plan import new_folder
+    from ccm.experiment.run import run_shard
 
     _limit_threads()
     if options.out is None:

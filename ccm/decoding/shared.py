@@ -5,7 +5,7 @@ prefilled once, and a prefix that several prompts share once for all of them (`p
 the next token of *all* sets follows from the final residual and the last activations (`certificate`,
 `next_token`); sets that choose the same token share a node of a prefix tree; and the transformer runs
 once per distinct node, on cache rows that stay in place or are copied from the parent's (`engine`,
-`forward`). This module cuts the prompts into batches that fit the memory.
+`forward`). The prompts are cut into batches that fit the memory (`batching`).
 
 Results do not depend on batches, kernels or devices. Rounding does, and could settle a near tie either
 way; so every choice whose lead is below the tolerance of `certificate` is made again in float64
@@ -14,8 +14,6 @@ any batch, in any order, at any memory budget and on any machine. This holds in 
 precision rounding moves x itself too far to be repaired, and near ties are left as computed.
 """
 
-import gc
-import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
@@ -24,31 +22,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ccm.decoding.batching import in_batches
 from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.certificate import Screen, build_screen
 from ccm.decoding.engine import Engine
 from ccm.decoding.next_token import at_once
-from ccm.decoding.prefill import shared_prefixes
 from ccm.decoding.results import AtLast, Batch, Completions, Decided, Observer, Work, merge, no_targets
 from ccm.decoding.tolerance import tolerance
 from ccm.decoding.trial import check_shared
-from ccm.errors import CcmError
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.prompts import SPLITTER
 from ccm.models.bridge import Tokens
-from ccm.models.memory import default_budget, out_of_memory
+from ccm.models.memory import default_budget
 from ccm.models.model import LoadedModel
 from ccm.models.specs import MAX_NEW_TOKENS
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
-FEW = 8  # prompts: smaller batches are mostly overhead
-_log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 TAKES = ("shard", "device_map")
-MAX_BATCH = 448  # prompts: larger ones would only make progress, resuming and shards coarser
-# Multiplications of a batch, about ten seconds on a CPU, because progress is shown and results are kept
-# after each batch; and what an entry of a set's logit row costs, in multiplications.
-MAX_WORK, PER_ENTRY = 5e11, 100
 
 
 def answered(prompt: int, text: str) -> bool:
@@ -143,7 +134,7 @@ def decode_sets(
         chosen = [prompts[i] for i in indices]
         return engine.run(chosen, shared, indices, given[indices], counted), counted
 
-    for batch, counted in _in_batches(engine, prompts, run, done, shard, work):
+    for batch, counted in in_batches(engine, prompts, run, done, shard, work):
         for rows in engine.seen:
             assert observe is not None
             observe(rows)
@@ -194,7 +185,7 @@ def read_last_positions(
     def run(indices: list[int], shared: list[int]) -> _Result:
         return read(indices, *engine.read_last([prompts[i] for i in indices], shared, Work()))
 
-    yield from _in_batches(engine, prompts, run)
+    yield from in_batches(engine, prompts, run)
 
 
 def _engine(
@@ -229,112 +220,6 @@ def _engine(
         skipped=skipped,
         lists=BoundedLists(exact=model.device.type != "cuda"),
     )
-
-
-def _in_batches(
-    engine: Engine,
-    prompts: Sequence[Tokens],
-    run: Callable[[list[int], list[int]], _Result],
-    done: Collection[int] = (),
-    shard: tuple[int, int] = (1, 1),
-    work: Work | None = None,
-) -> Iterator[_Result]:
-    """Run prompts one batch at a time; a batch that runs out of memory is halved.
-
-    `run` takes the prompts' indices, sorted by how many tokens follow their shared prefix, and the
-    lengths of these prefixes.
-    """
-    device = engine.model.device
-    shared, order = [0] * len(prompts), list[int]()
-    # Prompts that share a prefix stay together.
-    groups = shared_prefixes(prompts)
-    run_once = sum(map(len, prompts)) - sum(length * (len(members) - 1) for members, length in groups)
-    for members, length in sorted(groups, key=lambda g: (max(len(prompts[i]) for i in g[0]), g[0])):
-        order += members
-        for i in members:
-            shared[i] = length
-    lengths = [len(p) for p in prompts]
-    most = _most(engine, run_once / len(prompts))
-    _warn_of_small(engine, max(lengths), len(prompts))
-    batches = list(_batches(order, lengths, engine.prompt_bytes, engine.budget, most))
-    mine = batches[shard[0] - 1 :: shard[1]]
-    pending = [[i for i in batch if i not in done] for batch in mine][::-1]
-    while pending:
-        indices = sorted(pending.pop(), key=lambda i: (len(prompts[i]) - shared[i], shared[i], i))
-        if not indices:
-            continue
-        try:
-            result = run(indices, [shared[i] for i in indices])
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            if len(indices) == 1:
-                raise CcmError(
-                    f"prompt {indices[0]} under {len(engine.full)} sets does not fit the memory of "
-                    f"{device}. Lower --controls or run one ablation value at a time."
-                ) from error
-            engine.free()
-            _free(device)
-            half = len(indices) // 2
-            pending += [indices[half:], indices[:half]]
-            if work is not None:
-                work.halved += 1
-            continue
-        yield result
-
-
-def _warn_of_small(engine: Engine, longest: int, n_prompts: int) -> None:
-    """Say if the budget makes batches so small that most of the time goes by without computing."""
-    size = engine.prompt_bytes(longest)
-    if engine.budget < min(FEW, n_prompts) * size:
-        _log.warning(
-            f"memory budget of {engine.budget >> 20} MiB: room for {max(1, engine.budget // size)} "
-            f"prompts at a time under {len(engine.full)} sets, which is slow. Give --memory-budget "
-            f"{-(-FEW * size >> 20)}M or more, or fewer --controls."
-        )
-
-
-def _batches(
-    order: Sequence[int],
-    lengths: Sequence[int],
-    prompt_bytes: Callable[[int], int],
-    budget: int,
-    most: int,
-) -> Iterator[list[int]]:
-    """Cut prompts, in order, into batches of 1 to `most` prompts that fit the budget."""
-    batch: list[int] = []
-    used = 0
-    for i in order:
-        size = prompt_bytes(lengths[i])
-        if batch and (used + size > budget or len(batch) == most):
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += size
-    if batch:
-        yield batch
-
-
-def _most(engine: Engine, prefilled: float) -> int:
-    """Limit the prompts of a batch so that it takes seconds; a GPU is fast enough for any number.
-
-    Args:
-        engine: The engine that runs them.
-        prefilled: Tokens prefilled per prompt on average, shared prefixes counted once.
-    """
-    if engine.model.device.type == "cuda":
-        return MAX_BATCH
-    tokens = prefilled + engine.max_new_tokens
-    parameters = sum(p.numel() for p in engine.model.body.parameters())
-    entries = len(engine.full) * engine.model.spec.d_vocab
-    work = parameters * tokens + PER_ENTRY * entries
-    return max(1, min(MAX_BATCH, int(MAX_WORK / work)))
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _provisional_tokens(model: LoadedModel) -> Bool[Tensor, "d_vocab"]:

@@ -5,6 +5,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from importlib.metadata import version
 from math import comb
 from pathlib import Path
@@ -98,6 +99,20 @@ def make_plan(config: RunConfig, spec: ModelSpec | None = None, facts: FactSet |
         matched_controls=matched,
         device=device,
     )
+
+
+def new_folder(config: RunConfig) -> Path:
+    """Name a new run folder after the model, the ablation values and the time.
+
+    Raises:
+        CcmError: the configuration cannot be run.
+    """
+    make_plan(config)
+    values = config.ablation_values
+    what = "all_ablation_values" if values == ("all",) else ",".join(values)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    shard = "" if config.shard is None else "-shard-{}-of-{}".format(*config.shard)
+    return Path("runs") / f"{Path(config.model).name}-{what}-{stamp}{shard}"
 
 
 def check_measures(config: RunConfig, spec: ModelSpec) -> dict[str, Any]:

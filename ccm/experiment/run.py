@@ -7,7 +7,6 @@ that was killed goes on where it stopped and ends with the same bytes.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,20 +84,6 @@ def run(config: RunConfig, out: Path) -> dict[str, Any]:
             decode_everything(folder, plan_, clock)
         finish(folder, plan_.protocol, clock)
         return read_scores(folder)
-
-
-def new_folder(config: RunConfig) -> Path:
-    """Name a new run folder after the model, the ablation values and the time.
-
-    Raises:
-        CcmError: the configuration cannot be run.
-    """
-    make_plan(config)
-    values = config.ablation_values
-    what = "all_ablation_values" if values == ("all",) else ",".join(values)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    shard = "" if config.shard is None else "-shard-{}-of-{}".format(*config.shard)
-    return Path("runs") / f"{Path(config.model).name}-{what}-{stamp}{shard}"
 
 
 def run_shard(config: RunConfig, out: Path) -> RunFolder:

@@ -87,13 +87,13 @@ def broken_assumption(model: LoadedModel, rtol: float = 2e-3) -> str:
         moved = seen[residual][0].float() - x
         expected = push_by * moves
         ours = model.logits(x)
-    slack = rtol if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(moved, expected.expand_as(moved), rtol=slack, atol=slack * _span(x) / 10):
+    allowed = rtol if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(moved, expected.expand_as(moved), rtol=allowed, atol=allowed * _span(x) / 10):
         return (
             "a change of a last-layer activation does not move the final residual by its output weight "
             "(post-norm, experts, or a layer after it)"
         )
-    if not torch.allclose(ours, logits, rtol=slack, atol=slack * _span(logits)):
+    if not torch.allclose(ours, logits, rtol=allowed, atol=allowed * _span(logits)):
         return "its logits are not norm(residual) W_U + b_U (a soft cap, a scale, or another norm)"
     return ""
 

@@ -219,9 +219,9 @@ def measure_rows(paper: PrintedModel, found: Found) -> list[Row]:
                 rows.append(row.not_run(found.no_weights))
                 continue
             ours = float(found.measures[name].loc[neuron.neuron])
-            slack = rule.slack(printed.value) + printed.resolution / 2
+            allowed = rule.allowed(printed.value) + printed.resolution / 2
             margin = ours - printed.value
-            rows.append(row.compared(ours, f"{ours:.5g}", (margin - slack, margin + slack)))
+            rows.append(row.compared(ours, f"{ours:.5g}", (margin - allowed, margin + allowed)))
     return rows
 
 
@@ -233,8 +233,8 @@ def selection_rows(paper: PrintedModel, found: Found) -> list[Row]:
     row = Quantity(paper.model, None, "selected neurons", SELECTION, printed, f"{k} of {k}")
     if found.selected is None:
         return [row.not_run(found.no_weights)]
-    common, slack = len(theirs & set(found.selected)), SELECTION.slack(k)
-    return [row.compared(common, f"{common} of {k}", (common - k - slack, common - k + slack))]
+    common, allowed = len(theirs & set(found.selected)), SELECTION.allowed(k)
+    return [row.compared(common, f"{common} of {k}", (common - k - allowed, common - k + allowed))]
 
 
 def compare(paper: PrintedModel, found: Found) -> list[Row]:

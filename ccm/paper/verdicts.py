@@ -20,7 +20,7 @@ class Rule:
     relative: bool
     reason: str
 
-    def slack(self, printed: Number) -> float:
+    def allowed(self, printed: Number) -> float:
         """Return how far a value may be from a printed one."""
         return (self.tolerance or 0.0) * (abs(printed) if self.relative else 1.0)
 

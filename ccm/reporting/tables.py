@@ -56,7 +56,7 @@ def tables_of(runs: Sequence[RunResults]) -> list[Table]:
         gts_by_value(runs),
         intervals_over_facts(runs),
         entropy_by_transition(runs),
-        relation_shares(runs),
+        relation_proportions(runs),
         model_dimensions(runs),
         changed_prompts(runs),
     ]
@@ -166,12 +166,12 @@ def intervals_over_facts(runs: Sequence[RunResults]) -> Table:
     texts, data = [], []
     for run in runs:
         facts, before = facts_of(run.prompts), run.plain["source"].to_numpy(object)
-        shares = [("none", "", f"answers: {s}", before == s, before == before) for s in SOURCES]
+        proportions = [("none", "", f"answers: {s}", before == s, before == before) for s in SOURCES]
         for value in run.values:
             after, symbol = run.ablated[value]["source"].to_numpy(object), ABLATION_VALUES[value].symbol
-            shares.append((symbol, value, "GTS", after != before, before == before))
-            shares.append((symbol, value, "CR(CK)", after == "CK", before != "CK"))
-        for symbol, value, name, has, among in shares:
+            proportions.append((symbol, value, "GTS", after != before, before == before))
+            proportions.append((symbol, value, "CR(CK)", after == "CK", before != "CK"))
+        for symbol, value, name, has, among in proportions:
             found = ratio(int((has & among).sum()), int(among.sum()))
             low, high, n = None, None, len(set(facts[among]))
             if found.total:
@@ -234,7 +234,7 @@ def entropy_by_transition(runs: Sequence[RunResults]) -> Table:
     )
 
 
-def relation_shares(runs: Sequence[RunResults]) -> Table:
+def relation_proportions(runs: Sequence[RunResults]) -> Table:
     """GTS and CR(CK) relation by relation, entropy set and controls (Method 3, 8)."""
     texts, data = [], []
     for run, value, told, known in _each_value(runs):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ccm.decoding import engine, hooked
+from ccm.decoding import batching, engine, hooked
 from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
 from ccm.decoding.activations import collect
@@ -342,7 +342,7 @@ def test_how_much_is_worked_on_at_once_changes_nothing(
             assert_same(model, again.decoded, i, whole.decoded, i, f"{config.id}, {sizes}")
         assert again.work == whole.work
     monkeypatch.undo()
-    monkeypatch.setattr(decoding, "MAX_BATCH", 4)
+    monkeypatch.setattr(batching, "MAX_BATCH", 4)
     again = run(model, prompts, ablations, own_top=True)
     assert [len(shard.prompts) for shard in again.shards] == [4, 4, 1]
     for i in range(len(prompts)):
@@ -800,17 +800,17 @@ def test_a_batch_takes_some_seconds_on_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
     whole = run(model, prompts)
     tokens = sum(map(len, prompts)) / len(prompts) + MAX_NEW_TOKENS
     parameters = sum(p.numel() for p in model.body.parameters())
-    work = parameters * tokens + decoding.PER_ENTRY * SMALL.d_vocab
-    monkeypatch.setattr(decoding, "MAX_WORK", 4.5 * work)
+    work = parameters * tokens + batching.PER_ENTRY * SMALL.d_vocab
+    monkeypatch.setattr(batching, "MAX_WORK", 4.5 * work)
     parts = run(model, prompts)
     assert [len(shard.prompts) for shard in parts.shards] == [4, 4, 1]
     for i in range(len(prompts)):
         assert_same(model, parts.decoded, i, whole.decoded, i, "parts of four")
     sets = random_sets(SMALL.d_mlp, [6] * 40, 1.0)
     more = run(model, prompts, sets)
-    least = 4.5 * work / (work + 40 * decoding.PER_ENTRY * SMALL.d_vocab)
+    least = 4.5 * work / (work + 40 * batching.PER_ENTRY * SMALL.d_vocab)
     assert len(more.shards[0].prompts) == max(1, int(least)) < 4, "sets are work, too"
-    monkeypatch.setattr(decoding, "MAX_WORK", 1.0)
+    monkeypatch.setattr(batching, "MAX_WORK", 1.0)
     assert len(run(model, prompts).shards) == 9, "one prompt at least"
 
 
@@ -928,7 +928,7 @@ def test_what_is_left_is_decoded_to_the_last_bit_as_before(data: st.DataObject) 
 def test_halves_are_resumed_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = loaded(SMALL), token_prompts(12, SMALL, seed=7)
     ablations = random_sets(SMALL.d_mlp, [5, 9], 2.0)
-    monkeypatch.setattr(decoding, "MAX_BATCH", 6)
+    monkeypatch.setattr(batching, "MAX_BATCH", 6)
     with monkeypatch.context() as context:
         fails_above(context, 3, NO_MEMORY[0])
         first, second, *_ = run(model, prompts, ablations).shards

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ccm.decoding import hooked
-from ccm.decoding import shared as decoding
+from ccm.decoding import batching, hooked
 from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.next_token import AtOnce
 from ccm.experiment import beyond_paper, effects
@@ -142,7 +141,7 @@ def test_how_much_is_held_at_once_changes_nothing(rows: int, monkeypatch: pytest
     whole = measure_effects(model, prompts, sets[:1], sets[1:])
     sizes = AtOnce(tokens=64, pairs=4, row_bytes=4 * config.d_vocab * rows, d_vocab=config.d_vocab)
     monkeypatch.setattr(effects, "at_once", lambda model: sizes)
-    monkeypatch.setattr(decoding, "MAX_BATCH", 3)
+    monkeypatch.setattr(batching, "MAX_BATCH", 3)
     parts = measure_effects(model, prompts, sets[:1], sets[1:])
     for name in ("plain", "own", "others"):
         margins(model).entropy.assert_close(getattr(parts, name), getattr(whole, name), what=name)
@@ -154,7 +153,7 @@ def test_many_prompts_are_sampled_for_other_sets(monkeypatch: pytest.MonkeyPatch
     model, prompts, sets = loaded(config), token_prompts(11, config), ablations_of(config)
     whole = measure_effects(model, prompts, sets[:1], sets[1:])
     monkeypatch.setattr(effects, "SAMPLED", 4)
-    monkeypatch.setattr(decoding, "MAX_BATCH", 3)
+    monkeypatch.setattr(batching, "MAX_BATCH", 3)
     few = measure_effects(model, prompts, sets[:1], sets[1:])
     assert few.sampled.tolist() == evenly_spaced(11, 4).tolist() == [0, 3, 7, 10]
     margins(model).entropy.assert_close(few.own, whole.own)
@@ -171,7 +170,7 @@ def test_they_are_read_while_a_run_decodes(
     sets = [*ablations_of(config), *ablations_of(config, seed=1)]
     planned = {"mean_ablation": sets[:3], "mode_ablation": sets[3:]}
     monkeypatch.setattr(effects, "SAMPLED", 4)
-    monkeypatch.setattr(decoding, "MAX_BATCH", 3)
+    monkeypatch.setattr(batching, "MAX_BATCH", 3)
     reader = effects_reader(model, len(prompts), planned)
     decoded = list(engine.decode_sets(model, prompts, sets, at_last=reader, max_new_tokens=2))
     assert len(decoded) > 1

@@ -15,6 +15,7 @@ import safetensors.numpy
 import ccm.experiment.run
 import ccm.reporting.report
 from ccm.cli.parser import main
+from ccm.decoding import batching
 from ccm.decoding import shared as decoding
 from ccm.errors import BadInput, CcmError
 from ccm.experiment import plan
@@ -109,7 +110,7 @@ def quick() -> Iterator[None]:
         )
         for name in ("collect", "measure", "rho_by_layer"):
             patch.setattr(ccm.experiment.run, name, once(name, getattr(ccm.experiment.run, name)))
-        patch.setattr(decoding, "MAX_BATCH", 5)  # several shards at every stage
+        patch.setattr(batching, "MAX_BATCH", 5)  # several shards at every stage
         patch.setattr(os, "fsync", lambda _: None)  # no machine crashes here
         yield
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccm.decoding import engine
+from ccm.decoding import batching, engine
 from ccm.decoding import next_token as choosing
 from ccm.decoding import shared as decoding
 from ccm.decoding.tolerance import POSITIONS, Float32Error
@@ -85,7 +85,7 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
         return run(self, prompts, *args)
 
     monkeypatch.setattr(decoding.Engine, "run", a_part)
-    monkeypatch.setattr(decoding, "MAX_WORK", 1e30)  # of a CPU, which this pretends not to be
+    monkeypatch.setattr(batching, "MAX_WORK", 1e30)  # of a CPU, which this pretends not to be
     model.float32_error = Float32Error(0.0, POSITIONS)
     model.provisional_tokens = torch.zeros(model.spec.d_vocab, dtype=torch.bool)
     k = model.spec.n_entropy_neurons

@@ -20,7 +20,7 @@ from ccm.reporting.tables import (
     gts_by_value,
     intervals_over_facts,
     model_dimensions,
-    relation_shares,
+    relation_proportions,
     tables_of,
     transition_numbers,
     transition_proportions,
@@ -101,7 +101,7 @@ def test_intervals_over_facts_are_those_of_the_facts_that_were_drawn(run: RunRes
 
 
 def test_relations_are_those_of_the_figures(run: RunResults) -> None:
-    table = relation_shares([run])
+    table = relation_proportions([run])
     effects = [(v, e) for v in run.values for e in relation_effects(run, v)]
     for row, shown, (value, effect) in zip(
         table.data.to_dict("records"), table.texts.to_dict("records"), effects, strict=True

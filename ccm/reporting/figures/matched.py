@@ -123,11 +123,11 @@ def _to_ck(scores: Scores) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         sets = [conversion_ratio(counts, SOURCES[0]) for counts in control_counts(scores, kind)]
-        any_share = bool(sets) and own.total > 0
+        has_rank = bool(sets) and own.total > 0
         found[kind] = {
             "percent": [r.percent for r in sets if r.percent is not None],
             "quantile": scores[kind]["conversion_ratios"]["CK"]["entropy_quantile"],
-            "permutation_p": permutation_p(own.count, [r.count for r in sets]) if any_share else None,
+            "permutation_p": permutation_p(own.count, [r.count for r in sets]) if has_rank else None,
         }
     return found
 
