@@ -3,8 +3,9 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from ccm.decoding.certificate import Group, Nodes, Screen
+from ccm.decoding.certificate import Group, Nodes, Pairs, Screen
 
 BLOCK = 128  # entries of a row
 
@@ -69,6 +70,19 @@ def best_and_lead(
     inside = inside.scatter(-1, first.indices[..., None], -torch.inf)
     second = torch.maximum(others, inside.amax(-1))
     return best.indices * BLOCK + first.indices, first.values - second
+
+
+def pair_rows(pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
+    """Compute the ablated logit row of each pair (paragraph 1).
+
+    As a weighted sum of rows of P that are read in place: gathering k rows of the vocabulary for each
+    pair first, as `low_rank_rows` would, takes twice the time.
+    """
+    screen, nodes = pairs.screen, pairs.nodes
+    rows = functional.embedding_bag(
+        screen.slots[pairs.sets], screen.P, mode="sum", per_sample_weights=pairs.c
+    ).add_(nodes.sz[pairs.node])
+    return torch.addcmul(screen.beta, rows, 1 / pairs.scale[:, None], out=rows)
 
 
 def low_rank_rows(

@@ -21,7 +21,13 @@ from ccm.decoding.certificate import (
     shortlisted,
 )
 from ccm.decoding.exact import exact_last_positions, exact_logits
-from ccm.decoding.low_rank import best_and_lead, dense_changes, low_rank_rows, tolerances
+from ccm.decoding.low_rank import (
+    best_and_lead,
+    dense_changes,
+    low_rank_rows,
+    pair_rows,
+    tolerances,
+)
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 
@@ -141,15 +147,8 @@ def choose(
     pair = torch.cat([unsure, torch.full_like(unsure[:1], len(node))])[whole]
     at, of, tau = (_with_spare(values)[whole] for values in (at, of, torch.cat(taus)))
     close = list[Tensor]()
-    for part in slices(len(whole), sizes.rows(2 + screen.slots.shape[1])):
-        pairs = read_pairs(screen, nodes, at[part], of[part])
-        rows = low_rank_rows(
-            screen.beta,
-            nodes.sz[at[part]][:, None],
-            pairs.c[:, None],
-            pairs.scale[:, None],
-            screen.P[screen.slots[of[part]]],
-        )[:, 0]
+    for part in slices(len(whole), sizes.rows(3)):
+        rows = pair_rows(read_pairs(screen, nodes, at[part], of[part]))
         best, lead = best_and_lead(rows)
         chosen[pair[part]] = best
         close.append(lead <= tau[part])

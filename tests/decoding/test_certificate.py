@@ -23,7 +23,14 @@ from ccm.decoding.certificate import (
     read_nodes,
     shortlisted,
 )
-from ccm.decoding.low_rank import BLOCK, best_and_lead, dense_changes, low_rank_rows, tolerances
+from ccm.decoding.low_rank import (
+    BLOCK,
+    best_and_lead,
+    dense_changes,
+    low_rank_rows,
+    pair_rows,
+    tolerances,
+)
 from ccm.decoding.tolerance import LEAST
 from ccm.method.ablation import PLAIN, Ablation
 from ccm.method.neurons import FinalNorm
@@ -603,15 +610,13 @@ def test_low_rank_rows_are_the_ablated_models_rows(shape: Shape) -> None:
     def close(rows: Tensor, what: str) -> None:
         LOGIT.assert_close(rows / magnified, wanted / magnified, what=f"{what}, {shape}")
 
-    P = screen.P[screen.slots]  # (set, k, d_vocab)
-    pairs = low_rank_rows(screen.beta, nodes.sz[node][:, None], c[:, None], scale[:, None], P[sets])
-    close(pairs[:, 0], "a group a pair")
+    close(pair_rows(Pairs(screen, nodes, node, sets, c, scale, scale)), "pairs")
     grouped = low_rank_rows(  # as first tokens are read: nodes that share a set
         screen.beta,
         nodes.sz[None],
         c.view(n, n_sets, -1).transpose(0, 1).contiguous(),
         scale.view(n, n_sets).T.contiguous(),
-        P,
+        screen.P[screen.slots],
     )
     close(grouped.transpose(0, 1).reshape(n * n_sets, -1), "a group a set")
 
@@ -673,10 +678,9 @@ def test_plain_readings_are_what_they_are_called(shape: Shape) -> None:
 def test_the_tolerance_covers_the_rounding_of_both_sides_and_no_more_than_it_must(shape: Shape) -> None:
     layer = make(shape)
     screen, nodes, node, sets, c, scale = layer.screened()
-    P = screen.P[screen.slots[sets]]
-    rows = low_rank_rows(screen.beta, nodes.sz[node][:, None], c[:, None], scale[:, None], P)[:, 0]
-    off = (rows.double() - exact_logits(layer.model, moved(layer))).abs().amax(-1)
     tau = pair_tolerance(screen, nodes, node, sets, c, scale)
+    rows = pair_rows(Pairs(screen, nodes, node, sets, c, scale, tau))
+    off = (rows.double() - exact_logits(layer.model, moved(layer))).abs().amax(-1)
     assert (2 * off <= tau).all(), f"rounding moved a logit by {float((off / tau).max()):.3g} slacks"
     # What is multiplied, at its largest; above a few 1e-6 of that, far too much is a near tie.
     M = (layer.model.W_U * layer.model.final_norm.gain[:, None]).norm(dim=0).max()
@@ -741,10 +745,9 @@ def test_a_neuron_at_its_own_activation_and_an_empty_set_change_nothing() -> Non
     assert (c[2] != 0).all()
     SCALE.assert_close(scale[:2], nodes.scale.repeat(2).double())
     assert certified(screen, nodes)[0, :2].all(), "nothing changes, and it is not certain"
-    sz, slots = nodes.sz[node][:, None], screen.slots[sets]
-    rows = low_rank_rows(screen.beta, sz, c[:, None], scale[:, None], screen.P[slots])
+    rows = pair_rows(Pairs(screen, nodes, node, sets, c, scale, scale))
     plain = exact_logits(layer.model, layer.x.double())
-    LOGIT.assert_close(rows[:2, 0], plain.repeat(2, 1))
+    LOGIT.assert_close(rows[:2], plain.repeat(2, 1))
 
 
 def test_no_set_at_all_can_be_planned() -> None:
