@@ -1312,7 +1312,7 @@ def test_shared_prefixes_change_nothing_but_the_work(
     prompts = [[*stems[i % 3], *ending[1:]] for i, ending in enumerate(endings)]
     ablations = random_sets(config.d_mlp, [5, 9], 1.0)
     shared = run(model, prompts, ablations)
-    monkeypatch.setattr(decoding, "shared_prefixes", lambda prompts: [([i], 0) for i in range(9)])
+    monkeypatch.setattr(batching, "shared_prefixes", lambda prompts: [([i], 0) for i in range(9)])
     whole = run(model, prompts, ablations)
     for i in range(9):
         assert_same(model, shared.decoded, i, whole.decoded, i, config.id)

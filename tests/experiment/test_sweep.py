@@ -68,8 +68,10 @@ def test_every_run_is_that_of_its_choice_alone(
         assert files(out / choice.name) == files(alone), choice.name
         mine, its = (json.loads((f / "manifest.json").read_text()) for f in (out / choice.name, alone))
         for key in mine.keys() | its.keys():
-            if key not in ("timings_s", "memory_budget"):
+            if key not in ("timings_s", "memory_budget", "float32_error"):
                 assert mine.get(key) == its.get(key), f"{choice.name}: {key}"
+        # Of the prompts that each happened to measure, by kernels that may round otherwise each time.
+        assert 0.5 < mine["float32_error"] / its["float32_error"] < 2, choice.name
 
 
 def test_what_runs_share_is_computed_once(swept: tuple[Path, Any]) -> None:

@@ -46,7 +46,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LiveBytes, LoadedMod
     )
     for module in (decoding, effects):
         monkeypatch.setattr(module, "at_once", choosing.at_once)
-    monkeypatch.setattr(neurons, "_numpy", lambda tensor: np.zeros(tensor.shape))
+    monkeypatch.setattr(neurons, "to_float64", lambda tensor: np.zeros(tensor.shape))
     monkeypatch.setattr(engine._Tree, "leaves", lambda *args: (_ for _ in ()).throw(Finished()))
     cpu = torch.device("cpu")
     with no_data(), LiveBytes() as counted:
@@ -95,7 +95,7 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
         for value in ABLATION_VALUES
         for neurons_ in controls(201, model.spec.d_mlp, range(k), seed=0)
     ]
-    monkeypatch.setattr(effects, "_numpy", lambda tensor: np.zeros(tensor.shape))
+    monkeypatch.setattr(effects, "to_float64", lambda tensor: np.zeros(tensor.shape))
     monkeypatch.setattr(effects, "SAMPLED", 16)  # for time's sake: a few are read at a time anyway
     first = range(1, 1 + len(sets), len(sets) // len(ABLATION_VALUES))
     reader = effects.EffectsReader(choosing.at_once(model), 448, first, 1 + len(sets))
