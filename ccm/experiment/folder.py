@@ -162,7 +162,7 @@ class RunFolder:
         self.save_manifest()
 
     def time(self, stage: str, seconds: float) -> None:
-        """Note that a stage is done, and add its seconds to those of earlier starts that completed it."""
+        """Note a stage as done, and add its seconds to those of earlier starts that completed it."""
         timings = self.manifest["timings_s"]
         timings[stage] = round(timings.get(stage, 0.0) + seconds, 3)
         if stage not in self.manifest["done"]:
