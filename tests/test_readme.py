@@ -14,8 +14,9 @@ def test_it_is_read_in_one_go() -> None:
     assert len(TEXT.splitlines()) <= 150
 
 
-def test_one_picture_shows_the_result() -> None:
-    assert len(re.findall(r"!\[[^\]]+\]\([^)]+\)", TEXT)) == 1
+def test_one_picture_shows_the_result_of_each_model() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(docs/images/(\w+)\.png\)", TEXT)
+    assert [name.split("_")[0] for name in pictures] == ["organism", "smollm2"]
 
 
 @pytest.mark.parametrize("environment", ["organism", "tests"])
