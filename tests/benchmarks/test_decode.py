@@ -13,7 +13,7 @@ from ccm.decoding.shared import decode_sets
 from ccm.method.ablation import Ablation
 from ccm.method.ablation_values import ABLATION_VALUES
 from conftest import Options
-from tests.benchmarks.subjects import Subject, gpt2_dimensions, organism
+from tests.benchmarks.subjects import Subject, gpt2_dimensions, organism, real_model
 
 BATCH_SIZES = (256, 1024)  # the hooked path gets the better one
 
