@@ -88,18 +88,27 @@ class Screen:
     present: Float[Tensor, "set k"]  # 1, or 0 for the padding of a set of fewer than k neurons
     W: Float[Tensor, "selected d_model"]  # w_i, float64
     gram: Float[Tensor, "set k k"]  # w_i . w_j within each set, float64
-    P: Float[Tensor, "selected d_vocab"]
+    directions: Float[Tensor, "ranks d_vocab"]  # P_i, then a row of ones, then beta
     mid: Float[Tensor, "selected"]  # centre of P_i's range
     half: Float[Tensor, "selected"]  # h_i
     q: Float[Tensor, "selected"]  # of paragraph 4
     reach: Float[Tensor, "selected"]  # |w_i| / sqrt(d)
-    beta: Float[Tensor, "d_vocab"]
     W_U: Float[Tensor, "d_model d_vocab"]  # as stored, float32: a folded copy would take gigabytes
     gain: Float[Tensor, "d_model"]
     centred: bool
     eps: float
     noise: float  # u M
     offset_noise: float  # u B
+
+    @property
+    def P(self) -> Float[Tensor, "selected d_vocab"]:
+        """Logit directions P_i."""
+        return self.directions[:-2]
+
+    @property
+    def beta(self) -> Float[Tensor, "d_vocab"]:
+        """The part of the logits that no scale touches."""
+        return self.directions[-1]
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,9 @@ def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Sc
     W = W - W.mean(1, keepdim=True) if norm.centred else W
     W_U = last.W_U.float()
     beta = norm.bias @ W_U + last.b_U
-    P = (W * norm.gain) @ W_U
+    directions = torch.empty((len(neurons) + 2, W_U.shape[1]), device=device)
+    P = torch.matmul(W * norm.gain, W_U, out=directions[:-2])
+    directions[-2], directions[-1] = 1.0, beta
     longest = max(
         float((chunk * norm.gain[:, None]).norm(dim=0).max())
         for chunk in torch.split(W_U, VOCAB_COLUMNS, dim=1)
@@ -180,12 +191,11 @@ def build_screen(last: LastLayer, ablations: Sequence[Ablation], u: float) -> Sc
         present=present.to(device),
         W=W,
         gram=W[slots] @ W[slots].transpose(1, 2),
-        P=P,
+        directions=directions,
         mid=(P.amax(1) + P.amin(1)) / 2,
         half=half,
         q=half + (beta.max() - beta.min() + offset_noise) * reach + noise * norms,
         reach=reach,
-        beta=beta,
         W_U=W_U,
         gain=norm.gain,
         centred=norm.centred,

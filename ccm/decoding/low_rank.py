@@ -75,31 +75,58 @@ def best_and_lead(
 def pair_rows(pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
     """Compute the ablated logit row of each pair (paragraph 1).
 
-    As a weighted sum of rows of P that are read in place: gathering k rows of the vocabulary for each
+    As a weighted sum of directions that are read in place: gathering k rows of the vocabulary for each
     pair first, as `low_rank_rows` would, takes twice the time.
     """
-    screen, nodes = pairs.screen, pairs.nodes
+    screen, inverse = pairs.screen, 1 / pairs.scale[:, None]
+    beta = torch.full_like(pairs.sets[:, None], len(screen.directions) - 1)
     rows = functional.embedding_bag(
-        screen.slots[pairs.sets], screen.P, mode="sum", per_sample_weights=pairs.c
-    ).add_(nodes.sz[pairs.node])
-    return torch.addcmul(screen.beta, rows, 1 / pairs.scale[:, None], out=rows)
+        torch.cat([screen.slots[pairs.sets], beta], dim=1),
+        screen.directions,
+        mode="sum",
+        per_sample_weights=torch.cat([pairs.c * inverse, torch.ones_like(inverse)], dim=1),
+    )
+    return rows.addcmul_(pairs.nodes.sz[pairs.node], inverse)
+
+
+def ranks(
+    screen: Screen,
+    part: slice,
+    c: Float[Tensor, "part k node"],
+    scale: Float[Tensor, "part node"],
+    shift: Float[Tensor, "part node"],
+) -> tuple[Float[Tensor, "part node rank"], Float[Tensor, "part rank d_vocab"]]:
+    """Compute all that is added to plain rows, less a constant each: k directions, ones and beta.
+
+    Args:
+        screen: The screen.
+        part: Which sets.
+        c: Their activation changes.
+        scale: What the sum is divided by in the end.
+        shift: A constant to subtract from each row, times that scale.
+
+    Returns:
+        What each direction is multiplied by, and the directions.
+    """
+    last = torch.arange(-2, 0, device=c.device).expand(len(c), -1) % len(screen.directions)
+    weights = torch.cat([c, -shift[:, None], scale[:, None]], dim=1)
+    return weights.transpose(1, 2), screen.directions[torch.cat([screen.slots[part], last], dim=1)]
 
 
 def low_rank_rows(
-    beta: Float[Tensor, "d_vocab"],
-    sz: Float[Tensor, "#group node d_vocab"],
-    c: Float[Tensor, "group node k"],
+    sz: Float[Tensor, "node d_vocab"],
+    weights: Float[Tensor, "group node rank"],
     scale: Float[Tensor, "group node"],
-    P: Float[Tensor, "group k d_vocab"],
+    directions: Float[Tensor, "group rank d_vocab"],
 ) -> Float[Tensor, "group node d_vocab"]:
     """Compute ablated logit rows (paragraph 1), for groups of nodes that share a neuron set.
 
     Args:
-        beta: From the screen.
-        sz: Plain rows times their scale, once for all groups or per group.
-        c: Activation changes.
-        scale: s' of each.
-        P: Logit directions of each group's neurons.
+        sz: Plain rows times their scale.
+        weights: As from `ranks`.
+        scale: What each row is divided by.
+        directions: As from `ranks`.
     """
-    rows = torch.baddbmm(sz, c, P)
-    return torch.addcmul(beta, rows, 1 / scale[..., None], out=rows)
+    inverse = 1 / scale[..., None]
+    # In place: the product adds to what is there already, which costs half of a pass of its own.
+    return (sz * inverse).baddbmm_(weights * inverse, directions)

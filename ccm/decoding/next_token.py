@@ -26,11 +26,13 @@ from ccm.decoding.low_rank import (
     dense_changes,
     low_rank_rows,
     pair_rows,
+    ranks,
     tolerances,
 )
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 
+TOGETHER = 8  # nodes of a set, and sets, whose rows are one batch of products
 # Initial room of a GPU's lists of pairs that are not certified, and of pairs that need a whole row.
 UNSURE, WHOLE = 1 << 12, 1 << 6
 
@@ -43,6 +45,14 @@ class AtOnce:
     pairs: int  # (node, set) pairs
     row_bytes: int  # of logit rows
     d_vocab: int
+
+    def nodes(self, n: int, per_row: int) -> int:
+        """Return at how many of n nodes several sets are worked on, or one where few rows fit.
+
+        The rows of one set are a matrix product, which at a single node would take twice the time.
+        """
+        fit = self.rows(per_row)
+        return max(1, min(n, fit, max(TOGETHER, fit // TOGETHER)))
 
     def rows(self, per_row: int) -> int:
         """Return how many logit rows fit, at `per_row` vectors over the vocabulary for each."""
@@ -195,7 +205,7 @@ def read_first_tokens(
     top_log_probs = torch.empty(tops.shape, device=device)
     chosen = torch.empty((n, n_sets), dtype=torch.long, device=device)
     close = torch.empty((n, n_sets), dtype=torch.bool, device=device)
-    width = max(1, min(n, sizes.rows(2) // 8))
+    width = sizes.nodes(n, 2)
     for exact_shift in (False, True):
         for of, at, rows, tau in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
             best, lead = best_and_lead(rows)
@@ -251,18 +261,11 @@ def _all_rows(
         for of in slices(group.sets.stop, height, group.sets.start):
             c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
             tau = tolerances(screen, nodes, c, screen.slots[of], scale)
-            P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
-            lead = sz_top + (c * P[:, :, top]).sum(1) + beta_top * scale
-            # Subtracting a constant from a row is one more rank.
-            c = torch.cat([c, -lead[:, None]], dim=1).transpose(1, 2)
-            P = torch.cat([P, torch.ones_like(P[:, :1])], dim=1)
+            lead = sz_top + (c * screen.P[:, top][screen.slots[of]]).sum(1) + beta_top * scale
+            weights, directions = ranks(screen, of, c, scale, lead)
             for at in slices(len(top), width):
-                yield (
-                    of,
-                    at,
-                    low_rank_rows(screen.beta, nodes.sz[at][None], c[:, at], scale[:, at], P),
-                    tau[:, at],
-                )
+                rows = low_rank_rows(nodes.sz[at], weights[:, at], scale[:, at], directions)
+                yield of, at, rows, tau[:, at]
 
 
 def _tops(

@@ -80,8 +80,17 @@ def effects_reader(
         n_prompts: Number of prompts of the run.
         planned: For each ablation value its sets, the entropy set first.
     """
-    starts = np.cumsum([1, *map(len, planned.values())]).tolist()  # set 0 is the plain run
-    return EffectsReader(at_once(model), n_prompts, starts[:-1], starts[-1])
+    return EffectsReader(at_once(model), n_prompts, *entropy_sets(planned))
+
+
+def entropy_sets(planned: Mapping[str, Sequence[object]]) -> tuple[list[int], int]:
+    """Number all sets of a decode, set 0 being the plain run; return the entropy sets, and how many.
+
+    >>> entropy_sets({"mean_ablation": ["entropy", "control_000"], "mode_ablation": ["entropy"]})
+    ([1, 3], 4)
+    """
+    *starts, stop = np.cumsum([1, *map(len, planned.values())]).tolist()
+    return starts, stop
 
 
 def write_effects(folder: RunFolder, batches: Sequence[Batch]) -> None:
@@ -92,14 +101,15 @@ def write_effects(folder: RunFolder, batches: Sequence[Batch]) -> None:
         batches: All batches of its decode.
     """
     *tables, of_sets = effect_tables(folder)
-    found = join_effects([batch.at_last for batch in batches])
+    names = {path.parent.name: list(folder.manifest["sets"]) for path in tables}
+    own, _ = entropy_sets(names)
+    found = join_effects(batches, own)
     for i, path in enumerate(tables):
         if not path.is_file():
             entropies = {f"entropy_{name}": found.own[:, i, e] for e, name in enumerate(EFFECTS)}
             write_table(path, pd.DataFrame({"entropy_plain": found.plain, **entropies}))
     folder.note(effects={"prompts": len(found.plain), "prompts_of_all_sets": len(found.sampled)})
     if not of_sets.is_file():
-        names = {path.parent.name: list(folder.manifest["sets"]) for path in tables}
         write_table(of_sets, set_effects(found, names))
 
 

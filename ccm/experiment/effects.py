@@ -13,7 +13,7 @@ through W_U, and b_U). The split is that of Stolfo et al., *Confidence Regulatio
 (arXiv 2406.16254), section 3. In decoding it holds at the first token, which is where it is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccm.decoding.certificate import Nodes, Screen, build_screen, read_nodes
-from ccm.decoding.engines import ENGINES, Engine
-from ccm.decoding.low_rank import dense_changes
-from ccm.decoding.next_token import AtOnce, at_once, slices
-from ccm.method.ablation import PLAIN, Ablation
+from ccm.decoding.certificate import Nodes, Screen
+from ccm.decoding.low_rank import dense_changes, low_rank_rows, ranks
+from ccm.decoding.next_token import AtOnce, slices
+from ccm.decoding.results import Batch
 from ccm.method.neurons import to_float64
-from ccm.models.bridge import Tokens
-from ccm.models.model import LoadedModel
 
 EFFECTS = ("total", "direct", "norm_only")  # the order of every `effect` axis
-SAMPLED = 256  # prompts at which all sets are read; the entropy sets are read at every one
+SPLIT = EFFECTS[1:]  # the order of every `split` axis; the decode itself reads the total
+SAMPLED = 256  # prompts at which all sets are split; the entropy sets are split at every one
 
 
 @dataclass(frozen=True)
@@ -53,19 +51,10 @@ def row_entropies(rows: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
     return entropies
 
 
-def plain_entropies(screen: Screen, nodes: Nodes, sizes: AtOnce) -> Float[Tensor, "node"]:
-    """Compute the entropy of every node without ablation, nats."""
-    parts = [
-        row_entropies(torch.addcmul(screen.beta, nodes.sz[at], 1 / nodes.scale[at, None]))
-        for at in slices(len(nodes.scale), sizes.rows(3))
-    ]
-    return torch.cat(parts)
-
-
-def ablated_entropies(
+def split_entropies(
     screen: Screen, nodes: Nodes, sizes: AtOnce, sets: slice
-) -> Float[Tensor, "set node effect"]:
-    """Compute entropies of some sets at every node, nats: total, direct, norm only (Method 13).
+) -> Float[Tensor, "set node split"]:
+    """Compute entropies of some sets at every node, nats: direct and norm only.
 
     Args:
         screen: The screen of all sets.
@@ -74,28 +63,20 @@ def ablated_entropies(
         sets: Which sets of the screen.
     """
     n = len(nodes.scale)
-    found = torch.empty((sets.stop - sets.start, n, len(EFFECTS)), device=nodes.sz.device)
-    # A few sets at a few nodes: three rows and a sum for each pair, and the directions of each set.
-    width, k = max(1, min(n, sizes.rows(4) // 8)), screen.slots.shape[1]
+    found = torch.empty((sets.stop - sets.start, n, len(SPLIT)), device=nodes.sz.device)
+    width = sizes.nodes(n, 2)
     for group in screen.groups:
         start, stop = max(group.sets.start, sets.start), min(group.sets.stop, sets.stop)
-        for of in slices(stop, sizes.rows(4 * width + k), start):
+        for of in slices(stop, sizes.rows(2 * width), start):
             c, after = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
-            P = screen.P[screen.slots[of]]  # (set, k, d_vocab)
+            before = nodes.scale.expand_as(after)
+            weights, directions = ranks(screen, of, c, before, torch.zeros_like(after))
             place = slice(of.start - sets.start, of.stop - sets.start)
             for at in slices(n, width):
-                plain, scale = nodes.sz[at], nodes.scale[at, None]  # (node, d_vocab), (node, 1)
-                # (set, node, d_vocab)
-                moved = torch.baddbmm(plain[None], c[:, :, at].transpose(1, 2), P)
-                s = after[:, at, None]  # (set, node, 1)
-                for i, rows in enumerate(
-                    (
-                        torch.addcmul(screen.beta, moved, 1 / s),
-                        torch.addcmul(screen.beta, moved, 1 / scale),
-                        torch.addcmul(screen.beta, plain, 1 / s),
-                    )
-                ):
-                    found[place, at, i] = row_entropies(rows)
+                direct = low_rank_rows(nodes.sz[at], weights[:, at], before[:, at], directions)
+                found[place, at, 0] = row_entropies(direct)
+                norm_only = torch.addcmul(screen.beta, nodes.sz[at], 1 / after[:, at, None])
+                found[place, at, 1] = row_entropies(norm_only)
     return found
 
 
@@ -111,7 +92,7 @@ def evenly_spaced(n: int, most: int) -> Int[np.ndarray, "chosen"]:
 
 
 class EffectsReader:
-    """Reads all sets' entropies at last prompt positions while prompts are decoded (Method 13)."""
+    """Reads the split of all sets' effects at last prompt positions while prompts are decoded."""
 
     def __init__(self, sizes: AtOnce, n_prompts: int, own: Sequence[int], n_sets: int) -> None:
         """Choose the prompts at which each set is read.
@@ -134,8 +115,6 @@ class EffectsReader:
         prompts = np.asarray(indices, dtype=np.int64)
         at = np.flatnonzero(np.isin(prompts, self.sampled))
         return {
-            "prompts": prompts,
-            "plain": to_float64(plain_entropies(screen, nodes, self.sizes)),
             "own": self._of(screen, nodes, self.own),
             "sampled": prompts[at],
             "others": self._of(screen, nodes.some(at), self.others),
@@ -143,59 +122,33 @@ class EffectsReader:
 
     def _of(
         self, screen: Screen, nodes: Nodes, parts: Sequence[slice]
-    ) -> Float[np.ndarray, "node set effect"]:
-        none = torch.empty((0, len(nodes.scale), len(EFFECTS)), device=nodes.scale.device)
-        found = torch.cat([none, *(ablated_entropies(screen, nodes, self.sizes, s) for s in parts)])
+    ) -> Float[np.ndarray, "node set split"]:
+        none = torch.empty((0, len(nodes.scale), len(SPLIT)), device=nodes.scale.device)
+        found = torch.cat([none, *(split_entropies(screen, nodes, self.sizes, s) for s in parts)])
         return np.ascontiguousarray(to_float64(found.transpose(0, 1)))
 
 
-def join_effects(parts: Sequence[Mapping[str, np.ndarray]]) -> Effects:
-    """Join what an `EffectsReader` read, in the order of prompts and of sets."""
-
-    def joined(name: str, prompts: str) -> np.ndarray:
-        order = np.argsort(np.concatenate([part[prompts] for part in parts]))
-        return np.asarray(np.concatenate([part[name] for part in parts])[order])
-
-    return Effects(
-        plain=joined("plain", "prompts"),
-        own=joined("own", "prompts"),
-        sampled=joined("sampled", "sampled"),
-        others=joined("others", "sampled"),
-    )
-
-
-def measure_effects(
-    model: LoadedModel,
-    prompts: Sequence[Tokens],
-    own: Sequence[Ablation],
-    others: Sequence[Ablation],
-    *,
-    memory_budget: int | None = None,
-    engine: Engine = ENGINES["shared"],
-) -> Effects:
-    """Run every prompt once, and compute all sets' entropies at its last position (Method 13).
-
-    A run needs no such pass: it reads them while it decodes.
+def join_effects(batches: Sequence[Batch], own: Sequence[int]) -> Effects:
+    """Join what the decode and an `EffectsReader` read, in the order of prompts and of sets.
 
     Args:
-        model: The model.
-        prompts: Token ids, BOS included.
-        own: Sets to read at every prompt.
-        others: Sets to read at no more than `SAMPLED` prompts, evenly spaced.
-        memory_budget: As for `ccm.decoding.shared.decode_sets`.
-        engine: The engine that runs the prompts.
-
-    Returns:
-        Entropies in the order of prompts and of sets.
+        batches: All batches of a decode whose `at_last` is an `EffectsReader`.
+        own: The sets that it read at every prompt.
     """
-    sets = [*own, *others]
-    reader = EffectsReader(at_once(model), len(prompts), range(1, 1 + len(own)), 1 + len(sets))
-    # No token is chosen, so no tolerance is needed.
-    screen = build_screen(model.last_layer, [PLAIN, *sets], u=0.0)
+    order = np.argsort(np.concatenate([batch.prompts for batch in batches]))
+    entropy = np.concatenate([batch.entropy for batch in batches]).astype(np.float64)[order]
+    sampled = np.concatenate([batch.at_last["sampled"] for batch in batches])
+    others = np.setdiff1d(np.arange(1, entropy.shape[1]), own)
 
-    def read(indices: list[int], x: Tensor, a: Tensor) -> dict[str, np.ndarray]:
-        return reader(indices, screen, read_nodes(screen, x, a))
+    def joined(name: str, order: np.ndarray, total: np.ndarray) -> np.ndarray:
+        split = np.concatenate([batch.at_last[name] for batch in batches])[order]
+        return np.concatenate([total[..., None], split], axis=-1)
 
-    return join_effects(
-        list(engine.read_last_positions(model, prompts, read, memory_budget=memory_budget))
+    by_prompt = np.argsort(sampled)
+    sampled = sampled[by_prompt]
+    return Effects(
+        plain=entropy[:, 0],
+        own=joined("own", order, entropy[:, own]),
+        sampled=sampled,
+        others=joined("others", by_prompt, entropy[np.ix_(sampled, others)]),
     )

@@ -15,7 +15,6 @@ from ccm.decoding.activations import collect
 from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode, decode_sets
 from ccm.experiment.beyond_paper import set_effects
-from ccm.experiment.effects import measure_effects
 from ccm.experiment.fact_files import read_fact_folder
 from ccm.method.ablation import PLAIN, Ablation, plan
 from ccm.method.ablation_values import ABLATION_VALUES
@@ -53,6 +52,7 @@ from ccm.models.specs import spec_for
 from tests.closed_form.build import build
 from tests.closed_form.truth import DECOYS, PLANTED, POSITIONS, SABOTEURS, ClosedFormTruth, Outcome
 from tests.closed_form.world import BASIS, D_MLP, NULL, Architecture, Case
+from tests.effects import measure_effects
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC
 
 ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama")

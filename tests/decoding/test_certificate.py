@@ -29,6 +29,7 @@ from ccm.decoding.low_rank import (
     dense_changes,
     low_rank_rows,
     pair_rows,
+    ranks,
     tolerances,
 )
 from ccm.decoding.tolerance import LEAST
@@ -611,13 +612,12 @@ def test_low_rank_rows_are_the_ablated_models_rows(shape: Shape) -> None:
         LOGIT.assert_close(rows / magnified, wanted / magnified, what=f"{what}, {shape}")
 
     close(pair_rows(Pairs(screen, nodes, node, sets, c, scale, scale)), "pairs")
-    grouped = low_rank_rows(  # as first tokens are read: nodes that share a set
-        screen.beta,
-        nodes.sz[None],
-        c.view(n, n_sets, -1).transpose(0, 1).contiguous(),
-        scale.view(n, n_sets).T.contiguous(),
-        screen.P[screen.slots],
-    )
+    # As first tokens are read: nodes that share a set, and a constant subtracted from each row.
+    dense, of_sets = c.view(n, n_sets, -1).permute(1, 2, 0), scale.view(n, n_sets).T.contiguous()
+    shift = torch.linspace(-2, 2, of_sets.numel()).view_as(of_sets)
+    weights, directions = ranks(screen, slice(0, n_sets), dense, of_sets, shift)
+    grouped = low_rank_rows(nodes.sz, weights, of_sets, directions)
+    grouped += (shift / of_sets)[..., None]
     close(grouped.transpose(0, 1).reshape(n * n_sets, -1), "a group a set")
 
 

@@ -13,19 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ccm.decoding import batching, hooked
+from ccm.decoding import batching, hooked, shared
 from ccm.decoding.engines import ENGINES, Engine
 from ccm.decoding.next_token import AtOnce
 from ccm.experiment import beyond_paper, effects
 from ccm.experiment.beyond_paper import effects_reader, rho_by_layer, set_effects
-from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, join_effects, measure_effects
+from ccm.experiment.effects import EFFECTS, Effects, evenly_spaced, join_effects
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import NeuronMeasures, measure, processed_W_out, processed_W_U, rho
 from ccm.models.device_map import spread_over_devices
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import spec_for
+from tests import effects as together
 from tests.decoding.test_shared import random_sets
+from tests.effects import measure_effects
 from tests.exact import margins
 from tests.tolerance import MEASURE
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
@@ -140,7 +142,8 @@ def test_how_much_is_held_at_once_changes_nothing(rows: int, monkeypatch: pytest
     model, prompts, sets = loaded(config), token_prompts(7, config), ablations_of(config)
     whole = measure_effects(model, prompts, sets[:1], sets[1:])
     sizes = AtOnce(tokens=64, pairs=4, row_bytes=4 * config.d_vocab * rows, d_vocab=config.d_vocab)
-    monkeypatch.setattr(effects, "at_once", lambda model: sizes)
+    for reads in (shared, together):
+        monkeypatch.setattr(reads, "at_once", lambda model: sizes)
     monkeypatch.setattr(batching, "MAX_BATCH", 3)
     parts = measure_effects(model, prompts, sets[:1], sets[1:])
     for name in ("plain", "own", "others"):
@@ -174,7 +177,7 @@ def test_they_are_read_while_a_run_decodes(
     reader = effects_reader(model, len(prompts), planned)
     decoded = list(engine.decode_sets(model, prompts, sets, at_last=reader, max_new_tokens=2))
     assert len(decoded) > 1
-    found = join_effects([batch.at_last for batch in decoded])
+    found = join_effects(decoded, [1, 4])
     own, others = [sets[0], sets[3]], [*sets[1:3], *sets[4:]]
     alone = measure_effects(model, prompts, own, others, engine=engine)
     assert found.sampled.tolist() == alone.sampled.tolist() == [0, 3, 7, 10]

@@ -22,7 +22,6 @@ from ccm.decoding.engines import ENGINES
 from ccm.decoding.results import merge
 from ccm.decoding.trial import check_shared
 from ccm.errors import AssumptionBroken, BadInput, CcmError
-from ccm.experiment.effects import measure_effects
 from ccm.method.ablation import Ablation
 from ccm.method.statistics import STATISTICS
 from ccm.models.bridge import Tokens
@@ -30,6 +29,7 @@ from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import CHECKPOINT, MODELS, spec_for
 from tests.architectures import D_MODEL, D_VOCAB, FAMILIES, N_LAYERS, SHARED, Tiny, tiny_folder
+from tests.effects import measure_effects
 from tests.tolerance import ENTROPY
 
 HOOKED = tuple(tiny for tiny in FAMILIES if not tiny.refused)

@@ -1,5 +1,6 @@
 """What a model takes, what is free, and what is said where it does not suffice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 from ccm.cli import commands as subcommands
 from ccm.cli.parser import main
 from ccm.errors import NotAvailable
-from ccm.experiment import effects
-from ccm.experiment.effects import measure_effects
+from ccm.experiment.effects import EffectsReader
 from ccm.models import memory
 from ccm.models.load import load
 from ccm.models.memory import (
@@ -27,6 +27,7 @@ from ccm.models.specs import MODELS, spec_for
 from ccm.models.weights import n_parameters, weight_files
 from tests.decoding.test_pretended_gpu import on_gpu
 from tests.decoding.test_shared import random_sets
+from tests.effects import measure_effects
 from tests.exact import margins
 from tests.experiment.test_run import command
 from tests.pretended_gpu import pretended_gpus
@@ -196,15 +197,15 @@ def test_a_part_whose_effects_do_not_fit_is_halved(
     model, prompts = load(spec_for(str(toy_folder(config)))), token_prompts(9, config, seed=3)
     own, *others = random_sets(config.d_mlp, [5, 5, 5], 2.0)
     whole = measure_effects(model, prompts, [own], others)
-    entropies, sizes = effects.plain_entropies, list[int]()
+    read, sizes = EffectsReader.__call__, list[int]()
 
-    def full(screen: Any, nodes: Any, at_once: Any) -> torch.Tensor:
-        sizes.append(len(nodes.scale))
+    def full(self: EffectsReader, indices: Sequence[int], *more: Any) -> Any:
+        sizes.append(len(indices))
         if sizes[-1] > 3:
             raise error
-        return entropies(screen, nodes, at_once)
+        return read(self, indices, *more)
 
-    monkeypatch.setattr(effects, "plain_entropies", full)
+    monkeypatch.setattr(EffectsReader, "__call__", full)
     halved = measure_effects(model, prompts, [own], others)
     assert sizes == [9, 4, 2, 2, 5, 2, 3]
     np.testing.assert_array_equal(halved.sampled, whole.sampled)

@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ccm.decoding.certificate import build_screen, read_nodes
 from ccm.decoding.engines import ENGINES, engine_for, name_of
+from ccm.decoding.next_token import at_once
 from ccm.decoding.results import Completions, Work, merge
 from ccm.decoding.shared import decode
 from ccm.errors import BadInput
 from ccm.experiment.config import RunConfig
-from ccm.experiment.effects import SAMPLED, evenly_spaced, measure_effects
+from ccm.experiment.effects import SAMPLED, EffectsReader, evenly_spaced
 from ccm.experiment.fact_files import load_pararel, pararel_folder, read_fact_folder
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import ACTIVATION_STATS, RunFolder
@@ -33,7 +36,7 @@ from ccm.experiment.probing import Ask, ask_and_store, parametric_prompts
 from ccm.experiment.rehearsal.profiler import Profiler, Say
 from ccm.experiment.rehearsal.projection import PUBLISHED_FACTS, Rehearsal, Stage, project
 from ccm.experiment.run import decode_with, finish, hold_folder
-from ccm.method.ablation import plan_sets
+from ccm.method.ablation import PLAIN, Ablation, plan_sets
 from ccm.method.facts import FactSet
 from ccm.method.prompts import (
     N_COUNTER_OBJECTS,
@@ -254,9 +257,9 @@ def _run(
     """Run every step after loading, as `ccm.experiment.run` does.
 
     Returns:
-        The prompts' tokens, and the stages by name. While a run decodes, it measures effects: of the
+        The prompts' tokens, and the stages by name. While a run decodes, it splits effects: of the
         entropy sets at every prompt, of all other sets at `SAMPLED` prompts at most. The latter are
-        measured once more, alone, and their time is subtracted: the rest grows with the prompts.
+        split once more, alone, and their time is subtracted: the rest grows with the prompts.
     """
     weights: dict[str, Any] = {"source": model.source, "revision": None, "files": [], "converted": None}
     engine = name_of(engine_for(plan_.config.engine, model))
@@ -270,12 +273,26 @@ def _run(
     few = [tokens[i] for i in evenly_spaced(len(tokens), SAMPLED)]
     alone = Profiler(plan_.device, say=clock.say)
     with alone(REST, "prompt", len(few)):
-        measure_effects(model, few, [], others, memory_budget=folder.manifest["memory_budget"])
+        _split_alone(model, few, others, folder.manifest["memory_budget"])
     stages = dict(clock.stages)
     rest, both = replace(alone.stages[REST], most=SAMPLED), stages[ABLATIONS]
     stages[ABLATIONS] = replace(both, seconds=max(0.0, both.seconds - rest.seconds))
     scores = stages.pop("scores")
     return tokens, {**stages, REST: rest, "scores": scores}
+
+
+def _split_alone(
+    model: LoadedModel, prompts: Sequence[Tokens], sets: Sequence[Ablation], memory_budget: int
+) -> None:
+    """Split the effects of some sets at all prompts, as a run does while it decodes."""
+    screen = build_screen(model.last_layer, [PLAIN, *sets], u=0.0)
+    reader = EffectsReader(at_once(model), len(prompts), [], 1 + len(sets))
+
+    def read(indices: list[int], x: Tensor, a: Tensor) -> None:
+        reader(indices, screen, read_nodes(screen, x, a))
+
+    for _ in ENGINES["shared"].read_last_positions(model, prompts, read, memory_budget=memory_budget):
+        pass
 
 
 def _plain_passes(
