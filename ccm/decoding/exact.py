@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ccm.decoding.forward import run_body
 from ccm.method.neurons import VOCAB_COLUMNS
-from ccm.models.bridge import Tokens, equal_length_batches
+from ccm.models.bridge import Tokens
 from ccm.models.model import LoadedModel
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.clone)
@@ -94,20 +95,26 @@ def exact_last_positions(
 ) -> tuple[Float[Tensor, "prefix d_model"], Float[Tensor, "prefix d_mlp"]]:
     """Compute final residual and last-layer activations at each prefix's last position, float64.
 
+    All weights are cast once per forward pass, so prefixes of any lengths share one: they are padded on
+    the right, which no causal model's earlier positions see.
+
     Args:
         model: The model, in float32.
-        prefixes: Token ids; those of one length run together.
-        tokens_at_once: Most tokens of one forward pass.
+        prefixes: Token ids.
+        tokens_at_once: Most tokens of one forward pass, padding included.
     """
     spec, device = model.spec, model.device
     x = torch.empty((len(prefixes), spec.d_model), dtype=torch.float64, device=device)
     a = torch.empty((len(prefixes), spec.d_mlp), dtype=torch.float64, device=device)
-    longest = max(map(len, prefixes), default=1)
-    for indices in equal_length_batches(prefixes, max(1, tokens_at_once // longest)):
-        tokens = torch.tensor([list(prefixes[i]) for i in indices], device=device)
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    size = max(1, tokens_at_once // max(map(len, prefixes), default=1))
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        ragged = [torch.tensor(list(prefixes[i]), device=device) for i in indices]
         with float64():
-            found = run_body(model, tokens, last_only=True)
-        x[indices], a[indices] = (values[:, -1] for values in found)
+            found = run_body(model, pad_sequence(ragged, batch_first=True))
+        rows, last = range(len(indices)), [len(tokens) - 1 for tokens in ragged]
+        x[indices], a[indices] = (values[rows, last] for values in found)
     return x, a
 
 

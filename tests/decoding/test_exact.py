@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from ccm.decoding import exact
 from ccm.decoding.exact import exact_last_positions, exact_logits, float64
 from ccm.decoding.forward import run_body
 from ccm.decoding.results import TIE, most_likely
@@ -33,6 +34,25 @@ def test_it_is_what_a_model_in_float64_gives(config: ToyConfig) -> None:
         its = its[everyone, last]
         assert mine.dtype == its.dtype == torch.float64
         assert largest(mine - its) < WITHIN * largest(its)
+
+
+@each_toy
+def test_prefixes_of_any_lengths_share_a_forward_pass(
+    config: ToyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, passes = load(spec_for(str(toy_folder(config)))), list[int]()
+    prompts = token_prompts(9, config, seed=3, min_len=1, max_len=20)
+    alone = [exact_last_positions(model, [prompt], 1) for prompt in prompts]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes.append(len(args[1]))
+        return run_body(*args, **options)
+
+    monkeypatch.setattr(exact, "run_body", counted)
+    together = exact_last_positions(model, prompts, 9 * 20)
+    assert passes == [9]
+    for mine, its in zip(together, zip(*alone, strict=True), strict=True):
+        assert largest(mine - torch.cat(its)) < WITHIN * largest(mine)
 
 
 @each_toy
