@@ -72,6 +72,23 @@ def best_and_lead(
     return best.indices * BLOCK + first.indices, first.values - second
 
 
+def guessed_best_and_lead(
+    rows: Float[Tensor, "set node d_vocab"], guess: Int[Tensor, "node"]
+) -> tuple[Int[Tensor, "set node"], Float[Tensor, "set node"]]:
+    """Do what `best_and_lead` does, in a third of its time for rows whose largest entry is the guess.
+
+    Not for a GPU: the host would have to wait to learn which rows are left.
+    """
+    best = guess.expand(rows.shape[:2])[..., None].contiguous()
+    value = rows.gather(-1, best)
+    lead = (value - rows.scatter_(-1, best, -torch.inf).amax(-1, keepdim=True))[..., 0]
+    rows.scatter_(-1, best, value)
+    best, left = best[..., 0], ~(lead > 0)  # NaN is no lead
+    if left.any():
+        best[left], lead[left] = best_and_lead(rows[left])
+    return best, lead
+
+
 def pair_rows(pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
     """Compute the ablated logit row of each pair (paragraph 1).
 

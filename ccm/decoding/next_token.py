@@ -24,6 +24,7 @@ from ccm.decoding.exact import exact_last_positions, exact_logits
 from ccm.decoding.low_rank import (
     best_and_lead,
     dense_changes,
+    guessed_best_and_lead,
     low_rank_rows,
     pair_rows,
     ranks,
@@ -208,7 +209,8 @@ def read_first_tokens(
     width = sizes.nodes(n, 2)
     for exact_shift in (False, True):
         for of, at, rows, tau in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
-            best, lead = best_and_lead(rows)
+            top = nodes.likely[at, 0]
+            best, lead = best_and_lead(rows) if rows.is_cuda else guessed_best_and_lead(rows, top)
             chosen[at, of], close[at, of] = best.T, (lead <= tau).T
             if exact_shift:
                 rows -= rows.amax(-1, keepdim=True)

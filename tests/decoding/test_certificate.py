@@ -27,6 +27,7 @@ from ccm.decoding.low_rank import (
     BLOCK,
     best_and_lead,
     dense_changes,
+    guessed_best_and_lead,
     low_rank_rows,
     pair_rows,
     ranks,
@@ -807,6 +808,12 @@ def test_the_best_of_a_row_and_its_lead(data: st.DataObject) -> None:
         assert (lead == torch.inf).all()
     else:
         assert torch.equal(lead, ordered[..., 0] - ordered[..., 1])
+    before, guess = rows.clone(), torch.full((3,), data.draw(st.integers(0, d_vocab - 1)))
+    guess[0] = place[0, 0]
+    guessed, its_lead = guessed_best_and_lead(rows, guess)
+    assert torch.equal(rows, before)
+    assert torch.equal(its_lead, lead)
+    assert torch.equal(guessed[lead > 0], place[lead > 0]), "without a lead, any of the best"
 
 
 @given(shape=shapes)
