@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -127,6 +128,7 @@ def _device_of_worker(device: str) -> str:
 
 
 OPTIONS = pytest.StashKey[Options]()
+UNCHECKED = pytest.StashKey[bool]()  # whether no test checks shapes: JAXTYPING_DISABLE=1
 
 NO_NETWORK = {
     "HF_HUB_OFFLINE": "1",
@@ -148,12 +150,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--force-enable-socket"):
         _cut_off()
     config.stash[OPTIONS] = _options(config)
+    config.stash[UNCHECKED] = jaxtyping.config.jaxtyping_disable
     # Toy matrices are too small to share: a second thread only waits for the first.
     torch.set_num_threads(config.stash[OPTIONS].threads)
     # syrupy would delete the goldens of every test that a narrower selection leaves out.
     if any("::" in argument for argument in config.invocation_params.args):
         config.option.no_cleanup = True
         config.option.warn_unused_snapshots = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check tensors' shapes at run time, but not in whole runs, a quarter of whose time that takes.
+
+    What is called there is called in tests that do check.
+    """
+    off = item.config.stash[UNCHECKED] or item.get_closest_marker("whole_runs") is not None
+    jaxtyping.config.update("jaxtyping_disable", off)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.models.specs import PUBLISHED
 from reproduction.pairs import Pair
 from reproduction.runs import Run
+
+pytestmark = pytest.mark.whole_runs
 
 
 def test_selected_neurons(

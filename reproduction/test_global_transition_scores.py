@@ -9,6 +9,8 @@ from reproduction.goldens import counted, measured
 from reproduction.pairs import Pair
 from reproduction.runs import Run, n_controls
 
+pytestmark = pytest.mark.whole_runs
+
 # Of their thousands of replacement values, a machine may round one otherwise.
 POINTS = 0.16  # of controls, percentage points: two prompts of some 1,300
 RANKS = 1.0  # of Q, percent, for 100 controls: one may trade places with the entropy set

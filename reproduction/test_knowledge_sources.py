@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from ccm.method.sources import SOURCES
 from reproduction.goldens import counted
 from reproduction.pairs import Pair
 from reproduction.runs import Run
+
+pytestmark = pytest.mark.whole_runs
 
 
 def test_sources_before_ablation(

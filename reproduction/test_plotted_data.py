@@ -15,6 +15,8 @@ from reproduction.goldens import counted, measured
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 
+pytestmark = pytest.mark.whole_runs
+
 POINTS = 0.16  # of controls, percentage points: two prompts of some 1,300
 NATS = 1e-3  # of a class's mean
 SHARE = 1e-3  # of a measure: sums of float32 products in another order

@@ -17,6 +17,8 @@ from reproduction.complaints import complaints
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 
+pytestmark = pytest.mark.whole_runs
+
 
 def rows_of(comparison: Comparison, value: str | None, *names: str) -> list[Row]:
     """The rows of one ablation value (None: before ablation) whose quantity starts with a name."""

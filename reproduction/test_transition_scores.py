@@ -10,6 +10,8 @@ from reproduction.goldens import counted, measured
 from reproduction.pairs import Pair
 from reproduction.runs import Run
 
+pytestmark = pytest.mark.whole_runs
+
 # Of the controls' mean, percentage points: of their thousands of replacement values, a machine may
 # round one otherwise.
 POINTS = 0.1

@@ -8,6 +8,8 @@ from ccm.models.specs import MAX_NEW_TOKENS
 from conftest import REAL
 from reproduction.runs import Run
 
+pytestmark = pytest.mark.whole_runs
+
 # Nodes that each ablation value may add, as a part of the plain run's. Most are the entropy set's own,
 # whose texts are decoded to the end.
 MORE_NODES = 0.3

@@ -41,6 +41,8 @@ from tests.exact import lead, margins
 from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, LOG_PROBABILITY, MEASURE, PERCENT, STATISTIC, Tolerance
 
+pytestmark = pytest.mark.whole_runs
+
 N_FED_BACK = 9  # of ten new tokens the last is never fed back
 LOG_PROBS = {source: f"{source.lower()}_log_prob" for source in SOURCES}
 WITH_NUMBERS = ("pre", *ABLATION_VALUES)  # random runs keep only texts and sources

@@ -27,6 +27,8 @@ from ccm.models.specs import CHECKPOINT
 from tests.made_runs import few_facts
 from tests.needs import XDIST
 
+pytestmark = pytest.mark.whole_runs
+
 ROOT = Path(__file__).parents[2]
 N = 3
 # A small budget, so that there are more batches than shards.

@@ -60,6 +60,8 @@ from ccm.reporting.rerun import command_of
 from tests.needs import FACTS, NO_GPU
 from tests.toys import ToyConfig, toy_folder
 
+pytestmark = pytest.mark.whole_runs
+
 PARAMETERS = {  # the well-known totals
     "gpt2-small": 124_439_808,
     "EleutherAI_pythia-1.4b": 1_414_647_808,

@@ -51,6 +51,8 @@ from ccm.models.specs import CHECKPOINT, MAX_NEW_TOKENS, MODELS, ModelSpec
 from ccm.models.weights import file_hashes
 from tests.tolerance import ENTROPY, LOG_PROBABILITY
 
+pytestmark = pytest.mark.whole_runs
+
 N_PROMPTS, N_CONTROLS, N_MATCHED = 24, 3, 2
 VALUES = ("mean_ablation", "mean_plus_sigma_ablation")
 CONTROLS = tuple(f"control_{i:03d}" for i in range(N_CONTROLS))

@@ -25,6 +25,8 @@ from tests.experiment.test_run import check_finished, command, names, times
 from tests.made_runs import make_run
 from tests.slow_work import write_slowly
 
+pytestmark = pytest.mark.whole_runs
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0  # for what takes a few
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}

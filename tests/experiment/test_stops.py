@@ -40,6 +40,8 @@ from tests.experiment.test_writing import no_file_above
 from tests.made_runs import few_facts
 from tests.stops import forsake, full_disk, recorded, what_lies_in
 
+pytestmark = pytest.mark.whole_runs
+
 VALUES = ("mode_ablation",)
 # What the manifest says is done, and the files that are there then.
 STAGES: dict[str, set[str]] = {

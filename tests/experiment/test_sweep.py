@@ -19,6 +19,8 @@ from ccm.experiment.sweep import choices, read_varied
 from tests.experiment.test_merging import files
 from tests.made_runs import few_facts
 
+pytestmark = pytest.mark.whole_runs
+
 VARIED = {
     "k": ["4", "6"],  # six is the organism's own number
     "stats_positions": ["text"],

@@ -24,6 +24,8 @@ from ccm.models.random import architecture_of, random_model, read_tokenizer
 from ccm.models.specs import CHECKPOINT, MODELS
 from tests.without_data import Finished, InventedLengths, LiveBytes, no_data
 
+pytestmark = pytest.mark.whole_runs
+
 NAME = "Meta-Llama-3-8B"
 BUDGET = 4 << 30  # what a run plans with where more than 8 GiB are free
 NODES = 4  # continuations of a prompt at once, which is what parts are planned for

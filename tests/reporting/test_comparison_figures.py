@@ -17,6 +17,8 @@ from ccm.reporting.figures.gallery import figures_of_run
 from tests.made_runs import make_run
 from tests.reporting.test_figures import draw_all, render, texts
 
+pytestmark = pytest.mark.whole_runs
+
 VALUE = "mean_ablation"
 
 

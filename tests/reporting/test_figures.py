@@ -42,6 +42,8 @@ from ccm.reporting.figures.canvas import (
 from ccm.reporting.figures.gallery import figures_across, figures_of_run, write_figures
 from tests.made_runs import make_run
 
+pytestmark = pytest.mark.whole_runs
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunResults:

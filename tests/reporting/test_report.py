@@ -35,6 +35,8 @@ from ccm.reporting.sentences import answers_of, key_numbers
 from tests.made_runs import make_run
 from tests.toys import ToyConfig, toy_folder
 
+pytestmark = pytest.mark.whole_runs
+
 HOSTILE = "<script>alert('x')<script>"
 ANSWER = ' <img src="x" onerror="alert(1)"> | `y` & z'
 VALUES = ("mean_ablation", "mean_plus_sigma_ablation")
