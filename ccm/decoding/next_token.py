@@ -209,8 +209,10 @@ def read_first_tokens(
     width = sizes.nodes(n, 2)
     for exact_shift in (False, True):
         for of, at, rows, tau in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
-            top = nodes.likely[at, 0]
-            best, lead = best_and_lead(rows) if rows.is_cuda else guessed_best_and_lead(rows, top)
+            if referee.lists.exact:
+                best, lead = guessed_best_and_lead(rows, nodes.likely[at, 0])
+            else:
+                best, lead = best_and_lead(rows)
             chosen[at, of], close[at, of] = best.T, (lead <= tau).T
             if exact_shift:
                 rows -= rows.amax(-1, keepdim=True)

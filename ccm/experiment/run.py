@@ -221,7 +221,7 @@ def read_scores(folder: RunFolder) -> dict[str, Any]:
 def load_step(folder: RunFolder, plan_: Plan) -> LoadedModel:
     """Load the model onto one device or over all, and check that the engine computes it."""
     config = plan_.config
-    # The first that is seen of a run: libraries and weights take seconds, or minutes.
+    # Weights take seconds, or minutes.
     with tqdm(total=1, desc="load", unit="model") as bar:
         if config.device_map is None:
             model = load(plan_.spec, plan_.device, config.dtype, plan_.bos)
