@@ -19,13 +19,18 @@ from ccm.models.specs import PUBLISHED, ModelSpec
 from conftest import REAL, SEED, Options
 from reproduction.pairs import Pair, device_of, is_stand_in, missing, spec_of, values_of
 
-# Fewer of the real model, whose whole experiment is `tox -e real`.
-N_CONTROLS, N_REAL_CONTROLS = 100, 20
+# Less of the real model, whose whole experiment is `tox -e real`: all facts, a third of the prompts.
+N_CONTROLS, N_REAL_CONTROLS, N_REAL_PROMPTS = 100, 20, 500
 
 
 def n_controls(model: str) -> int:
     """Plain controls that a model is run with."""
     return N_REAL_CONTROLS if model == REAL else N_CONTROLS
+
+
+def n_prompts(model: str) -> int | None:
+    """Most probing prompts that a model is run with; None for all."""
+    return N_REAL_PROMPTS if model == REAL else None
 
 
 def n_matched(model: str) -> int:
@@ -82,7 +87,7 @@ def config_of(pair: Pair, options: Options, spec: ModelSpec) -> RunConfig:
         neurons=spec.published_neurons or None,
         # The threshold belongs to the published weights.
         min_rho=0.0 if is_stand_in(spec) else None,
-        max_prompts=options.max_prompts,
+        max_prompts=options.max_prompts or n_prompts(pair.model),
         model_paths=options.model_paths,
     )
 

@@ -35,6 +35,8 @@ from tests.released import NAMES, Released, released
 from tests.tolerance import ENTROPY, PERCENT
 from tests.toys import GROUPED, ToyConfig, toy_folder
 
+pytestmark = pytest.mark.whole_runs
+
 MINUS, PLUS = ABLATION_VALUES["mean_minus_sigma_ablation"], ABLATION_VALUES["mean_plus_sigma_ablation"]
 MODE = ABLATION_VALUES["mode_ablation"]
 

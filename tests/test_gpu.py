@@ -31,7 +31,7 @@ from ccm.models.specs import spec_for
 from ccm.models.weights import weight_files
 from conftest import REAL, SEED, Options
 from reproduction.goldens import GOLDEN, differences
-from reproduction.runs import n_controls, n_matched
+from reproduction.runs import n_controls, n_matched, n_prompts
 from tests.decoding.test_shared import random_sets, some_targets
 from tests.exact import margins, margins_of
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
@@ -208,6 +208,7 @@ def scores_on(device: str, model: str, folder: Path) -> Mapping[str, Any]:
             ablation_values=("all",),
             controls=n_controls(model),
             matched_controls=n_matched(model),
+            max_prompts=n_prompts(model),
             device=device,
             seed=SEED,
             facts="world" if model == REAL else None,

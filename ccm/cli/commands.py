@@ -57,10 +57,11 @@ def run(options: argparse.Namespace) -> None:
         refuse_if_locked(options.out)
     if options.report and config.shard is not None:
         raise BadInput("--report: a shard of a run has no scores. Merge all, then `ccm report`.")
-    # Imported only now, because that takes seconds; this bar is the first that is seen of a run.
+    # Imported only now, because that takes seconds. The bar is for a terminal, and leaves it before an
+    # error can be printed there.
     from tqdm import tqdm
 
-    with tqdm(total=1, desc="libraries", unit="import") as bar:
+    with tqdm(total=1, desc="libraries", unit="import", leave=False, disable=None) as bar:
         from ccm.cli.console import summary
         from ccm.experiment.plan import new_folder
         from ccm.experiment.run import run_shard

@@ -28,6 +28,8 @@ from tests.experiment.test_run import command
 from tests.pretended_gpu import OnGpu, Waits, pretended_gpus
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
+pytestmark = pytest.mark.whole_runs
+
 each_toy = pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.id)
 N_PROMPTS = 9
 SETS = (5, 0, 12, 5)

@@ -32,6 +32,8 @@ from tests.architectures import D_MODEL, D_VOCAB, FAMILIES, N_LAYERS, SHARED, Ti
 from tests.effects import measure_effects
 from tests.tolerance import ENTROPY
 
+pytestmark = pytest.mark.whole_runs
+
 HOOKED = tuple(tiny for tiny in FAMILIES if not tiny.refused)
 BY_HOOKS = tuple(tiny for tiny in HOOKED if tiny.shared or tiny.broken)
 BOTH = tuple(tiny for tiny in HOOKED if tiny not in BY_HOOKS)

@@ -16,6 +16,8 @@ from tests.decoding.test_shared import assert_same, random_sets
 from tests.pretended_gpu import pretended_gpus
 from tests.toys import FAMILIES, ToyConfig, token_prompts, toy_folder
 
+pytestmark = pytest.mark.whole_runs
+
 
 @pytest.mark.parametrize("config", FAMILIES[:5], ids=lambda config: config.id)
 def test_a_model_in_two_places_decodes_as_in_one(config: ToyConfig, tmp_path: Path) -> None:

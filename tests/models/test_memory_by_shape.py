@@ -46,8 +46,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LiveBytes, LoadedMod
         "at_once",
         lambda model: choosing.AtOnce(1 << 12, 1 << 20, 1 << 28, model.spec.d_vocab),
     )
-    for module in (decoding, effects):
-        monkeypatch.setattr(module, "at_once", choosing.at_once)
+    monkeypatch.setattr(decoding, "at_once", choosing.at_once)
     monkeypatch.setattr(neurons, "to_float64", lambda tensor: np.zeros(tensor.shape))
     monkeypatch.setattr(engine._Tree, "leaves", lambda *args: (_ for _ in ()).throw(Finished()))
     cpu = torch.device("cpu")
