@@ -23,7 +23,7 @@ def dense_changes(
     """
     d = nodes.x.shape[1]
     slots, present = screen.slots[part], screen.present[part, :, None]
-    c = (group.values[:, None] - nodes.a.T)[slots] * present
+    c = (group.values[slots][..., None] - nodes.a.T[slots]) * present
     wide = c.double()
     linear = (wide * nodes.dots.T[slots]).sum(1)
     square = (torch.bmm(screen.gram[part], wide) * wide).sum(1)

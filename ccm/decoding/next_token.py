@@ -260,12 +260,12 @@ def _all_rows(
     only an ablation that lifts another token 88 nats above it overflows.
     """
     top = nodes.likely[:, 0]
-    sz_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.beta[top]
+    sz_top, P_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.P[:, top], screen.beta[top]
     for group in screen.groups:
         for of in slices(group.sets.stop, height, group.sets.start):
             c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
             tau = tolerances(screen, nodes, c, screen.slots[of], scale)
-            lead = sz_top + (c * screen.P[:, top][screen.slots[of]]).sum(1) + beta_top * scale
+            lead = sz_top + (c * P_top[screen.slots[of]]).sum(1) + beta_top * scale
             weights, directions = ranks(screen, of, c, scale, lead)
             for at in slices(len(top), width):
                 rows = low_rank_rows(nodes.sz[at], weights[:, at], scale[:, at], directions)
