@@ -161,7 +161,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check tensors' shapes at run time, but not in whole runs, a quarter of whose time that takes.
+    """Check tensors' shapes at run time, but not in whole runs, half of whose time that takes.
 
     What is called there is called in tests that do check.
     """

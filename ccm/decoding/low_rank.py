@@ -75,7 +75,7 @@ def best_and_lead(
 def guessed_best_and_lead(
     rows: Float[Tensor, "set node d_vocab"], guess: Int[Tensor, "node"]
 ) -> tuple[Int[Tensor, "set node"], Float[Tensor, "set node"]]:
-    """Do what `best_and_lead` does, in a third of its time for rows whose largest entry is the guess.
+    """Do what `best_and_lead` does, in half of its time for rows whose largest entry is the guess.
 
     Only where lists have their true lengths (`ccm.decoding.bounded`): which rows are left is read.
     """
@@ -106,26 +106,26 @@ def pair_rows(pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
     return rows.addcmul_(pairs.nodes.sz[pairs.node], inverse)
 
 
-def ranks(
+def low_rank_terms(
     screen: Screen,
     part: slice,
     c: Float[Tensor, "part k node"],
     scale: Float[Tensor, "part node"],
     shift: Float[Tensor, "part node"],
 ) -> tuple[Float[Tensor, "part node rank"], Float[Tensor, "part rank d_vocab"]]:
-    """Compute all that is added to plain rows, less a constant each: k directions, ones and beta.
+    """Compute what ablations add to plain rows: k directions, the constant and beta, one rank each.
 
     Args:
         screen: The screen.
         part: Which sets.
         c: Their activation changes.
-        scale: What the sum is divided by in the end.
-        shift: A constant to subtract from each row, times that scale.
+        scale: What each row is divided by in the end.
+        shift: What to subtract from each row, times its scale.
 
     Returns:
         What each direction is multiplied by, and the directions.
     """
-    last = torch.arange(-2, 0, device=c.device).expand(len(c), -1) % len(screen.directions)
+    last = torch.arange(-2, 0, device=c.device).expand(len(c), -1)  # ones and beta
     weights = torch.cat([c, -shift[:, None], scale[:, None]], dim=1)
     return weights.transpose(1, 2), screen.directions[torch.cat([screen.slots[part], last], dim=1)]
 
@@ -140,10 +140,10 @@ def low_rank_rows(
 
     Args:
         sz: Plain rows times their scale.
-        weights: As from `ranks`.
+        weights: As from `low_rank_terms`.
         scale: What each row is divided by.
-        directions: As from `ranks`.
+        directions: As from `low_rank_terms`.
     """
     inverse = 1 / scale[..., None]
-    # In place: the product adds to what is there already, which costs half of a pass of its own.
+    # In place: the product adds to what is there, instead of copying it first.
     return (sz * inverse).baddbmm_(weights * inverse, directions)

@@ -26,14 +26,14 @@ from ccm.decoding.low_rank import (
     dense_changes,
     guessed_best_and_lead,
     low_rank_rows,
+    low_rank_terms,
     pair_rows,
-    ranks,
     tolerances,
 )
 from ccm.decoding.results import N_TOP, Work, most_likely
 from ccm.models.model import LoadedModel
 
-TOGETHER = 8  # nodes of a set, and sets, whose rows are one batch of products
+TOGETHER = 8  # nodes, or sets where more than that fit, whose rows are one product
 # Initial room of a GPU's lists of pairs that are not certified, and of pairs that need a whole row.
 UNSURE, WHOLE = 1 << 12, 1 << 6
 
@@ -47,13 +47,15 @@ class AtOnce:
     row_bytes: int  # of logit rows
     d_vocab: int
 
-    def nodes(self, n: int, per_row: int) -> int:
-        """Return at how many of n nodes several sets are worked on, or one where few rows fit.
+    def block(self, n: int) -> tuple[int, int]:
+        """Return at how many of n nodes, and under how many sets, logit rows are worked on at once.
 
-        The rows of one set are a matrix product, which at a single node would take twice the time.
+        There is room for two vectors over the vocabulary per row. Nodes come first: the rows of a set
+        are one matrix product, which at a single node would take twice the time.
         """
-        fit = self.rows(per_row)
-        return max(1, min(n, fit, max(TOGETHER, fit // TOGETHER)))
+        fit = self.rows(2)
+        width = max(1, min(n, fit, max(TOGETHER, fit // TOGETHER)))
+        return width, self.rows(2 * width)
 
     def rows(self, per_row: int) -> int:
         """Return how many logit rows fit, at `per_row` vectors over the vocabulary for each."""
@@ -206,9 +208,9 @@ def read_first_tokens(
     top_log_probs = torch.empty(tops.shape, device=device)
     chosen = torch.empty((n, n_sets), dtype=torch.long, device=device)
     close = torch.empty((n, n_sets), dtype=torch.bool, device=device)
-    width = sizes.nodes(n, 2)
+    width, height = sizes.block(n)
     for exact_shift in (False, True):
-        for of, at, rows, tau in _all_rows(screen, nodes, width, sizes.rows(2 * width)):
+        for of, at, rows, tau in _all_rows(screen, nodes, width, height):
             if referee.lists.exact:
                 best, lead = guessed_best_and_lead(rows, nodes.likely[at, 0])
             else:
@@ -266,7 +268,7 @@ def _all_rows(
             c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
             tau = tolerances(screen, nodes, c, screen.slots[of], scale)
             lead = sz_top + (c * P_top[screen.slots[of]]).sum(1) + beta_top * scale
-            weights, directions = ranks(screen, of, c, scale, lead)
+            weights, directions = low_rank_terms(screen, of, c, scale, lead)
             for at in slices(len(top), width):
                 rows = low_rank_rows(nodes.sz[at], weights[:, at], scale[:, at], directions)
                 yield of, at, rows, tau[:, at]

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.certificate import Nodes, Screen
-from ccm.decoding.low_rank import dense_changes, low_rank_rows, ranks
+from ccm.decoding.low_rank import dense_changes, low_rank_rows, low_rank_terms
 from ccm.decoding.next_token import AtOnce, slices
 from ccm.decoding.results import Batch
 from ccm.method.neurons import to_float64
@@ -64,13 +64,13 @@ def split_entropies(
     """
     n = len(nodes.scale)
     found = torch.empty((sets.stop - sets.start, n, len(SPLIT)), device=nodes.sz.device)
-    width = sizes.nodes(n, 2)
+    width, height = sizes.block(n)
     for group in screen.groups:
         start, stop = max(group.sets.start, sets.start), min(group.sets.stop, sets.stop)
-        for of in slices(stop, sizes.rows(2 * width), start):
+        for of in slices(stop, height, start):
             c, after = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
             before = nodes.scale.expand_as(after)
-            weights, directions = ranks(screen, of, c, before, torch.zeros_like(after))
+            weights, directions = low_rank_terms(screen, of, c, before, torch.zeros_like(after))
             place = slice(of.start - sets.start, of.stop - sets.start)
             for at in slices(n, width):
                 direct = low_rank_rows(nodes.sz[at], weights[:, at], before[:, at], directions)

@@ -29,8 +29,8 @@ from ccm.decoding.low_rank import (
     dense_changes,
     guessed_best_and_lead,
     low_rank_rows,
+    low_rank_terms,
     pair_rows,
-    ranks,
     tolerances,
 )
 from ccm.decoding.tolerance import LEAST
@@ -616,7 +616,7 @@ def test_low_rank_rows_are_the_ablated_models_rows(shape: Shape) -> None:
     # As first tokens are read: nodes that share a set, and a constant subtracted from each row.
     dense, of_sets = c.view(n, n_sets, -1).permute(1, 2, 0), scale.view(n, n_sets).T.contiguous()
     shift = torch.linspace(-2, 2, of_sets.numel()).view_as(of_sets)
-    weights, directions = ranks(screen, slice(0, n_sets), dense, of_sets, shift)
+    weights, directions = low_rank_terms(screen, slice(0, n_sets), dense, of_sets, shift)
     grouped = low_rank_rows(nodes.sz, weights, of_sets, directions)
     grouped += (shift / of_sets)[..., None]
     close(grouped.transpose(0, 1).reshape(n * n_sets, -1), "a group a set")

@@ -25,7 +25,7 @@ from ccm.models.device_map import spread_over_devices
 from ccm.models.load import load
 from ccm.models.model import LoadedModel
 from ccm.models.specs import spec_for
-from tests import effects as together
+from tests import effects as measuring
 from tests.decoding.test_shared import random_sets
 from tests.effects import measure_effects
 from tests.exact import margins
@@ -142,8 +142,8 @@ def test_how_much_is_held_at_once_changes_nothing(rows: int, monkeypatch: pytest
     model, prompts, sets = loaded(config), token_prompts(7, config), ablations_of(config)
     whole = measure_effects(model, prompts, sets[:1], sets[1:])
     sizes = AtOnce(tokens=64, pairs=4, row_bytes=4 * config.d_vocab * rows, d_vocab=config.d_vocab)
-    for reads in (shared, together):
-        monkeypatch.setattr(reads, "at_once", lambda model: sizes)
+    for module in (shared, measuring):
+        monkeypatch.setattr(module, "at_once", lambda model: sizes)
     monkeypatch.setattr(batching, "MAX_BATCH", 3)
     parts = measure_effects(model, prompts, sets[:1], sets[1:])
     for name in ("plain", "own", "others"):
