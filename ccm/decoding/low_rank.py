@@ -1,5 +1,7 @@
 """Ablated logit rows in their low-rank form (paragraph 1 of `ccm.decoding.certificate`)."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,10 +12,19 @@ from ccm.decoding.certificate import Group, Nodes, Pairs, Screen
 BLOCK = 128  # entries of a row
 
 
-def dense_changes(
-    screen: Screen, nodes: Nodes, group: Group, part: slice
-) -> tuple[Float[Tensor, "part k node"], Float[Tensor, "part node"]]:
-    """Compute c_i and s' of some sets at all nodes, as `changes` and `ablated_scale` do for pairs.
+@dataclass(frozen=True)
+class Dense:
+    """Some sets at all nodes, and what each does there: `Pairs` without any to look up."""
+
+    screen: Screen
+    nodes: Nodes
+    sets: slice  # counted over all groups
+    c: Float[Tensor, "set k node"]  # activation changes
+    scale: Float[Tensor, "set node"]  # s'
+
+
+def read_dense(screen: Screen, nodes: Nodes, group: Group, part: slice) -> Dense:
+    """Compute what some sets do to all nodes, as `certificate.read_pairs` does for pairs.
 
     Args:
         screen: The screen.
@@ -29,20 +40,15 @@ def dense_changes(
     square = (torch.bmm(screen.gram[part], wide) * wide).sum(1)
     before = nodes.x.double().pow(2).sum(-1)
     scale = ((before + 2 * linear + square).clamp_min(0) / d + screen.eps).sqrt().float()
-    return c, scale
+    return Dense(screen, nodes, part, c, scale)
 
 
-def tolerances(
-    screen: Screen,
-    nodes: Nodes,
-    c: Float[Tensor, "part k node"],
-    slots: Int[Tensor, "part k"],
-    scale: Float[Tensor, "part node"],
-) -> Float[Tensor, "part node"]:
+def tolerances(dense: Dense) -> Float[Tensor, "set node"]:
     """Compute tau of some sets at all nodes, as `certificate.pair_tolerance` does for pairs."""
-    reach = (c.abs() * screen.reach[slots][..., None]).sum(1)
-    lengths: Tensor = nodes.x.norm(dim=1) + reach * nodes.x.shape[1] ** 0.5
-    return lengths * screen.noise / scale + screen.offset_noise
+    screen, x = dense.screen, dense.nodes.x
+    reach = (dense.c.abs() * screen.reach[screen.slots[dense.sets]][..., None]).sum(1)
+    lengths: Tensor = x.norm(dim=1) + reach * x.shape[1] ** 0.5
+    return lengths * screen.noise / dense.scale + screen.offset_noise
 
 
 def best_and_lead(
@@ -107,27 +113,21 @@ def pair_rows(pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
 
 
 def low_rank_terms(
-    screen: Screen,
-    part: slice,
-    c: Float[Tensor, "part k node"],
-    scale: Float[Tensor, "part node"],
-    shift: Float[Tensor, "part node"],
-) -> tuple[Float[Tensor, "part node rank"], Float[Tensor, "part rank d_vocab"]]:
+    dense: Dense, shift: Float[Tensor, "set node"]
+) -> tuple[Float[Tensor, "set node rank"], Float[Tensor, "set rank d_vocab"]]:
     """Compute what ablations add to plain rows: k directions, the constant and beta, one rank each.
 
     Args:
-        screen: The screen.
-        part: Which sets.
-        c: Their activation changes.
-        scale: What each row is divided by in the end.
-        shift: What to subtract from each row, times its scale.
+        dense: The sets at all nodes; rows will be divided by its scale.
+        shift: What to subtract from each row, times that scale.
 
     Returns:
         What each direction is multiplied by, and the directions.
     """
-    last = torch.arange(-2, 0, device=c.device).expand(len(c), -1)  # ones and beta
-    weights = torch.cat([c, -shift[:, None], scale[:, None]], dim=1)
-    return weights.transpose(1, 2), screen.directions[torch.cat([screen.slots[part], last], dim=1)]
+    slots = dense.screen.slots[dense.sets]
+    last = torch.arange(-2, 0, device=slots.device).expand(len(slots), -1)  # ones and beta
+    weights = torch.cat([dense.c, -shift[:, None], dense.scale[:, None]], dim=1)
+    return weights.transpose(1, 2), dense.screen.directions[torch.cat([slots, last], dim=1)]
 
 
 def low_rank_rows(

@@ -23,11 +23,11 @@ from ccm.decoding.certificate import (
 from ccm.decoding.exact import exact_last_positions, exact_logits
 from ccm.decoding.low_rank import (
     best_and_lead,
-    dense_changes,
     guessed_best_and_lead,
     low_rank_rows,
     low_rank_terms,
     pair_rows,
+    read_dense,
     tolerances,
 )
 from ccm.decoding.results import N_TOP, Work, most_likely
@@ -265,12 +265,12 @@ def _all_rows(
     sz_top, P_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.P[:, top], screen.beta[top]
     for group in screen.groups:
         for of in slices(group.sets.stop, height, group.sets.start):
-            c, scale = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
-            tau = tolerances(screen, nodes, c, screen.slots[of], scale)
-            lead = sz_top + (c * P_top[screen.slots[of]]).sum(1) + beta_top * scale
-            weights, directions = low_rank_terms(screen, of, c, scale, lead)
+            dense = read_dense(screen, nodes, group, of)
+            tau = tolerances(dense)  # (set, node)
+            lead = sz_top + (dense.c * P_top[screen.slots[of]]).sum(1) + beta_top * dense.scale
+            weights, directions = low_rank_terms(dense, lead)
             for at in slices(len(top), width):
-                rows = low_rank_rows(nodes.sz[at], weights[:, at], scale[:, at], directions)
+                rows = low_rank_rows(nodes.sz[at], weights[:, at], dense.scale[:, at], directions)
                 yield of, at, rows, tau[:, at]
 
 

@@ -14,7 +14,7 @@ through W_U, and b_U). The split is that of Stolfo et al., *Confidence Regulatio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.certificate import Nodes, Screen
-from ccm.decoding.low_rank import dense_changes, low_rank_rows, low_rank_terms
+from ccm.decoding.low_rank import low_rank_rows, low_rank_terms, read_dense
 from ccm.decoding.next_token import AtOnce, slices
 from ccm.decoding.results import Batch
 from ccm.method.neurons import to_float64
@@ -68,12 +68,13 @@ def split_entropies(
     for group in screen.groups:
         start, stop = max(group.sets.start, sets.start), min(group.sets.stop, sets.stop)
         for of in slices(stop, height, start):
-            c, after = dense_changes(screen, nodes, group, of)  # (set, k, node), (set, node)
-            before = nodes.scale.expand_as(after)
-            weights, directions = low_rank_terms(screen, of, c, before, torch.zeros_like(after))
+            dense = read_dense(screen, nodes, group, of)
+            after = dense.scale  # (set, node)
+            held = replace(dense, scale=nodes.scale.expand_as(after))
+            weights, directions = low_rank_terms(held, torch.zeros_like(after))
             place = slice(of.start - sets.start, of.stop - sets.start)
             for at in slices(n, width):
-                direct = low_rank_rows(nodes.sz[at], weights[:, at], before[:, at], directions)
+                direct = low_rank_rows(nodes.sz[at], weights[:, at], held.scale[:, at], directions)
                 found[place, at, 0] = row_entropies(direct)
                 norm_only = torch.addcmul(screen.beta, nodes.sz[at], 1 / after[:, at, None])
                 found[place, at, 1] = row_entropies(norm_only)

@@ -25,12 +25,13 @@ from ccm.decoding.certificate import (
 )
 from ccm.decoding.low_rank import (
     BLOCK,
+    Dense,
     best_and_lead,
-    dense_changes,
     guessed_best_and_lead,
     low_rank_rows,
     low_rank_terms,
     pair_rows,
+    read_dense,
     tolerances,
 )
 from ccm.decoding.tolerance import LEAST
@@ -614,9 +615,10 @@ def test_low_rank_rows_are_the_ablated_models_rows(shape: Shape) -> None:
 
     close(pair_rows(Pairs(screen, nodes, node, sets, c, scale, scale)), "pairs")
     # As first tokens are read: nodes that share a set, and a constant subtracted from each row.
-    dense, of_sets = c.view(n, n_sets, -1).permute(1, 2, 0), scale.view(n, n_sets).T.contiguous()
+    of_sets = scale.view(n, n_sets).T.contiguous()
+    dense = Dense(screen, nodes, slice(0, n_sets), c.view(n, n_sets, -1).permute(1, 2, 0), of_sets)
     shift = torch.linspace(-2, 2, of_sets.numel()).view_as(of_sets)
-    weights, directions = low_rank_terms(screen, slice(0, n_sets), dense, of_sets, shift)
+    weights, directions = low_rank_terms(dense, shift)
     grouped = low_rank_rows(nodes.sz, weights, of_sets, directions)
     grouped += (shift / of_sets)[..., None]
     close(grouped.transpose(0, 1).reshape(n * n_sets, -1), "a group a set")
@@ -634,9 +636,9 @@ def test_changes_of_a_whole_group_are_those_of_its_pairs(shape: Shape, data: st.
         covered += range(n_sets)[group.sets]
         start = data.draw(st.integers(group.sets.start, group.sets.stop - 1), label="first set")
         part = slice(start, group.sets.stop)
-        found, its_scale = dense_changes(screen, nodes, group, part)
-        assert torch.equal(found, c[:, part].permute(1, 2, 0)), f"{part} of {shape}"
-        SCALE.assert_close(its_scale, scale[:, part].T, what=f"{part} of {shape}")
+        found = read_dense(screen, nodes, group, part)
+        assert torch.equal(found.c, c[:, part].permute(1, 2, 0)), f"{part} of {shape}"
+        SCALE.assert_close(found.scale, scale[:, part].T, what=f"{part} of {shape}")
     assert covered == list(range(n_sets)), "groups hold every set once, in order"
 
 
@@ -823,6 +825,5 @@ def test_tolerances_of_all_nodes_are_those_of_pairs(shape: Shape) -> None:
     screen, nodes, node, sets, c, scale = layer.screened()
     wanted = pair_tolerance(screen, nodes, node, sets, c, scale).view(len(layer.x), -1)
     for group in screen.groups:
-        dense, of_all = dense_changes(screen, nodes, group, group.sets)
-        found = tolerances(screen, nodes, dense, screen.slots[group.sets], of_all)
+        found = tolerances(read_dense(screen, nodes, group, group.sets))
         torch.testing.assert_close(found.T, wanted[:, group.sets], rtol=1e-5, atol=1e-12)
