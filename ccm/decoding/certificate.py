@@ -61,6 +61,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ccm.decoding.products import unembed
 from ccm.method.ablation import Ablation
 from ccm.method.neurons import VOCAB_COLUMNS
 from ccm.models.model import LastLayer
@@ -239,7 +240,7 @@ def read_nodes(
     x = x.float()
     x = x - x.mean(-1, keepdim=True) if screen.centred else x
     s = (x.pow(2).mean(-1) + screen.eps).sqrt()
-    sz = (x * screen.gain) @ screen.W_U
+    sz = unembed(x * screen.gain, screen.W_U)
     logits = torch.addcmul(screen.beta, sz, 1 / s[:, None])
     best = logits.topk(min(SHORTLIST + 1, logits.shape[1]))
     m = min(SHORTLIST, logits.shape[1])

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.bounded import BoundedLists
+from ccm.decoding.products import quick_products
 from ccm.models.model import LoadedModel
 from ccm.models.specs import FAMILIES
 
@@ -57,7 +58,8 @@ def run_body(
     if last_only and model.narrow:
         hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
     try:
-        model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
+        with quick_products():
+            model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
     finally:
         for hook in hooks:
             hook.remove()

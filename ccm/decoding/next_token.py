@@ -22,8 +22,11 @@ from ccm.decoding.certificate import (
 )
 from ccm.decoding.exact import exact_last_positions, exact_logits
 from ccm.decoding.low_rank import (
+    NATS,
+    Room,
     best_and_lead,
     guessed_best_and_lead,
+    log_z_and_entropy,
     low_rank_rows,
     low_rank_terms,
     pair_rows,
@@ -209,8 +212,9 @@ def read_first_tokens(
     chosen = torch.empty((n, n_sets), dtype=torch.long, device=device)
     close = torch.empty((n, n_sets), dtype=torch.bool, device=device)
     width, height = sizes.block(n)
+    room = Room(width * height, screen.P.shape[1], device)
     for exact_shift in (False, True):
-        for of, at, rows, tau in _all_rows(screen, nodes, width, height):
+        for of, at, rows, spare, tau in _all_rows(screen, nodes, width, height, room):
             if referee.lists.exact:
                 best, lead = guessed_best_and_lead(rows, nodes.likely[at, 0])
             else:
@@ -218,10 +222,8 @@ def read_first_tokens(
             chosen[at, of], close[at, of] = best.T, (lead <= tau).T
             if exact_shift:
                 rows -= rows.amax(-1, keepdim=True)
-            weights = rows.exp()
-            z = weights.sum(-1)
-            log_z = z.log()  # (set, node)
-            entropy[at, of] = (log_z - torch.linalg.vecdot(weights, rows) / z).T
+            log_z, bits = log_z_and_entropy(rows, spare)  # (set, node)
+            entropy[at, of] = bits.T
             wanted = asked[at].expand(len(rows), -1, -1)
             log_probs[at, of] = (rows.gather(-1, wanted) - log_z[..., None]).transpose(0, 1)
             if own_top:
@@ -234,9 +236,11 @@ def read_first_tokens(
                 found = rows.gather(-1, top) - log_z[..., None]
                 top_log_probs[at, of] = found.transpose(0, 1)
         if exact_shift or not len(
-            referee.lists.places("first, beyond exp", ~entropy.isfinite().all()[None], least=0)
+            referee.lists.places("first, beyond exp2", ~entropy.isfinite().all()[None], least=0)
         ):
             break
+    for values in (entropy, log_probs, top_log_probs):
+        values *= NATS
     if not own_top:
         top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
     node, sets = everyone.repeat_interleave(n_sets), torch.arange(n_sets, device=device).repeat(n)
@@ -254,24 +258,25 @@ def read_first_tokens(
 
 
 def _all_rows(
-    screen: Screen, nodes: Nodes, width: int, height: int
-) -> Iterator[tuple[slice, slice, Float[Tensor, "set node d_vocab"], Float[Tensor, "set node"]]]:
-    """Yield sets, nodes, their logit rows less a constant each, and tau.
+    screen: Screen, nodes: Nodes, width: int, height: int, room: Room
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Float[Tensor, "set node"]]]:
+    """Yield sets, nodes, their logit rows less a constant each, as much room, and tau; all in bits.
 
-    The constant is the ablated logit of the plain argmax: with it, no row's largest exp can vanish, and
-    only an ablation that lifts another token 88 nats above it overflows.
+    The constant is the ablated logit of the plain argmax: with it, no row's largest exp2 can vanish,
+    and only an ablation that lifts another token 128 bits above it overflows.
     """
     top = nodes.likely[:, 0]
     sz_top, P_top, beta_top = nodes.sz.gather(1, top[:, None])[:, 0], screen.P[:, top], screen.beta[top]
     for group in screen.groups:
         for of in slices(group.sets.stop, height, group.sets.start):
             dense = read_dense(screen, nodes, group, of)
-            tau = tolerances(dense)  # (set, node)
+            tau = tolerances(dense) / NATS  # (set, node)
             lead = sz_top + (dense.c * P_top[screen.slots[of]]).sum(1) + beta_top * dense.scale
             weights, directions = low_rank_terms(dense, lead)
             for at in slices(len(top), width):
-                rows = low_rank_rows(nodes.sz[at], weights[:, at], dense.scale[:, at], directions)
-                yield of, at, rows, tau[:, at]
+                rows, spare = room.block(*dense.scale[:, at].shape)
+                low_rank_rows(nodes.sz[at], weights[:, at], dense.scale[:, at], directions, rows)
+                yield of, at, rows, spare, tau[:, at]
 
 
 def _tops(

@@ -22,7 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccm.decoding.certificate import Nodes, Screen
-from ccm.decoding.low_rank import low_rank_rows, low_rank_terms, read_dense
+from ccm.decoding.low_rank import (
+    NATS,
+    Room,
+    log_z_and_entropy,
+    low_rank_rows,
+    low_rank_terms,
+    read_dense,
+)
 from ccm.decoding.next_token import AtOnce, slices
 from ccm.decoding.results import Batch
 from ccm.method.neurons import to_float64
@@ -42,13 +49,12 @@ class Effects:
     others: Float[np.ndarray, "sampled other effect"]
 
 
-def row_entropies(rows: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
-    """Compute the entropy of each row of logits, nats; `rows` are overwritten."""
+def row_entropies(
+    rows: Float[Tensor, "*row d_vocab"], spare: Float[Tensor, "*row d_vocab"]
+) -> Float[Tensor, "*row"]:
+    """Compute the entropy of each row of logits in bits, nats; both arguments are overwritten."""
     rows -= rows.amax(-1, keepdim=True)
-    weights = rows.exp()
-    z = weights.sum(-1)
-    entropies: Tensor = z.log() - torch.linalg.vecdot(weights, rows) / z
-    return entropies
+    return log_z_and_entropy(rows, spare)[1] * NATS
 
 
 def split_entropies(
@@ -65,6 +71,7 @@ def split_entropies(
     n = len(nodes.scale)
     found = torch.empty((sets.stop - sets.start, n, len(SPLIT)), device=nodes.sz.device)
     width, height = sizes.block(n)
+    room, beta = Room(width * height, screen.P.shape[1], nodes.sz.device), screen.beta / NATS
     for group in screen.groups:
         start, stop = max(group.sets.start, sets.start), min(group.sets.stop, sets.stop)
         for of in slices(stop, height, start):
@@ -74,10 +81,11 @@ def split_entropies(
             weights, directions = low_rank_terms(held, torch.zeros_like(after))
             place = slice(of.start - sets.start, of.stop - sets.start)
             for at in slices(n, width):
-                direct = low_rank_rows(nodes.sz[at], weights[:, at], held.scale[:, at], directions)
-                found[place, at, 0] = row_entropies(direct)
-                norm_only = torch.addcmul(screen.beta, nodes.sz[at], 1 / after[:, at, None])
-                found[place, at, 1] = row_entropies(norm_only)
+                rows, spare = room.block(*after[:, at].shape)
+                low_rank_rows(nodes.sz[at], weights[:, at], held.scale[:, at], directions, rows)
+                found[place, at, 0] = row_entropies(rows, spare)
+                torch.addcmul(beta, nodes.sz[at], 1 / (NATS * after[:, at, None]), out=rows)
+                found[place, at, 1] = row_entropies(rows, spare)
     return found
 
 

@@ -25,6 +25,7 @@ from ccm.decoding.certificate import (
 )
 from ccm.decoding.low_rank import (
     BLOCK,
+    NATS,
     Dense,
     best_and_lead,
     guessed_best_and_lead,
@@ -619,7 +620,8 @@ def test_low_rank_rows_are_the_ablated_models_rows(shape: Shape) -> None:
     dense = Dense(screen, nodes, slice(0, n_sets), c.view(n, n_sets, -1).permute(1, 2, 0), of_sets)
     shift = torch.linspace(-2, 2, of_sets.numel()).view_as(of_sets)
     weights, directions = low_rank_terms(dense, shift)
-    grouped = low_rank_rows(nodes.sz, weights, of_sets, directions)
+    room = torch.empty(len(weights), *nodes.sz.shape)
+    grouped = NATS * low_rank_rows(nodes.sz, weights, of_sets, directions, room)
     grouped += (shift / of_sets)[..., None]
     close(grouped.transpose(0, 1).reshape(n * n_sets, -1), "a group a set")
 
