@@ -38,7 +38,7 @@ def check(run: Run) -> None:
     later = work.certified + work.shortlisted + work.low_rank
     assert work.prompts == n_prompts, "a prompt was decoded twice, or left out"
     assert work.halved == 0
-    assert work.first_rows == n_prompts * (1 + len(values) * len(sets))
+    assert work.first_rows == (n_prompts + work.repeated) * (1 + len(values) * len(sets))
     assert work.full_rows == work.nodes + work.refereed
     assert plain_nodes <= work.nodes <= (1 + MORE_NODES * len(values)) * plain_nodes
     assert 0 < work.low_rank <= WHOLE_ROWS * later

@@ -143,8 +143,33 @@ class Engine:
             targets: Tokens whose first-step log-probabilities are wanted, per prompt.
             work: Counts are added here.
         """
+        # Observed activations cannot be taken back, so then no choice is left for later.
+        referee = Referee(
+            self.model, self.screen, self.lists, work, self.at_once, later=not self.observing
+        )
+        targets = targets.to(self.model.device)
+        batch = self._decode(prompts, shared, indices, targets, work, referee, self.at_last)
+        wrong = referee.wrong()
+        if not wrong:
+            return batch
+        work.repeated += len(wrong)
+        referee.later = False
+        chosen, prefixes = [prompts[i] for i in wrong], [shared[i] for i in wrong]
+        numbers = [indices[i] for i in wrong]
+        again = self._decode(chosen, prefixes, numbers, targets[wrong], work, referee, None)
+        return batch.replaced(wrong, again)
+
+    def _decode(
+        self,
+        prompts: Sequence[Tokens],
+        shared: Sequence[int],
+        indices: Sequence[int],
+        targets: Int[Tensor, "prompt target"],
+        work: Work,
+        referee: Referee,
+        at_last: AtLast | None,
+    ) -> Batch:
         device = self.model.device
-        targets = targets.to(device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache, end = self.cache, max(map(len, prompts))
         # Most prompts keep one continuation under all sets.
@@ -155,10 +180,10 @@ class Engine:
         first: dict[str, Tensor] = {}
         noted: Mapping[str, np.ndarray] = {}
         for step in range(self.max_new_tokens):
-            nodes, prefix = read_nodes(self.screen, x, a), partial(tree.prefix, prompts)
-            if step == 0 and self.at_last is not None:
-                noted = self.at_last(indices, self.screen, nodes)
-            referee = Referee(self.model, self.screen, prefix, self.lists, work, self.at_once)
+            nodes = read_nodes(self.screen, x, a)
+            if step == 0 and at_last is not None:
+                noted = at_last(indices, self.screen, nodes)
+            referee.start(partial(tree.prefix, prompts))
             self.lists.start()
             while True:
                 if step > 0:
@@ -177,6 +202,7 @@ class Engine:
                 growth = tree.plan(branches, ended, self.lists)
                 if self.lists.holds():
                     break
+            referee.finish()
             self._count(work, len(x), len(tree.node), step == 0)
             past = end + step  # slots of the cache in use
             self._check_budget(prompts, self.lists.count("kept"))
@@ -272,9 +298,10 @@ class _Tree:
         self.branches: list[Tensor] = []  # of each step, (branch, step + 1)
         self.leaf = torch.full_like(self.pair, -1)  # where each ended, among the branches of all steps
 
-    def prefix(self, prompts: Sequence[Tokens], node: int) -> list[int]:
-        """Return all tokens of a node, starting with its prompt's."""
-        return [*prompts[int(self.origin[node])], *self.paths[node].tolist()]
+    def prefix(self, prompts: Sequence[Tokens], node: int) -> tuple[int, tuple[int, ...]]:
+        """Return a node's prompt, and all its tokens, starting with the prompt's."""
+        origin = int(self.origin[node])
+        return origin, (*prompts[origin], *self.paths[node].tolist())
 
     def branch(self, chosen: Int[Tensor, "pair"], lists: BoundedLists) -> _Branches:
         """Append a token to every pair; the bounded list is "branches".

@@ -34,6 +34,7 @@ from ccm.decoding.low_rank import (
     tolerances,
 )
 from ccm.decoding.results import N_TOP, Work, most_likely
+from ccm.method.neurons import VOCAB_COLUMNS
 from ccm.models.model import LoadedModel
 
 TOGETHER = 8  # nodes, or sets where more than that fit, whose rows are one product
@@ -79,57 +80,113 @@ def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A near tie, and what float32 made of it."""
+
+    prompt: int  # index in the batch
+    prefix: tuple[int, ...]  # the node's tokens, the prompt's included
+    set: int
+    chosen: tuple[int, ...]  # most likely tokens, as many as are wanted
+
+
+@dataclass
 class Referee:
-    """Settles the near ties of one step in float64 (`ccm.decoding.exact`)."""
+    """Settles near ties in float64 (`ccm.decoding.exact`).
+
+    A float64 pass casts all weights, however few its prefixes. So a batch is first decoded by float32's
+    choices, and near ties are noted; one pass then settles them all. The few prompts for which float32
+    chose otherwise are decoded again, and what comes up there is settled at once.
+    """
 
     model: LoadedModel
     screen: Screen
-    prefix: Callable[[int], list[int]]  # a node's tokens
     lists: BoundedLists
     work: Work
     sizes: AtOnce
-    exact: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a by node
+    later: bool  # whether to settle ties after the batch, not at once
+    exact: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a
+    noted: list[Tie] = field(default_factory=list)
 
-    def rows(
+    def start(self, prefix: Callable[[int], tuple[int, tuple[int, ...]]]) -> None:
+        """Start a step.
+
+        Args:
+            prefix: Returns a node's prompt and its tokens.
+        """
+        self.prefix = prefix
+        self.of_step: dict[str, list[Tie]] = {}
+
+    def finish(self) -> None:
+        """Keep what the step noted; until then, a list that is read again replaces its ties."""
+        self.noted += [tie for ties in self.of_step.values() for tie in ties]
+
+    def settle(
         self,
         name: str,
         node: Int[Tensor, "pair"],
         sets: Int[Tensor, "pair"],
         doubtful: Bool[Tensor, "pair"],
-    ) -> Iterator[tuple[Int[Tensor, "near"], Float[Tensor, "near d_vocab"]]]:
-        """Yield the places of doubtful pairs, some at a time, and their ablated logits in float64.
+        chosen: Int[Tensor, "pair n"],
+    ) -> None:
+        """Settle the doubtful pairs whose prefix float64 has seen, in place, and note the others.
 
         Args:
             name: Name of their list in `lists`.
             node: Node of each pair.
             sets: Set of each pair.
             doubtful: Which pairs to settle; few, and at most steps none.
+            chosen: Most likely tokens of each pair, as float32 has them.
         """
         if self.model.dtype != torch.float32:
             return
+        self.of_step.pop(name, None)
         near = self.lists.places(name, doubtful, least=0)
         if not len(near):
             return
-        model, screen = self.model, self.screen
         near = near[near < len(node)]
-        self._run(sorted(set(node[near].tolist())))
-        for part in slices(len(near), self.sizes.rows(4)):
-            place = near[part]
-            of = sets[place]
-            read = [self.exact[i] for i in node[place].tolist()]
+        nodes = node[near].tolist()
+        known = {i: self.prefix(i) for i in set(nodes)}
+        rows = zip(nodes, sets[near].tolist(), chosen[near].tolist(), strict=True)
+        ties = [Tie(*known[i], of, tuple(tokens)) for i, of, tokens in rows]
+        if not self.later:
+            self._run(ties)
+        seen = torch.tensor([tie.prefix in self.exact for tie in ties], dtype=torch.bool)
+        settled = self._likely([tie for tie in ties if tie.prefix in self.exact], chosen.shape[1])
+        chosen[near[seen.to(near.device)]] = settled
+        self.of_step[name] = [tie for tie in ties if tie.prefix not in self.exact]
+
+    def wrong(self) -> list[int]:
+        """Settle all ties that were noted; return the prompts of which float32 chose otherwise."""
+        ties, self.noted = self.noted, []
+        self._run(ties)
+        wanted = self._likely(ties, max((len(tie.chosen) for tie in ties), default=1)).tolist()
+        pairs = zip(ties, wanted, strict=True)
+        return sorted({t.prompt for t, row in pairs if tuple(row[: len(t.chosen)]) != t.chosen})
+
+    def _run(self, ties: Sequence[Tie]) -> None:
+        """Run the ties' prefixes that were not run before."""
+        new = sorted({tie.prefix for tie in ties} - set(self.exact))
+        if not new:
+            return
+        x, a = exact_last_positions(self.model, new, self.sizes.tokens)
+        self.exact.update((prefix, (x[i], a[i])) for i, prefix in enumerate(new))
+        self.work.forward_tokens += sum(map(len, new))
+
+    def _likely(self, ties: Sequence[Tie], n: int) -> Int[Tensor, "tie n"]:
+        """Find the n most likely tokens of each tie in float64."""
+        model, screen = self.model, self.screen
+        found = [torch.empty((0, n), dtype=torch.long, device=model.device)]
+        # As many rows as a part of the unembedding in float64 has room for.
+        size = max(1, model.spec.d_model * VOCAB_COLUMNS // model.spec.d_vocab)
+        for part in slices(len(ties), size):
+            of = torch.tensor([tie.set for tie in ties[part]], device=model.device)
+            read = [self.exact[tie.prefix] for tie in ties[part]]
             x, a = (torch.stack(values) for values in zip(*read, strict=True))
-            neurons = screen.selected[screen.slots[of]]  # (near, k)
+            neurons = screen.selected[screen.slots[of]]  # (tie, k)
             c = (screen.values[of].double() - a.gather(1, neurons)) * screen.present[of]
             moved = torch.bmm(c[:, None], model.W_out[neurons].double())[:, 0]
-            yield place, exact_logits(model, x + moved)
-
-    def _run(self, nodes: Sequence[int]) -> None:
-        """Run the prefixes of those nodes that were not run before."""
-        new = [i for i in nodes if i not in self.exact]
-        prefixes = [self.prefix(i) for i in new]
-        x, a = exact_last_positions(self.model, prefixes, self.sizes.tokens)
-        self.exact.update((i, (x[row], a[row])) for row, i in enumerate(new))
-        self.work.forward_tokens += sum(map(len, prefixes))
+            found.append(most_likely(exact_logits(model, x + moved), n))
+        return torch.cat(found)
 
 
 def choose(
@@ -169,8 +226,9 @@ def choose(
         chosen[pair[part]] = best
         close.append(lead <= tau[part])
     if close:
-        for near, rows in referee.rows("near", at, of, torch.cat(close) & (pair < len(node))):
-            chosen[pair[near]] = most_likely(rows)[:, 0]
+        best = chosen[pair][:, None]
+        referee.settle("near", at, of, torch.cat(close) & (pair < len(node)), best)
+        chosen[pair] = best[:, 0]
     return chosen[:-1]
 
 
@@ -244,9 +302,7 @@ def read_first_tokens(
     if not own_top:
         top_log_probs[:, 0] = log_probs[:, 0, -n_top:]
     node, sets = everyone.repeat_interleave(n_sets), torch.arange(n_sets, device=device).repeat(n)
-    settled = chosen.view(-1)
-    for near, exact in referee.rows("near, first, argmax", node, sets, close.view(-1)):
-        settled[near] = most_likely(exact)[:, 0]
+    referee.settle("near, first, argmax", node, sets, close.view(-1), chosen.view(-1, 1))
     read = {
         "entropy": entropy,
         "asked": asked,
@@ -292,6 +348,5 @@ def _tops(
     tops = most_likely(rows, n)
     values = rows.gather(1, tops)
     close = (values[:, :-1] - values[:, 1:] <= tau[:, None]).any(1)
-    for near, exact in referee.rows(name, node, sets, close):
-        tops[near] = most_likely(exact, n)
+    referee.settle(name, node, sets, close, tops[:, :N_TOP])
     return tops[:, :N_TOP]

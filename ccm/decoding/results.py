@@ -1,8 +1,9 @@
 """Results of decoding, the same for every engine, and how batches are joined."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,7 @@ class Work:
     first_rows: int = 0  # rows for first tokens, their entropies and log-probabilities; low-rank, too
     full_rows: int = 0  # d_model x d_vocab products: one per node, one per refereed pair
     refereed: int = 0  # near ties settled in float64
+    repeated: int = 0  # prompts decoded again because float64 chose otherwise
     halved: int = 0  # batches that ran out of memory
     peak_bytes: int = 0  # CUDA only: the allocator's peak
 
@@ -172,12 +174,34 @@ class Decoded:
         )
 
 
+# Arrays of `Decoded` with a row per prompt that can be taken from another batch as they are.
+READINGS = ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs", "residual")
+
+
 @dataclass(frozen=True)
 class Batch(Decoded):
     """Results of some prompts under all sets."""
 
     prompts: Int[np.ndarray, "prompt"]  # their indices
     at_last: Mapping[str, np.ndarray] = field(default_factory=dict)  # what `AtLast` returned
+
+    def replaced(self, rows: Sequence[int], other: "Batch") -> "Batch":
+        """Return this batch with some prompts' results taken from another, but for `at_last`."""
+
+        readings: dict[str, Any] = {}
+        for name in READINGS:
+            readings[name] = getattr(self, name).copy()
+            readings[name][rows] = getattr(other, name)
+        leaf, leaves, texts = self.leaf.copy(), self.leaves + other.leaves, self.texts + other.texts
+        leaf[rows] = other.leaf + len(self.leaves)
+        used, places = np.unique(leaf, return_inverse=True)
+        return replace(
+            self,
+            leaves=tuple(leaves[i] for i in used),
+            texts=tuple(texts[i] for i in used),
+            leaf=places.reshape(leaf.shape),
+            **readings,
+        )
 
 
 def batch_of(
@@ -241,8 +265,5 @@ def merge(batches: Sequence[Batch]) -> Decoded:
         leaves=leaves,
         texts=tuple(text for s in batches for text in s.texts),
         leaf=np.concatenate(numbers)[order],
-        **{
-            name: joined(name)
-            for name in ("entropy", "asked", "log_probs", "top_tokens", "top_log_probs", "residual")
-        },
+        **{name: joined(name) for name in READINGS},
     )
