@@ -400,9 +400,7 @@ def test_equal_logits_go_to_the_lowest_id(
     config: ToyConfig, later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not later:
-        monkeypatch.setattr(
-            engine, "Referee", lambda *args, later: choosing.Referee(*args, later=False)
-        )
+        settle_at_once(monkeypatch)
     model = edited_head(tmp_path / "paired", config, paired)
     assert torch.equal(model.W_U[:, 0], model.W_U[:, 1])
     prompts = token_prompts(12, config, seed=4, min_len=3, max_len=4)
@@ -478,6 +476,48 @@ def test_the_reference_settles_near_ties_as_exact_arithmetic_does(
     unsettled = hooked.decode(near_ties, prompts)
     moved = unsettled.first.top_tokens != done.decoded.completions(0).first.top_tokens
     assert moved.any(), "float32 has all of them right: nothing was settled"
+
+
+def test_prompts_that_float32_has_wrong_are_decoded_once_more(
+    near_ties: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = token_prompts(40, SMALL, seed=6, min_len=5, max_len=9)
+    ablations = random_sets(SMALL.d_mlp, [6, 15], 0.5)
+    read: list[list[int]] = []
+
+    def at_last(indices: Sequence[int], *nodes: Any) -> dict[str, np.ndarray]:
+        read.append(sorted(indices))
+        return {"of": np.asarray(indices)}
+
+    options: dict[str, Any] = {"targets": some_targets(40, SMALL.d_vocab), "max_new_tokens": 1}
+    later = run(near_ties, prompts, ablations, at_last=at_last, **options)
+    (batch,) = later.shards
+    assert 0 < later.work.repeated < 40, "all are right, or all are wrong: neither tells anything"
+    # What is read beside the decode depends on no choice, so it is read once.
+    assert read == [list(range(40))]
+    np.testing.assert_array_equal(batch.at_last["of"], batch.prompts)
+    assert set(batch.leaf.ravel().tolist()) == set(range(len(batch.leaves))), "a leaf that none chose"
+    assert batch.texts == tuple(near_ties.decode(leaf) for leaf in batch.leaves)
+    settle_at_once(monkeypatch)
+    at_once = run(near_ties, prompts, ablations, **options)
+    assert at_once.work.repeated == 0
+    for i in range(3):
+        mine, its = later.decoded.completions(i), at_once.decoded.completions(i)
+        assert (mine.tokens, mine.texts) == (its.tokens, its.texts)
+        assert_same_readings(mine, its)
+
+
+def settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every step wait for its near ties, as a step of observed activations does."""
+    monkeypatch.setattr(engine, "Referee", lambda *args, later: choosing.Referee(*args, later=False))
+
+
+def assert_same_readings(mine: Completions, its: Completions) -> None:
+    """Compare what first tokens were read, up to the rounding of another batch."""
+    for name in ("asked", "top_tokens"):
+        np.testing.assert_array_equal(getattr(mine.first, name), getattr(its.first, name))
+    for name in ("entropy", "log_probs", "top_log_probs"):
+        np.testing.assert_allclose(getattr(mine.first, name), getattr(its.first, name), atol=1e-5)
 
 
 # --- what it costs, counted exactly -----------------------------------------------------------------
