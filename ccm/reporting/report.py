@@ -44,6 +44,7 @@ WORK = {
     "first_rows": "rows for entropies and log-probabilities of the first token",
     "full_rows": "whole products with the unembedding",
     "refereed": "near ties settled in float64",
+    "repeated": "prompts decoded again because float64 chose otherwise",
     "halved": "batches that ran out of memory and were halved",
     "peak_bytes": "peak of the GPU's allocator, bytes; 0 on a CPU",
 }
