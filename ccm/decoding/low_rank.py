@@ -1,7 +1,7 @@
 """Ablated logit rows in their low-rank form (paragraph 1 of `ccm.decoding.certificate`).
 
-Rows for entropies are in bits, that is, logits divided by ln 2: most of their time was taken by `exp`,
-and `exp2` takes a quarter of it on CPUs where PyTorch leaves `exp` to MKL, which is not Intel's there.
+Rows for entropies are in bits, that is, logits divided by ln 2. PyTorch leaves `exp` to MKL, and on a
+CPU that is not Intel's, `exp2`, which it computes itself, takes a quarter of the time.
 """
 
 import math

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 from torch.overrides import TorchFunctionMode
 
 from ccm.method.neurons import VOCAB_COLUMNS
@@ -71,16 +71,17 @@ class _QuickProducts(TorchFunctionMode):
         if not kwargs:
             if func is functional.linear and _fits(*args[:2]):
                 return _linear(*args)
-            if func is torch.addmm and len(args) == 3 and _fits(*args[1:]):
+            if func is torch.addmm and len(args) == 3 and args[0].ndim == 1 and _fits(*args[1:]):
                 bias, x, weight = args
                 return _linear(x, weight.T, bias)
         return func(*args, **(kwargs or {}))
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the operator takes these: without gradients, and in float32."""
+    """Return whether the operator takes these: plain float32 numbers, without gradients."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        {type(x), type(weight)} <= {Tensor, Parameter}  # no quantized weights in disguise
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and torch.get_default_dtype() is torch.float32  # not within `ccm.decoding.exact.float64`

@@ -35,6 +35,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
+class Disguised(torch.nn.Parameter):
+    """Weights that are more than the numbers they show, as quantized ones are."""
+
+
 def layers() -> list[tuple[str, torch.nn.Module]]:
     """Linear layers, with and without bias, as models hold them."""
     return [
@@ -83,6 +87,8 @@ def test_what_onednn_cannot_do_is_left_alone(calls: list[tuple[int, ...]]) -> No
             layer.bfloat16()(x.bfloat16())
             layer.double()(x.double())
             functional.linear(input=x, weight=torch.randn(40, 24))
+            functional.linear(x, Disguised(torch.randn(40, 24)))
+            torch.addmm(torch.randn(3, 40), x, torch.randn(24, 40))
     assert not calls
 
 
