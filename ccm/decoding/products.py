@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ccm.method.neurons import VOCAB_COLUMNS
 
 X86 = ("x86_64", "amd64")
+LEAST = 1 << 22  # multiplications: for fewer, what oneDNN generates for a new shape takes too long
 
 
 @cache
@@ -78,9 +79,10 @@ class _QuickProducts(TorchFunctionMode):
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the operator takes these: plain float32 numbers, without gradients."""
+    """Return whether the operator takes these, float32 without gradients, and it pays."""
     return (
-        {type(x), type(weight)} <= {Tensor, Parameter}  # no quantized weights in disguise
+        x.numel() // max(1, x.shape[-1]) * weight.numel() >= LEAST
+        and {type(x), type(weight)} <= {Tensor, Parameter}  # no quantized weights in disguise
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_grad_enabled()

@@ -32,6 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(products, "_operator", lambda: counted)
+    monkeypatch.setattr(products, "LEAST", 0)
     return seen
 
 
@@ -77,6 +78,20 @@ def test_the_unembedding_is_multiplied_in_parts(calls: list[tuple[int, ...]], st
     W_U = W_U if stored == "row by row" else W_U.T.contiguous().T
     LOGIT.assert_close(unembed(x, W_U), x.double() @ W_U.double(), what=stored)
     assert [n for n, _ in calls] == [products.VOCAB_COLUMNS, products.VOCAB_COLUMNS, 100]
+
+
+@torch.inference_mode()
+def test_small_products_do_not_pay(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LEAST", 2 * 3 * 24 * 40)
+    with quick_products():
+        for name, layer in layers():
+            layer(torch.randn(5, 24))
+            layer(torch.randn(24))
+            assert not calls, name
+            layer(torch.randn(2, 3, 24))
+            assert calls.pop() == (40, 24), name
 
 
 def test_what_onednn_cannot_do_is_left_alone(calls: list[tuple[int, ...]]) -> None:

@@ -122,6 +122,7 @@ def test_a_set_that_changes_nothing_has_no_effect() -> None:
 @each_toy
 def test_a_neuron_that_writes_into_a_null_space_acts_through_the_norm_alone(config: ToyConfig) -> None:
     whole = loaded(config)
+    shared.check(whole)  # now, because the copy below is no model that transformers has
     gain = whole.final_norm.gain[:, None]
     u = torch.randn(config.d_model, generator=torch.Generator().manual_seed(3))
     u = torch.nn.functional.normalize(u - u.mean(), dim=0)[:, None]  # which LayerNorm does not centre
