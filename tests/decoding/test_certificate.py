@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ccm.decoding import next_token
 from ccm.decoding.certificate import (
     SHORTLIST,
     Nodes,
@@ -27,6 +28,7 @@ from ccm.decoding.low_rank import (
     BLOCK,
     NATS,
     Dense,
+    Room,
     best_and_lead,
     guessed_best_and_lead,
     low_rank_rows,
@@ -829,3 +831,20 @@ def test_tolerances_of_all_nodes_are_those_of_pairs(shape: Shape) -> None:
     for group in screen.groups:
         found = tolerances(read_dense(screen, nodes, group, group.sets))
         torch.testing.assert_close(found.T, wanted[:, group.sets], rtol=1e-5, atol=1e-12)
+
+
+@given(shape=shapes)
+@some
+def test_rows_of_first_tokens_and_their_tolerances_are_in_bits(shape: Shape) -> None:
+    layer = make(shape)
+    screen, nodes, *_ = layer.screened()
+    room, top = Room(2 * 3, screen.P.shape[1], nodes.x.device), nodes.likely[:, :1]
+    seen = 0
+    for of, at, rows, _, tau in next_token._all_rows(screen, nodes, 3, 2, room):
+        (group,) = (g for g in screen.groups if g.sets.start <= of.start < g.sets.stop)
+        wanted = tolerances(read_dense(screen, nodes, group, of))[:, at]
+        torch.testing.assert_close(tau * NATS, wanted, rtol=1e-5, atol=1e-12)
+        # The constant that is subtracted is the row's own value there.
+        assert not rows.gather(-1, top[at].expand(len(rows), -1, 1)).abs().gt(tau[..., None]).any()
+        seen += tau.numel()
+    assert seen == len(nodes.scale) * len(screen.slots)

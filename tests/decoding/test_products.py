@@ -67,6 +67,9 @@ def test_linear_layers_are_equal_up_to_rounding(
         assert calls.pop() == (40, 24), f"{name} was not sent to oneDNN"
         layer(x)
         assert not calls, f"{name}: beyond the block nothing changes"
+        with float64(), quick_products():
+            assert layer(x).dtype == torch.float64
+        assert not calls, f"{name}: oneDNN knows no float64"
 
 
 @pytest.mark.numeric
