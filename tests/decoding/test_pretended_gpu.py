@@ -183,7 +183,7 @@ def test_a_step_of_the_decode_waits_once(config: ToyConfig, monkeypatch: pytest.
     assert held.count(False) <= work.refereed, "a list was too short for something usual"
     in_steps = begun[-1] - begun[0]
     of_float64 = ("exact.exact_last_positions", "forward.run_body")
-    for of_near_ties in ("next_token.rows", "engine.prefix", *of_float64):
+    for of_near_ties in ("next_token.settle", "next_token._likely", "engine.prefix", *of_float64):
         assert (in_steps.pop(of_near_ties, 0) > 0) <= (work.refereed > 0)
     assert list(in_steps) == ["bounded.holds"]
 
