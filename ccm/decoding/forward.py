@@ -58,7 +58,7 @@ def run_body(
     if last_only and model.narrow:
         hooks.append(model.mlp.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -1:]))
     try:
-        with quick_products():
+        with quick_products(tokens.numel() * model.spec.d_model * model.spec.d_mlp):
             model.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **masked)
     finally:
         for hook in hooks:

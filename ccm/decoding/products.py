@@ -39,9 +39,13 @@ def by_onednn() -> bool:
     return mkl_is_slow() and available and _operator() is not None
 
 
-def quick_products() -> AbstractContextManager[object]:
-    """Send the linear layers of code that runs within to oneDNN, where that is faster."""
-    return _QuickProducts() if by_onednn() else nullcontext()
+def quick_products(most: int) -> AbstractContextManager[object]:
+    """Send the linear layers of code that runs within to oneDNN, where that is faster.
+
+    Args:
+        most: Multiplications of the largest product within; looking at each call takes time, too.
+    """
+    return _QuickProducts() if most >= LEAST and by_onednn() else nullcontext()
 
 
 def unembed(

@@ -15,6 +15,7 @@ from ccm.decoding.exact import float64
 from ccm.decoding.products import quick_products, unembed
 from tests.decoding.test_certificate import LOGIT
 
+MOST = 5 * 24 * 40
 N_VOCAB = 2 * products.VOCAB_COLUMNS + 100  # three parts, the last of them smaller
 
 
@@ -60,14 +61,14 @@ def test_linear_layers_are_equal_up_to_rounding(
         with float64():
             wanted = layer(x)
         assert not calls, f"{name}: float64 is no matter of oneDNN"
-        with quick_products():
+        with quick_products(MOST):
             found = layer(x)
         assert found.shape == wanted.shape
         LOGIT.assert_close(found, wanted, what=f"{name} of {shape}")
         assert calls.pop() == (40, 24), f"{name} was not sent to oneDNN"
         layer(x)
         assert not calls, f"{name}: beyond the block nothing changes"
-        with float64(), quick_products():
+        with float64(), quick_products(MOST):
             assert layer(x).dtype == torch.float64
         assert not calls, f"{name}: oneDNN knows no float64"
 
@@ -88,18 +89,21 @@ def test_small_products_do_not_pay(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "LEAST", 2 * 3 * 24 * 40)
-    with quick_products():
+    with quick_products(2 * 3 * 24 * 40):
         for name, layer in layers():
             layer(torch.randn(5, 24))
             layer(torch.randn(24))
             assert not calls, name
             layer(torch.randn(2, 3, 24))
             assert calls.pop() == (40, 24), name
+    with quick_products(2 * 3 * 24 * 40 - 1):
+        layer(torch.randn(2, 3, 24))
+    assert not calls, "none of the products within pays: none is looked at"
 
 
 def test_what_onednn_cannot_do_is_left_alone(calls: list[tuple[int, ...]]) -> None:
     layer, x = torch.nn.Linear(24, 40), torch.randn(3, 24)
-    with quick_products():
+    with quick_products(MOST):
         layer(x).sum().backward()  # gradients
         with torch.no_grad():
             layer.bfloat16()(x.bfloat16())
@@ -137,5 +141,5 @@ def test_without_the_operator_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(products, "_operator", lambda: None)
     assert not products.by_onednn()
     x, W_U = torch.randn(2, 3), torch.randn(3, 4)
-    with quick_products(), torch.inference_mode():
+    with quick_products(MOST), torch.inference_mode():
         assert torch.equal(unembed(x, W_U), x @ W_U)
