@@ -40,6 +40,7 @@ from ccm.models.model import LoadedModel
 TOGETHER = 8  # nodes, or sets where more than that fit, whose rows are one product
 # Initial room of a GPU's lists of pairs that are not certified, and of pairs that need a whole row.
 UNSURE, WHOLE = 1 << 12, 1 << 6
+COPIES = 5  # of float64 rows that are held at once while their most likely tokens are found
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Referee:
     later: bool  # whether to settle ties after the batch, not at once
     exact: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and a
     noted: list[Tie] = field(default_factory=list)
+    of_step: dict[str, list[Tie]] = field(default_factory=dict)  # by the name of their list
 
     def start(self, prefix: Callable[[int], tuple[int, tuple[int, ...]]]) -> None:
         """Start a step.
@@ -114,7 +116,7 @@ class Referee:
             prefix: Returns a node's prompt and its tokens.
         """
         self.prefix = prefix
-        self.of_step: dict[str, list[Tie]] = {}
+        self.of_step = {}
 
     def finish(self) -> None:
         """Keep what the step noted; until then, a list that is read again replaces its ties."""
@@ -176,8 +178,8 @@ class Referee:
         """Find the n most likely tokens of each tie in float64."""
         model, screen = self.model, self.screen
         found = [torch.empty((0, n), dtype=torch.long, device=model.device)]
-        # As many rows as a part of the unembedding in float64 has room for.
-        size = max(1, model.spec.d_model * VOCAB_COLUMNS // model.spec.d_vocab)
+        # With their copies, rows take no more than a part of the unembedding in float64 does.
+        size = max(1, model.spec.d_model * VOCAB_COLUMNS // (COPIES * model.spec.d_vocab))
         for part in slices(len(ties), size):
             of = torch.tensor([tie.set for tie in ties[part]], device=model.device)
             read = [self.exact[tie.prefix] for tie in ties[part]]
