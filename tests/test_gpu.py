@@ -16,6 +16,7 @@ import torch
 
 from ccm.decoding import hooked, shared
 from ccm.decoding.activations import collect
+from ccm.decoding.engine import Asked
 from ccm.decoding.results import Work, merge
 from ccm.decoding.tolerance import measure as measure_error
 from ccm.experiment.config import RunConfig
@@ -161,10 +162,10 @@ def test_a_batch_that_finds_no_memory_is_halved(
     whole = merge(list(shared.decode_sets(model, prompts, sets)))
     run, work = shared.Engine.run, Work()
 
-    def full(self: Any, chosen: Any, *args: Any) -> Any:
-        if len(chosen) > 7:
+    def full(self: Any, asked: Asked, *args: Any) -> Any:
+        if len(asked.prompts) > 7:
             torch.empty(1 << 50, dtype=torch.uint8, device=cuda)  # the allocator's own error
-        return run(self, chosen, *args)
+        return run(self, asked, *args)
 
     monkeypatch.setattr(shared.Engine, "run", full)
     halves = merge(list(shared.decode_sets(model, prompts, sets, work=work)))

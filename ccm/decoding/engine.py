@@ -30,6 +30,25 @@ from ccm.models.model import LoadedModel
 NODES = 4  # distinct continuations expected of a prompt; with more, its batch may have to be cut
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of one batch, and what is wanted of each."""
+
+    prompts: Sequence[Tokens]  # token ids, sorted by how many come after the shared prefix
+    shared: Sequence[int]  # how many tokens of each prompt are its shared prefix
+    indices: Sequence[int]  # numbers of the prompts in their run, kept in the batch's result
+    targets: Int[Tensor, "prompt target"]  # tokens whose first-step log-probabilities are wanted
+
+    def only(self, places: Sequence[int]) -> "Asked":
+        """Return the prompts at these places in the batch."""
+        return Asked(
+            prompts=[self.prompts[i] for i in places],
+            shared=[self.shared[i] for i in places],
+            indices=[self.indices[i] for i in places],
+            targets=self.targets[places],
+        )
+
+
 @dataclass
 class Engine:
     """Everything that is the same for all prompts of a run."""
@@ -116,7 +135,7 @@ class Engine:
         """Prefill a batch; return final residuals and last-layer activations at last positions.
 
         Args:
-            prompts: Token ids, as for `run`.
+            prompts: Token ids, as for `Asked`.
             shared: How many tokens of each prompt are its shared prefix.
             work: Counts are added here.
         """
@@ -126,55 +145,28 @@ class Engine:
         return prefill(prompts, shared, self.begun, self.cache, forward, device, at_once)
 
     @torch.inference_mode()
-    def run(
-        self,
-        prompts: Sequence[Tokens],
-        shared: Sequence[int],
-        indices: Sequence[int],
-        targets: Int[Tensor, "prompt target"],
-        work: Work,
-    ) -> Batch:
-        """Decode one batch under every set.
-
-        Args:
-            prompts: Token ids, sorted by how many come after the shared prefix.
-            shared: How many tokens of each prompt are its shared prefix.
-            indices: Numbers of the prompts, kept in the batch.
-            targets: Tokens whose first-step log-probabilities are wanted, per prompt.
-            work: Counts are added here.
-        """
+    def run(self, asked: Asked, work: Work) -> Batch:
+        """Decode one batch under every set, and add its counts to `work`."""
         # Observed activations cannot be taken back, so then no choice is left for later.
         referee = Referee(
             self.model, self.screen, self.lists, work, self.at_once, later=not self.observing
         )
-        targets = targets.to(self.model.device)
-        batch = self._decode(prompts, shared, indices, targets, work, referee, self.at_last)
+        batch = self._decode(asked, work, referee, self.at_last)
         wrong = referee.wrong()
         if not wrong:
             return batch
         work.repeated += len(wrong)
         referee.later = False
-        chosen, prefixes = [prompts[i] for i in wrong], [shared[i] for i in wrong]
-        numbers = [indices[i] for i in wrong]
-        again = self._decode(chosen, prefixes, numbers, targets[wrong], work, referee, None)
-        return batch.replaced(wrong, again)
+        return batch.replaced(wrong, self._decode(asked.only(wrong), work, referee, None))
 
-    def _decode(
-        self,
-        prompts: Sequence[Tokens],
-        shared: Sequence[int],
-        indices: Sequence[int],
-        targets: Int[Tensor, "prompt target"],
-        work: Work,
-        referee: Referee,
-        at_last: AtLast | None,
-    ) -> Batch:
-        device = self.model.device
+    def _decode(self, asked: Asked, work: Work, referee: Referee, at_last: AtLast | None) -> Batch:
+        prompts, indices, device = asked.prompts, asked.indices, self.model.device
+        targets = asked.targets.to(device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache, end = self.cache, max(map(len, prompts))
         # Most prompts keep one continuation under all sets.
         cache.reserve(len(prompts) * 3 // 2, end + self.max_new_tokens)
-        x, a = self.read_last(prompts, shared, work)
+        x, a = self.read_last(prompts, asked.shared, work)
         residual = x.float() if self.keep_residual else x[:, :0].float()
         tree = _Tree(len(prompts), len(self.full), len(self.eos), device)
         first: dict[str, Tensor] = {}

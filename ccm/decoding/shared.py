@@ -25,7 +25,7 @@ from torch import Tensor
 from ccm.decoding.batching import in_batches
 from ccm.decoding.bounded import BoundedLists
 from ccm.decoding.certificate import Screen, build_screen
-from ccm.decoding.engine import Engine
+from ccm.decoding.engine import Asked, Engine
 from ccm.decoding.next_token import at_once
 from ccm.decoding.results import AtLast, Batch, Completions, Decided, Observer, Work, merge, no_targets
 from ccm.decoding.tolerance import tolerance
@@ -131,8 +131,8 @@ def decode_sets(
 
     def run(indices: list[int], shared: list[int]) -> tuple[Batch, Work]:
         counted = Work(prompts=len(indices))
-        chosen = [prompts[i] for i in indices]
-        return engine.run(chosen, shared, indices, given[indices], counted), counted
+        asked = Asked([prompts[i] for i in indices], shared, indices, given[indices])
+        return engine.run(asked, counted), counted
 
     for batch, counted in in_batches(engine, prompts, run, done, shard, work):
         for rows in engine.seen:

@@ -875,11 +875,11 @@ def fails_above(
     """Let parts of more than `limit` prompts fail; returns the sizes tried, as they come."""
     whole, tried = engine.Engine.run, list[int]()
 
-    def failing(self: Any, prompts: Any, *args: Any) -> Batch:
-        tried.append(len(prompts))
-        if len(prompts) > limit:
+    def failing(self: Any, asked: engine.Asked, *args: Any) -> Batch:
+        tried.append(len(asked.prompts))
+        if len(asked.prompts) > limit:
             raise error()
-        return whole(self, prompts, *args)
+        return whole(self, asked, *args)
 
     monkeypatch.setattr(engine.Engine, "run", failing)
     return tried

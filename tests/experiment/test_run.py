@@ -22,7 +22,7 @@ import ccm.experiment.run
 from ccm.cli.parser import main
 from ccm.decoding import shared
 from ccm.decoding.activations import float16_sigma
-from ccm.decoding.engine import Engine
+from ccm.decoding.engine import Asked, Engine
 from ccm.experiment.config import RunConfig
 from ccm.experiment.files import read_statistics
 from ccm.experiment.folder import (
@@ -136,9 +136,9 @@ def test_facts_are_run_once_and_prompts_twice(tmp_path: Path, monkeypatch: pytes
     seen = list[str]()
     run, read_last = Engine.run, shared.read_last_positions
 
-    def counted(self: Engine, prompts: Sequence[Any], *more: Any) -> Any:
-        seen.extend(map(str, prompts))
-        return run(self, prompts, *more)
+    def counted(self: Engine, asked: Asked, *more: Any) -> Any:
+        seen.extend(map(str, asked.prompts))
+        return run(self, asked, *more)
 
     def exact(model: LoadedModel, prompts: Sequence[Any], *more: Any, **options: Any) -> Any:
         near.extend(map(str, prompts))

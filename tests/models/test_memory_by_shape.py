@@ -76,14 +76,15 @@ def test_llama_3_takes_at_most_a_quarter_more_than_its_weights(
 
     run, parts = decoding.Engine.run, []
 
-    def a_part(self: Any, prompts: Any, *args: Any) -> Any:
-        kept = len(prompts) * min(len(self.full), NODES)
+    def a_part(self: Any, asked: decoding.Asked, *args: Any) -> Any:
+        n_prompts = len(asked.prompts)
+        kept = n_prompts * min(len(self.full), NODES)
         self.lists = InventedLengths(4, kept=kept, moved=kept // 2)
         # Of the organism's pairs, two in nine are not certified, and one in fifty needs its whole row.
-        pairs = len(prompts) * len(self.full)
+        pairs = n_prompts * len(self.full)
         self.lists.give(unsure=pairs // 4, whole=pairs // 40)
-        parts.append(len(prompts))
-        return run(self, prompts, *args)
+        parts.append(n_prompts)
+        return run(self, asked, *args)
 
     monkeypatch.setattr(decoding.Engine, "run", a_part)
     monkeypatch.setattr(batching, "MAX_WORK", 1e30)  # of a CPU, which this pretends not to be
