@@ -52,18 +52,9 @@ def check_folder(folder: Path) -> Path:
     Raises:
         BadInput: no configuration, no weights in safetensors, an adapter, or a file that is not JSON.
     """
-    adapter = (folder / ADAPTER).is_file()
     if not (folder / CONFIG).is_file():
-        raise BadInput(
-            f"{folder}: not a checkpoint folder (no {CONFIG}). "
-            + (
-                "It is a PEFT adapter: merge it into its base model (merge_and_unload) and give the "
-                "folder that save_pretrained writes then."
-                if adapter
-                else "Give the folder that save_pretrained wrote."
-            )
-        )
-    if adapter:
+        raise BadInput(f"{folder}: not a checkpoint folder (no {CONFIG}). {_no_config(folder)}")
+    if (folder / ADAPTER).is_file():
         raise BadInput(
             f"{folder}: a model with a PEFT adapter beside it ({ADAPTER}), which would be added on top "
             "or not, depending on whether peft is installed. If its weights are merged already, remove "
@@ -77,24 +68,43 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def _no_config(folder: Path) -> str:
+    """Say what to do with a folder that has no configuration."""
+    if (folder / ADAPTER).is_file():
+        return (
+            "It is a PEFT adapter: merge it into its base model (merge_and_unload) and give the folder "
+            "that save_pretrained writes then."
+        )
+    if inside := _files(folder, f"*/{CONFIG}", f"snapshots/*/{CONFIG}"):
+        some = ", ".join(str(folder / Path(path).parent) for path in inside[:3])
+        return f"Give one within it: {some}{', ...' if inside[3:] else ''}."
+    if _files(folder, "*.safetensors"):
+        return f"It has weights: fetch the {CONFIG} that belongs to them."
+    if gguf := _files(folder, "*.gguf"):
+        return f"Give the file itself: --model {folder / gguf[0]}."
+    return "Give the folder that save_pretrained wrote."
+
+
+def _files(folder: Path, *patterns: str) -> list[str]:
+    """List the files below a folder that any of the patterns fits, by their paths from there."""
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
 def _no_weights(folder: Path) -> str:
     """Say what the folder holds instead of weights in safetensors, and what to do with it."""
-
-    def first(*patterns: str) -> str | None:
-        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-        return found[0] if found else None
-
-    if other := first("*.safetensors"):
+    if other := _files(folder, "*.safetensors"):
         return (
-            f"no {WEIGHTS} and no {INDEX}, only {other}. Call it {WEIGHTS} if it holds the whole "
+            f"no {WEIGHTS} and no {INDEX}, only {other[0]}. Call it {WEIGHTS} if it holds the whole "
             "model, or fetch the index that belongs to its shards."
         )
-    if gguf := first("*.gguf"):
-        return f"no *.safetensors weights, only {gguf}. Give the file itself: --model {folder / gguf}."
-    if pickled := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
+    if gguf := _files(folder, "*.gguf"):
+        file = gguf[0]
+        return f"no *.safetensors weights, only {file}. Give the file itself: --model {folder / file}."
+    if pickled := _files(folder, "*.bin", "*.pt", "*.pth", "*.ckpt"):
         return (
-            f"no *.safetensors weights, only {pickled}. Pickled weights are never loaded; convert them "
-            "with save_pretrained(..., safe_serialization=True)."
+            f"no *.safetensors weights, only {pickled[0]}. Pickled weights are never loaded; convert "
+            "them with save_pretrained(..., safe_serialization=True)."
         )
     return f"no *.safetensors weights. Fetch {WEIGHTS}, or {INDEX} with all its shards."
 

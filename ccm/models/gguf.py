@@ -20,6 +20,7 @@ from typing import Any
 from ccm.errors import BadInput, a_few, reason_of
 from ccm.models.cache import made_once, models_cache
 from ccm.models.checkpoint_folder import advice, hash_of, read_object
+from ccm.models.quiet import quiet
 
 CONVERTED = "converted.json"  # in the folder: what it was made of, and how
 MAGIC = b"GGUF"
@@ -182,6 +183,7 @@ def _check_all_have_a_place(path: Path, header: GgufHeader, config: Any) -> None
         )
 
 
+@quiet()
 def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as a checkpoint folder.
 
@@ -196,9 +198,7 @@ def convert(path: Path, header: GgufHeader, digest: str, folder: Path) -> None:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
-    hf_logging.disable_progress_bar()
     # Alone in a folder, because transformers would also read what lies beside it.
     with tempfile.TemporaryDirectory(prefix="ccm-gguf-") as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())

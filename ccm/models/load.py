@@ -19,6 +19,7 @@ from ccm.models.devices import device_for, dtype_for
 from ccm.models.download import cannot_load, download
 from ccm.models.memory import check_memory, out_of_memory, weight_bytes
 from ccm.models.model import LoadedModel
+from ccm.models.quiet import quiet
 from ccm.models.specs import ModelSpec
 from ccm.models.tokenizer import Bos, read_tokenizer, special_tokens
 from ccm.models.trial import check_hooks, plain_log_probs, trial_prompts
@@ -199,15 +200,9 @@ def _truth(
 
 def _read_weights(spec: ModelSpec, source: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Read all of a checkpoint's weights into a transformers model on the device."""
-    import warnings
-
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
-    hf_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        # A user can do nothing about deprecations inside the libraries.
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 source,

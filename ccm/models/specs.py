@@ -11,6 +11,7 @@ from typing import Any
 from ccm.errors import BadInput, NotAvailable, allowed, reason_of
 from ccm.models.checkpoint_folder import CONFIG, check_folder, read_object
 from ccm.models.gguf import checkpoint_of
+from ccm.models.quiet import quiet
 from ccm.models.wheel import Wheel, unpacked
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -245,7 +246,8 @@ def spec_of_folder(name: str, folder: Path) -> ModelSpec:
         if kind not in CONFIG_MAPPING:
             raise ValueError("transformers knows no such model")  # without code from the folder
         # Not AutoConfig: it would look for code in the folder.
-        sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
+        with quiet():
+            sizes = dimensions(CONFIG_MAPPING[kind].from_json_file(folder / CONFIG))
     except Exception as error:  # transformers raises its own errors for a bad configuration
         what = " ".join(str(error).split())[:80]  # it may list every known model
         reason = f"model_type {kind!r}; {type(error).__name__}: {what}"

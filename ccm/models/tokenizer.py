@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ccm.errors import BadInput
 from ccm.models.checkpoint_folder import GENERATION, TOKENIZERS, advice, read_object
+from ccm.models.quiet import quiet
 
 # What stands before every prompt: a token id, the tokenizer's own BOS, or nothing.
 Bos = int | Literal["own", "none"]
@@ -114,17 +115,12 @@ def _read(folder: Path, *, whole: bool) -> Any:
     Without tokenizer.json there are vocabulary files, which only that class can read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import logging as hf_logging
 
     if whole and not (folder / "tokenizer_config.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     kind = PreTrainedTokenizerFast if whole else AutoTokenizer
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a user can do nothing about what transformers logs of tokenizers
-    try:
+    with quiet():
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    finally:
-        hf_logging.set_verbosity(before)
 
 
 def _check_same(found: Any, whole: Path) -> None:

@@ -210,7 +210,10 @@ def checkpoint(folder: Path, **files: bytes | str | None) -> Path:
 
 
 CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no config": ({"config__json": None}, ("no config.json", "save_pretrained")),
+    "no config": (
+        {"config__json": None},
+        ("no config.json", "fetch the config.json that belongs"),
+    ),
     "pickled": (
         {"model__safetensors": None, "pytorch_model__bin": pickle.dumps({})},
         ("no *.safetensors weights", "Pickled weights are never loaded", "safe_serialization=True"),

@@ -111,7 +111,10 @@ def test_the_error_is_measured_where_the_model_is() -> None:
     model = toy()
     with pretended_gpus():
         on_gpu = load(spec_for(str(toy_folder(FAMILIES[0]))), "cuda")
-        assert measure(on_gpu, PROMPTS) == measure(model, PROMPTS)
+        there, here = measure(on_gpu, PROMPTS), measure(model, PROMPTS)
+    assert there.positions == here.positions
+    # Kernels, and so the order of sums, may differ; with several threads they do.
+    assert 0.5 < there.largest / here.largest < 2
 
 
 @pytest.mark.parametrize("prompts", [[[7]], [[7], [8, 9]], [[1, 2, 3]]], ids=str)

@@ -7,7 +7,8 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def cut(name: str, keep: int) -> Spoil:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep]) and None
 
 
+def within(name: str) -> Spoil:
+    def copy(folder: Path) -> None:
+        (folder / name).mkdir(parents=True)
+        shutil.copy(folder / "config.json", folder / name)
+
+    return copy
+
+
 def other_tokenizer(folder: Path) -> None:
     """That of a larger model."""
     vocab = {f"t{i}": i for i in range(TOY.d_vocab + 1)}
@@ -87,6 +96,20 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "adapter alone": (
         both(ADAPTER, remove("config.json")),
         r"no config.json.*It is a PEFT adapter: merge it into its base model \(merge_and_unload\)",
+    ),
+    "nothing": (both(remove("config.json"), remove(WEIGHTS)), "Give the folder that save_pretrained"),
+    "no config": (remove("config.json"), "no config.json.*It has weights: fetch the config.json"),
+    "gguf alone": (
+        both(remove("config.json"), rename(WEIGHTS, "toy.Q4_1.gguf")),
+        r"no config.json.*Give the file itself: --model \S*/toy/toy.Q4_1.gguf\.",
+    ),
+    "a folder further up": (
+        both(*(within(f"checkpoint-{step}") for step in (100, 200, 300, 400)), remove("config.json")),
+        r"no config.json.*Give one within it: (\S*/toy/checkpoint-[123]00, ){3}\.\.\.",
+    ),
+    "the hub's cache": (
+        both(within("snapshots/abc"), remove("config.json")),
+        r"Give one within it: \S*/toy/snapshots/abc\.",
     ),
     "only gguf": (
         rename(WEIGHTS, "toy.Q4_1.gguf"),
@@ -156,12 +179,27 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
 }
 
 
+@contextmanager
+def said_by_transformers() -> Iterator[list[str]]:
+    said = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_one_clear_line(name: str, folder: Path) -> None:
     spoil, message = BROKEN[name]
     spoil(folder)
-    with pytest.raises(CcmError, match=message) as caught:
+    # On its own logger: transformers' logs are not passed on.
+    with said_by_transformers() as said, pytest.raises(CcmError, match=message) as caught:
         load(spec_for(str(folder)))
+    assert not said, "two messages, and the other one knows less"
     assert str(caught.value).startswith((str(folder), "toy: "))
     assert "\n" not in str(caught.value)
 
