@@ -244,11 +244,8 @@ def _boot(
         norm.
     """
     import copy
-    import warnings
 
-    with warnings.catch_warnings():
-        # A user can do nothing about deprecations inside the libraries.
-        warnings.simplefilter("ignore")
+    with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
         try:

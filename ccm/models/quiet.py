@@ -1,4 +1,4 @@
-"""transformers without its logs, warnings and bars.
+"""transformers without its logs and bars, and libraries without their warnings.
 
 Its logs contradict us: of weights that have no place in a model, which are refused here, they say that
 they can be ignored. What matters of them is checked where something is loaded.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers silent, but for errors, while it loads something."""
+    """Keep the libraries silent, but for errors, while they load something."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -19,7 +19,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside the libraries
+            warnings.simplefilter("ignore")  # a user can do nothing about their deprecations
             yield
     finally:
         logging.set_verbosity(verbosity)
